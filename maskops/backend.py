@@ -1,0 +1,289 @@
+"""What a backend declares, how one is chosen, and why one refuses.
+
+One table, ``BACKENDS``, says for every backend on which devices it runs and, for every op, which dtypes it takes and
+which features it lacks, each with the reason a user gets to read. Nothing here imports a kernel, and nothing else in
+the package decides between implementations.
+"""
+
+import contextlib
+import contextvars
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import torch
+
+ENVIRONMENT_VARIABLE = "MASKOPS_BACKEND"
+REFERENCE = "reference"
+AUTO = "auto"
+
+_HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_ALL_FLOATS = (*_HALVES_AND_SINGLE, torch.float64)
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class BackendFallbackWarning(UserWarning):
+    """A call runs on the reference, because every faster backend refused it. Given once per op and reason."""
+
+
+class Call(NamedTuple):
+    """What a backend has to know about a call in order to accept or refuse it; the fields as in ``choose``."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a backend promises for one op.
+
+    Attributes:
+        dtypes: the dtypes that it takes.
+        lacks: feature -> the reason why this backend does not serve it, a full clause.
+        needs_key_tiles: whether its backward pass reads ``RowSpans.key_tiles``. Where it does not, plans are made
+            with ``grad=False``, which is cheaper.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    needs_key_tiles: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        name: what users write.
+        devices: device types on which it runs; empty means every device.
+        unavailable: returns the reason why it cannot run in this process, None when it can.
+        ops: op -> declaration; an op that is absent is not served.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    unavailable: Callable[[], str | None]
+    ops: Mapping[str, Declaration]
+
+    def refusals(self, call: Call) -> list[str]:
+        """Every reason why this backend cannot serve the call; empty when it can."""
+        declaration = self.ops.get(call.op)
+        if declaration is None:
+            return [f"it has no {call.op}"]
+        reasons = []
+        if self.devices and call.device not in self.devices:
+            reasons.append(f"it runs on {' and '.join(self.devices)} tensors, these are on {call.device}")
+        elif (reason := self.unavailable()) is not None:
+            reasons.append(reason)
+        if call.dtype not in declaration.dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in declaration.dtypes)
+            reasons.append(f"it takes {known}, not {str(call.dtype).removeprefix('torch.')}")
+        reasons.extend(declaration.lacks[feature] for feature in call.features if feature in declaration.lacks)
+        return reasons
+
+
+def _extension_reason() -> str | None:
+    from maskops import extension
+
+    extension.load()
+    return extension.reason()
+
+
+# In the order in which "auto" tries them; the reference is last, and serves everything.
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(
+        name="cpu",
+        devices=("cpu",),
+        unavailable=_extension_reason,
+        ops={
+            # Its backward pass walks the query tiles and accumulates dK and dV per tile, so it needs no key_tiles.
+            "attention": Declaration(
+                dtypes=_HALVES_AND_SINGLE,
+                lacks={
+                    "dense mask": "masks.dense has no CPU kernel in this release",
+                    "bias": "bias has no CPU kernel in this release",
+                    "alibi_slopes": "alibi_slopes has no CPU kernel in this release",
+                    "sinks": "sinks has no CPU kernel in this release",
+                    "dropout": "dropout_p > 0 has no CPU kernel in this release",
+                },
+            ),
+            "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE),
+        },
+    ),
+    REFERENCE: Backend(
+        name=REFERENCE,
+        devices=(),
+        unavailable=lambda: None,
+        ops={"attention": Declaration(dtypes=_ALL_FLOATS), "cross_entropy": Declaration(dtypes=_ALL_FLOATS)},
+    ),
+}
+
+
+def _constant_when_compiling(function: _Function) -> _Function:
+    """Makes Dynamo run the function while it traces, and keep the answer: it cannot trace a context variable."""
+    return cast(_Function, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
+
+
+class _Preference(NamedTuple):
+    name: str = AUTO
+    fallback: str = "warn"
+
+
+_preference: contextvars.ContextVar[_Preference | None] = contextvars.ContextVar("maskops_preference", default=None)
+_validating: contextvars.ContextVar[bool] = contextvars.ContextVar("maskops_validating", default=False)
+_warned: set[tuple[str, str]] = set()
+
+
+def _known(name: str, where: str) -> str:
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"{where} is {name!r}: expected one of {', '.join(map(repr, (AUTO, *BACKENDS)))}")
+    return name
+
+
+@functools.lru_cache(maxsize=8)
+def _environment(value: str) -> _Preference:
+    """Reads ``MASKOPS_BACKEND``; ``cpu:avx2`` also selects the instruction set, once."""
+    name, _, instruction_set = value.partition(":")
+    _known(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+    if instruction_set:
+        if name != "cpu":
+            raise ValueError(
+                f"the environment variable {ENVIRONMENT_VARIABLE} is {value!r}: only cpu takes an instruction set"
+            )
+        from maskops import extension
+
+        extension.load()
+        if extension.reason() is None:
+            extension.select_instruction_set(instruction_set)
+    return _Preference(name)
+
+
+def _preferred() -> _Preference:
+    preference = _preference.get()
+    if preference is not None:
+        return preference
+    value = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _environment(value) if value else _Preference()
+
+
+def _size(nbytes: int | None) -> str:
+    if nbytes is None:
+        return "it materialises its intermediate values"
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            break
+        nbytes = (nbytes + 512) // 1024
+    return f"about {nbytes} {unit}"
+
+
+@_constant_when_compiling
+def choose(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    features: tuple[str, ...] = (),
+    requested: str | None = None,
+    reference_bytes: int | None = None,
+) -> str:
+    """Chooses the backend of a call. Takes Python constants only: no tensor, no shape.
+
+    Args:
+        op: name of the op, a key of ``Backend.ops``.
+        device: device type of the tensors, ``"cpu"`` or ``"cuda"``.
+        dtype: dtype of the tensors after autocast.
+        features: what the call uses beyond the plain op, in the words of ``Declaration.lacks``.
+        requested: the ``backend=`` argument of the public function. A named backend serves the call or raises.
+        reference_bytes: memory that the reference would take, for the warning; None where it is not known, as under
+            compilation with dynamic shapes.
+
+    Returns:
+        The name of a backend that serves the call.
+
+    Raises:
+        ValueError: ``requested`` is no backend, or it (or, under ``fallback="error"``, every backend but the
+            reference) refuses the call; the message lists the reasons.
+    """
+    call = Call(op, device, dtype, features)
+    if requested is not None and _known(requested, "backend") != AUTO:
+        if reasons := BACKENDS[requested].refusals(call):
+            raise ValueError(f"backend {requested!r} cannot run maskops.{call.op}: {'; '.join(reasons)}")
+        return requested
+    preference = _preferred()
+    refused = {}
+    for name in [preference.name] if preference.name != AUTO else []:
+        refused[name] = BACKENDS[name].refusals(call)
+        if not refused[name]:
+            return name
+    for name, backend in BACKENDS.items():
+        if name == REFERENCE or name in refused:
+            continue
+        reasons = backend.refusals(call)
+        if not reasons:
+            return name
+        # A backend for other devices is no candidate, and its refusal would only hide the reason that matters.
+        if not backend.devices or call.device in backend.devices:
+            refused[name] = reasons
+    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    why = why or f"no other backend runs on {call.device} tensors"
+    if preference.fallback == "error":
+        raise ValueError(f"no fast backend can run maskops.{call.op}, and fallback is 'error': {why}")
+    if (call.op, why) not in _warned:
+        _warned.add((call.op, why))
+        warnings.warn(
+            f"maskops.{call.op} runs on the reference, plain PyTorch ({_size(reference_bytes)}). {why}. "
+            f"maskops.use_backend('reference') accepts it silently, use_backend(fallback='error') makes it an error.",
+            BackendFallbackWarning,
+            stacklevel=3,
+        )
+    return REFERENCE
+
+
+@contextlib.contextmanager
+def use_backend(name: str = AUTO, fallback: Literal["warn", "error"] = "warn") -> Iterator[None]:
+    """Prefers a backend inside a ``with`` block (or a decorated function), in this thread only.
+
+    Args:
+        name: ``"cpu"``, ``"reference"`` or ``"auto"``.
+        fallback: what to do where the call ends on the reference without having asked for it: ``"warn"`` (once per
+            op and reason) or ``"error"``.
+
+    A compiled function keeps the backend that was in force when it was compiled.
+    """
+    if fallback not in ("warn", "error"):
+        raise ValueError(f"fallback is {fallback!r}: expected 'warn' or 'error'")
+    token = _preference.set(_Preference(_known(name, "name"), fallback))
+    try:
+        yield
+    finally:
+        _preference.reset(token)
+
+
+@contextlib.contextmanager
+def validate() -> Iterator[None]:
+    """Checks the values of offsets, lengths and labels on every device inside a ``with`` block, in this thread only.
+
+    Structure (dtypes, shapes, devices) is always checked, and so are values on the CPU. On a GPU a look at a value
+    waits for the device, so it happens only here.
+    """
+    token = _validating.set(True)
+    try:
+        yield
+    finally:
+        _validating.reset(token)
+
+
+@_constant_when_compiling
+def validating() -> bool:
+    """Whether values are to be checked on devices where that means to wait."""
+    return _validating.get()
+
+
+def backends() -> dict[str, str]:
+    """Maps every backend's name to ``"available"``, or to the reason why it cannot run here."""
+    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
