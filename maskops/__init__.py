@@ -1,0 +1,37 @@
+"""Attention and loss over ragged batches that never compute padding, with the same answer on every backend."""
+
+import importlib.metadata
+import warnings
+
+import torch
+
+__version__ = "0.1.0"
+
+_OLDEST_TORCH = (2, 10)
+
+
+def _check_torch(version: str) -> None:
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < _OLDEST_TORCH:
+        raise ImportError(f"maskops needs torch >= 2.10, this is torch {version}: pip install --upgrade torch")
+
+
+def _warn_about_namesake() -> None:
+    """The package index has another package, called maskops, that installs the same folder over this one."""
+    try:
+        files = importlib.metadata.distribution("maskops").files or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if any(file.parts[0] == "maskops" for file in files):
+        warnings.warn(
+            "another distribution, called maskops, has installed its files into the folder of torch-maskops. Repair "
+            "with: pip uninstall -y maskops && pip install --force-reinstall --no-deps torch-maskops",
+            stacklevel=3,
+        )
+
+
+_check_torch(torch.__version__)
+_warn_about_namesake()
+
+from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
+
+__all__ = ["BackendFallbackWarning", "__version__", "backends", "use_backend", "validate"]

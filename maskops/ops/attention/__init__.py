@@ -1,0 +1,1 @@
+"""Span attention: one kernel for every mask that is a span of keys per query row."""
