@@ -1,0 +1,298 @@
+// The schedule of span attention on the CPU: which task does what, on how many threads, in what memory. Tasks depend on
+// shapes and spans only, never on the number of threads, so neither do the bits of the result.
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+#include "threads.h"
+
+namespace maskops {
+namespace {
+
+// A task takes a few microseconds at least, else waking a thread costs more than it brings.
+constexpr double FLOPS_PER_WORKER = 2e6;
+// The backward pass splits a long sequence until about so many tasks share the work of a call.
+constexpr int64_t SHARED_TASKS = 32;
+constexpr int32_t MERGED_KEYS = 256;  // keys whose partial sums one task adds up
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(size_t bytes) {
+  auto* memory = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  if (memory == nullptr) throw std::bad_alloc();
+  return Memory(memory);
+}
+
+int useful_workers(const Threads& threads, double flops, int64_t n_tasks) {
+  const double useful = 1 + flops / FLOPS_PER_WORKER;
+  return static_cast<int>(std::min({static_cast<double>(threads.count), useful, std::max<double>(1, n_tasks)}));
+}
+
+// One scratch buffer for each worker, allocated before the team starts: a task cannot fail.
+std::vector<Memory> scratch_for(int workers, size_t bytes) {
+  std::vector<Memory> scratch;
+  for (int i = 0; i < workers; i++) scratch.push_back(allocate(bytes));
+  return scratch;
+}
+
+const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
+
+int64_t pairs_of(const Spans& spans, const AttentionShape& shape) {
+  int64_t pairs = 0;
+  for (int64_t tile = 0; tile < spans.n_tiles; tile++) pairs += tile_at(spans, tile)[3];
+  return pairs * shape.heads * (shape.batch / std::max(1, spans.plan_batch));
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& p, const Threads& threads) {
+  const AttentionShape& shape = p.shape;
+  const auto group = static_cast<int32_t>(shape.heads / shape.kv_heads);
+  struct Task {
+    LaneBlock block;
+    int64_t cost;
+  };
+  std::vector<Task> tasks;
+  for (int64_t tile = 0; tile < p.spans.n_tiles; tile++) {
+    const int32_t* item = tile_at(p.spans, tile);
+    const int32_t lanes = item[2] * group;
+    for (int64_t batch = item[0]; batch < shape.batch; batch += p.spans.plan_batch) {
+      for (int32_t head = 0; head < shape.kv_heads; head++) {
+        for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
+          const int32_t end = std::min(lanes, lane + BLOCK_LANES);
+          const int64_t cost = static_cast<int64_t>(item[3]) * group * (end - lane) / lanes;
+          tasks.push_back({{static_cast<int32_t>(batch), head, item[1], item[2], lane, end}, cost});
+        }
+      }
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+
+  const double flops = 2.0 * pairs_of(p.spans, shape) * (shape.head_dim + shape.value_dim);
+  const KernelTable& table = kernels();
+  struct Context {
+    const AttentionForward& p;
+    const KernelTable& table;
+    const std::vector<Task>& tasks;
+    std::vector<Memory> scratch;
+  } context{p, table, tasks, {}};
+  const int workers = useful_workers(threads, flops, static_cast<int64_t>(tasks.size()));
+  context.scratch = scratch_for(workers, table.attention_forward_scratch(shape, p.spans.n_spans));
+  threads.run(
+      static_cast<int64_t>(tasks.size()), workers,
+      [](int64_t task, int worker, void* pointer) {
+        auto& context = *static_cast<Context*>(pointer);
+        context.table.attention_forward(context.p, context.tasks[task].block, context.scratch[worker].get());
+      },
+      &context);
+}
+
+namespace {
+
+// Tiles [tile_begin, tile_end) of one batch element whose keys no tile outside them sees.
+struct Component {
+  int32_t tile_begin, tile_end, key_begin, key_end;
+  int64_t cost;
+};
+
+void hull(const int32_t* item, int n_spans, int32_t k_len, int32_t& begin, int32_t& end) {
+  begin = k_len;
+  end = 0;
+  for (int s = 0; s < n_spans; s++) {
+    const int32_t lo = std::max(item[4 + 4 * s], 0);
+    const int32_t hi = std::min(item[4 + 4 * s + 3], k_len);
+    if (lo >= hi) continue;
+    begin = std::min(begin, lo);
+    end = std::max(end, hi);
+  }
+}
+
+// The components of one batch element of the plan, in the order of their keys; never none, so that every gradient of a
+// key is somebody's to write.
+std::vector<Component> components_of(const Spans& spans, int32_t k_len, int32_t tile_begin, int32_t tile_end) {
+  std::vector<Component> stack;
+  for (int32_t tile = tile_begin; tile < tile_end; tile++) {
+    int32_t begin, end;
+    hull(tile_at(spans, tile), spans.n_spans, k_len, begin, end);
+    const int64_t cost = std::max(tile_at(spans, tile)[3], 0);
+    if (begin >= end) {  // nobody's keys: only rows to write
+      if (stack.empty()) stack.push_back({tile, tile, 0, 0, 0});
+      stack.back().tile_end = tile + 1;
+      continue;
+    }
+    Component merged{tile, tile + 1, begin, end, cost};
+    while (!stack.empty() && (stack.back().key_end > begin || stack.back().key_end == 0)) {
+      const Component& previous = stack.back();
+      merged.tile_begin = previous.tile_begin;
+      if (previous.key_end != 0) {
+        merged.key_begin = std::min(merged.key_begin, previous.key_begin);
+        merged.key_end = std::max(merged.key_end, previous.key_end);
+        merged.cost += previous.cost;
+      }
+      stack.pop_back();
+    }
+    stack.push_back(merged);
+  }
+  if (stack.empty()) stack.push_back({tile_begin, tile_begin, 0, 0, 0});
+  return stack;
+}
+
+// Tiles of a component cut into `parts` runs of about equal cost.
+std::vector<int32_t> cut(const Spans& spans, const Component& component, int64_t parts) {
+  std::vector<int32_t> bounds{component.tile_begin};
+  int64_t done = 0;
+  for (int32_t tile = component.tile_begin; tile < component.tile_end; tile++) {
+    done += std::max(tile_at(spans, tile)[3], 0);
+    const auto made = static_cast<int64_t>(bounds.size());
+    if (made < parts && done * parts >= component.cost * made && tile + 1 < component.tile_end) {
+      bounds.push_back(tile + 1);
+    }
+  }
+  bounds.push_back(component.tile_end);
+  return bounds;
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& p, const Threads& threads) {
+  const AttentionShape& shape = p.shape;
+  const Spans& spans = p.spans;
+  const auto k_len = static_cast<int32_t>(shape.k_len);
+  const KernelTable& table = kernels();
+  const int64_t width = table.attention_backward_width(shape);
+
+  std::vector<std::vector<Component>> plan(spans.plan_batch);
+  int64_t total_cost = 0;
+  for (int32_t batch = 0, tile = 0; batch < spans.plan_batch; batch++) {
+    const int32_t begin = tile;
+    while (tile < spans.n_tiles && tile_at(spans, tile)[0] == batch) tile++;
+    plan[batch] = components_of(spans, k_len, begin, tile);
+    for (const Component& component : plan[batch]) total_cost += component.cost;
+  }
+  total_cost *= shape.kv_heads * (shape.batch / std::max(1, spans.plan_batch));
+
+  struct Task {
+    BackwardTask task;
+    int64_t cost;
+  };
+  struct Group {  // tasks that own the same keys
+    int64_t first_task, n_tasks;
+  };
+  struct Merge {  // keys whose sums a group's tasks left apart
+    int64_t first_task, n_tasks;
+    int32_t key_begin, key_end;
+  };
+  std::vector<Task> tasks;
+  std::vector<Group> groups;
+  std::vector<Merge> merges;
+  int64_t partial_floats = 0, most_keys = 0;
+  for (int32_t batch = 0; batch < shape.batch; batch++) {
+    const auto& components = plan[batch % spans.plan_batch];
+    for (int32_t head = 0; head < shape.kv_heads; head++) {
+      int32_t written = 0;
+      for (const Component& component : components) {
+        const int64_t parts =
+            total_cost == 0 ? 1 : std::max<int64_t>(1, (component.cost * SHARED_TASKS + total_cost - 1) / total_cost);
+        const std::vector<int32_t> bounds = cut(spans, component, parts);
+        const bool shared = bounds.size() > 2;
+        const auto first = static_cast<int64_t>(tasks.size());
+        for (size_t part = 0; part + 1 < bounds.size(); part++) {
+          BackwardTask task{batch, head, bounds[part], bounds[part + 1], component.key_begin, component.key_end,
+                            component.key_begin, component.key_end, nullptr};
+          int64_t cost = 0;
+          if (shared) {  // only the keys that these tiles see: half of them under a causal mask
+            task.key_begin = component.key_end;
+            task.key_end = component.key_begin;
+          }
+          for (int32_t tile = task.tile_begin; tile < task.tile_end; tile++) {
+            cost += std::max(tile_at(spans, tile)[3], 0);
+            if (!shared) continue;
+            int32_t begin, end;
+            hull(tile_at(spans, tile), spans.n_spans, k_len, begin, end);
+            if (begin >= end) continue;
+            task.key_begin = std::min(task.key_begin, begin);
+            task.key_end = std::max(task.key_end, end);
+          }
+          if (task.key_begin > task.key_end) task.key_end = task.key_begin;
+          // The gap before a component is its task's to fill with zeros, or the merge's.
+          task.zero_begin = shared ? task.key_begin : written;
+          task.zero_end = task.key_end;
+          if (shared) {
+            partial_floats += (task.key_end - task.key_begin) * width;
+          } else {
+            most_keys = std::max<int64_t>(most_keys, task.key_end - task.key_begin);
+          }
+          tasks.push_back({task, cost});
+        }
+        const bool last = &component == &components.back();
+        if (shared) {
+          const auto n_tasks = static_cast<int64_t>(tasks.size()) - first;
+          groups.push_back({first, n_tasks});
+          const int32_t end = last ? k_len : component.key_end;
+          for (int32_t key = written; key < end; key += MERGED_KEYS) {
+            merges.push_back({first, n_tasks, key, std::min(end, key + MERGED_KEYS)});
+          }
+        } else if (last) {
+          tasks.back().task.zero_end = k_len;
+        }
+        written = component.key_end;
+      }
+    }
+  }
+
+  const Memory partials = allocate(std::max<size_t>(64, partial_floats * sizeof(float)));
+  auto* next = reinterpret_cast<float*>(partials.get());
+  for (const Group& group : groups) {
+    for (int64_t i = 0; i < group.n_tasks; i++) {
+      BackwardTask& task = tasks[group.first_task + i].task;
+      task.partial = next;
+      next += (task.key_end - task.key_begin) * width;
+    }
+  }
+  std::vector<BackwardTask> in_order;  // what the merge reads
+  in_order.reserve(tasks.size());
+  for (const Task& task : tasks) in_order.push_back(task.task);
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+
+  const double flops = 4.0 * pairs_of(spans, shape) * (shape.head_dim + shape.value_dim);
+  struct Context {
+    const AttentionBackward& p;
+    const KernelTable& table;
+    const std::vector<Task>& tasks;
+    const std::vector<Merge>& merges;
+    const std::vector<BackwardTask>& in_order;
+    std::vector<Memory> scratch;
+  } context{p, table, tasks, merges, in_order, {}};
+  const int workers = useful_workers(threads, flops, static_cast<int64_t>(tasks.size()));
+  context.scratch = scratch_for(workers, std::max(table.attention_backward_scratch(shape, spans.n_spans, most_keys),
+                                                  static_cast<size_t>(width) * sizeof(float)));
+  threads.run(
+      static_cast<int64_t>(tasks.size()), workers,
+      [](int64_t task, int worker, void* pointer) {
+        auto& context = *static_cast<Context*>(pointer);
+        context.table.attention_backward(context.p, context.tasks[task].task, context.scratch[worker].get());
+      },
+      &context);
+  threads.run(
+      static_cast<int64_t>(merges.size()), workers,
+      [](int64_t index, int worker, void* pointer) {
+        auto& context = *static_cast<Context*>(pointer);
+        const Merge& merge = context.merges[index];
+        for (int64_t key = merge.key_begin; key < merge.key_end; key++) {
+          context.table.attention_backward_merge(context.p, &context.in_order[merge.first_task],
+                                                 static_cast<int>(merge.n_tasks), key,
+                                                 reinterpret_cast<float*>(context.scratch[worker].get()));
+        }
+      },
+      &context);
+}
+
+}  // namespace maskops

@@ -1,0 +1,41 @@
+// The table of kernels of one instruction set, and the choice among the tables at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace maskops {
+
+struct AttentionBackward;
+struct AttentionForward;
+struct AttentionShape;
+struct BackwardTask;
+struct LaneBlock;
+
+// One task of each kernel; schedules, threads and memory are the caller's (attention.cpp, ...).
+struct KernelTable {
+  const char* name;
+  size_t (*attention_forward_scratch)(const AttentionShape&, int n_spans);  // bytes, aligned to 64
+  void (*attention_forward)(const AttentionForward&, const LaneBlock&, char* scratch);
+  size_t (*attention_backward_scratch)(const AttentionShape&, int n_spans, int64_t owned_keys);
+  int64_t (*attention_backward_width)(const AttentionShape&);  // floats of a key's partial sums, dK and dV
+  void (*attention_backward)(const AttentionBackward&, const BackwardTask&, char* scratch);
+  void (*attention_backward_merge)(const AttentionBackward&, const BackwardTask*, int n_tasks, int64_t key,
+                                   float* scratch);
+};
+
+// Each is defined by one isa_*.cpp.
+extern const KernelTable baseline_kernels;
+#if defined(__x86_64__)
+extern const KernelTable avx2_kernels;
+extern const KernelTable avx512_kernels;
+#endif
+
+// The table in use: the widest that this processor runs, unless select_instruction_set named another.
+const KernelTable& kernels();
+// False where this processor or build has no such table.
+bool select_instruction_set(const char* name);
+// Space-separated names, narrowest first, of the tables that this processor runs.
+const char* instruction_sets();
+
+}  // namespace maskops

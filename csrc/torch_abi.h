@@ -1,0 +1,246 @@
+// The part of libtorch's stable C interface that maskops uses (torch >= 2.10), declared here so that the build needs no
+// torch headers, and a thin typed layer over it. tests/test_build.py compiles this file together with torch's own
+// headers, where they are present, so that a declaration that disagrees is a compile error.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+extern "C" {
+struct AtenTensorOpaque;
+using AtenTensorHandle = AtenTensorOpaque*;
+struct TorchLibraryOpaque;
+using TorchLibraryHandle = TorchLibraryOpaque*;
+struct StringOpaque;
+using StringHandle = StringOpaque*;
+using AOTITorchError = int32_t;
+using StableIValue = uint64_t;
+typedef void (*ParallelFunc)(int64_t begin, int64_t end, void* ctx);
+
+AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
+AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret_numel);
+AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
+AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
+AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
+AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
+AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr,
+                                        int32_t dtype, int32_t device_type, int32_t device_index,
+                                        AtenTensorHandle* ret_new_tensor);
+AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
+AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file, uint32_t line,
+                                            TorchLibraryHandle* ret_new_torch_lib);
+AOTITorchError aoti_torch_library_impl(TorchLibraryHandle self, const char* name,
+                                       void (*fn)(StableIValue*, uint64_t, uint64_t));
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx);
+AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
+AOTITorchError torch_string_length(StringHandle handle, size_t* length);
+AOTITorchError torch_string_c_str(StringHandle handle, const char** data);
+AOTITorchError torch_delete_string(StringHandle handle);
+}
+
+namespace maskops {
+
+inline void check_torch(AOTITorchError error, const char* what) {
+  if (error != 0) throw std::runtime_error(std::string("maskops: a call into libtorch failed: ") + what);
+}
+#define MASKOPS_CHECK_TORCH(call) ::maskops::check_torch((call), #call)
+
+// The values of torch::headeronly::ScalarType; they are part of torch's serialization format and do not change.
+enum class DType : int32_t {
+  uint8 = 0, int32 = 3, int64 = 4, float16 = 5, float32 = 6, float64 = 7, boolean = 11, bfloat16 = 15
+};
+
+// An owning reference to a CPU tensor.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype) {
+    constexpr int32_t cpu = 0;
+    AtenTensorHandle handle;
+    MASKOPS_CHECK_TORCH(
+        aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), cpu, 0, &handle));
+    return Tensor(handle);
+  }
+  template <size_t N>
+  static Tensor empty(const int64_t (&sizes)[N], DType dtype) {
+    int64_t strides[N];
+    int64_t running = 1;
+    for (size_t d = N; d-- > 0;) {
+      strides[d] = running;
+      running *= sizes[d] > 1 ? sizes[d] : 1;
+    }
+    return empty_strided(N, sizes, strides, dtype);
+  }
+
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+  template <class T = void>
+  T* data() const {
+    void* pointer;
+    MASKOPS_CHECK_TORCH(aoti_torch_get_data_ptr(handle_, &pointer));
+    return static_cast<T*>(pointer);
+  }
+  // nullptr where the caller passed an empty tensor for "absent".
+  template <class T = void>
+  T* data_or_null() const {
+    return numel() == 0 ? nullptr : data<T>();
+  }
+  int64_t numel() const {
+    int64_t value;
+    MASKOPS_CHECK_TORCH(aoti_torch_get_numel(handle_, &value));
+    return value;
+  }
+  int64_t dim() const {
+    int64_t value;
+    MASKOPS_CHECK_TORCH(aoti_torch_get_dim(handle_, &value));
+    return value;
+  }
+  const int64_t* sizes() const {
+    int64_t* values;
+    MASKOPS_CHECK_TORCH(aoti_torch_get_sizes(handle_, &values));
+    return values;
+  }
+  const int64_t* strides() const {
+    int64_t* values;
+    MASKOPS_CHECK_TORCH(aoti_torch_get_strides(handle_, &values));
+    return values;
+  }
+  int64_t size(int64_t d) const { return sizes()[d]; }
+  int64_t stride(int64_t d) const { return strides()[d]; }
+  DType dtype() const {
+    int32_t value;
+    MASKOPS_CHECK_TORCH(aoti_torch_get_dtype(handle_, &value));
+    return static_cast<DType>(value);
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+// Conversion between the 64-bit slots of a boxed call and typed arguments. Arguments arrive as owned references.
+template <class T>
+struct Slot;
+template <>
+struct Slot<Tensor> {
+  static Tensor read(StableIValue value) { return Tensor(reinterpret_cast<AtenTensorHandle>(value)); }
+};
+template <>
+struct Slot<int64_t> {
+  static int64_t read(StableIValue value) { return static_cast<int64_t>(value); }
+};
+template <>
+struct Slot<bool> {
+  static bool read(StableIValue value) { return static_cast<uint8_t>(value) != 0; }
+};
+template <>
+struct Slot<double> {
+  static double read(StableIValue value) {
+    double result;
+    std::memcpy(&result, &value, sizeof(result));
+    return result;
+  }
+};
+template <>
+struct Slot<std::string> {
+  static std::string read(StableIValue value) {
+    auto handle = reinterpret_cast<StringHandle>(value);
+    size_t length;
+    const char* data;
+    MASKOPS_CHECK_TORCH(torch_string_length(handle, &length));
+    MASKOPS_CHECK_TORCH(torch_string_c_str(handle, &data));
+    std::string result(data, length);
+    MASKOPS_CHECK_TORCH(torch_delete_string(handle));
+    return result;
+  }
+};
+
+// boxed<function> is the calling convention of torch_library_impl around a typed C++ function that returns void or a
+// tuple of tensors.
+template <auto function>
+struct Boxed;
+template <class R, class... Args, R (*function)(Args...)>
+struct Boxed<function> {
+  template <size_t... I>
+  static void call(StableIValue* stack, std::index_sequence<I...>) {
+    // A braced initialiser, because it evaluates left to right: every owned argument is taken over before any throws.
+    std::tuple<std::decay_t<Args>...> arguments{Slot<std::decay_t<Args>>::read(stack[I])...};
+    if constexpr (std::is_void_v<R>) {
+      function(std::get<I>(arguments)...);
+    } else {
+      R results = function(std::get<I>(arguments)...);
+      write(stack, results, std::make_index_sequence<std::tuple_size_v<R>>{});
+    }
+  }
+  template <class Results, size_t... I>
+  static void write(StableIValue* stack, Results& results, std::index_sequence<I...>) {
+    ((stack[I] = reinterpret_cast<StableIValue>(std::get<I>(results).release())), ...);
+  }
+  static void entry(StableIValue* stack, uint64_t, uint64_t) { call(stack, std::index_sequence_for<Args...>{}); }
+};
+
+class CpuLibrary {
+ public:
+  explicit CpuLibrary(const char* ns) {
+    MASKOPS_CHECK_TORCH(aoti_torch_library_init_impl(ns, "CPU", __FILE__, __LINE__, &handle_));
+  }
+  template <auto function>
+  void implement(const char* name) {
+    MASKOPS_CHECK_TORCH(aoti_torch_library_impl(handle_, name, &Boxed<function>::entry));
+  }
+
+ private:
+  TorchLibraryHandle handle_;  // lives as long as the process: torch unregisters the operators when it is deleted
+};
+
+// Runs fn(task, worker, context) for every task in [0, n_tasks) on at most max_workers threads of torch's own pool. The
+// workers pull tasks from one counter in order, so put the longest first. Which worker runs a task is not determined;
+// a task must not depend on it for its result.
+inline void run_tasks(int64_t n_tasks, int max_workers, void (*fn)(int64_t task, int worker, void* context),
+                      void* context) {
+  uint32_t threads = 1;
+  MASKOPS_CHECK_TORCH(torch_get_num_threads(&threads));
+  int64_t workers = threads;
+  if (workers > max_workers) workers = max_workers;
+  if (workers > n_tasks) workers = n_tasks;
+  struct Team {
+    std::atomic<int64_t> next{0};
+    int64_t n_tasks;
+    void (*fn)(int64_t, int, void*);
+    void* context;
+  } team;
+  team.n_tasks = n_tasks;
+  team.fn = fn;
+  team.context = context;
+  auto body = [](int64_t begin, int64_t end, void* pointer) {
+    auto& team = *static_cast<Team*>(pointer);
+    for (int64_t worker = begin; worker < end; worker++) {
+      for (int64_t task; (task = team.next.fetch_add(1, std::memory_order_relaxed)) < team.n_tasks;) {
+        team.fn(task, static_cast<int>(worker), team.context);
+      }
+    }
+  };
+  if (workers <= 1) {
+    body(0, 1, &team);
+  } else {
+    MASKOPS_CHECK_TORCH(torch_parallel_for(0, workers, 1, body, &team));
+  }
+}
+
+}  // namespace maskops

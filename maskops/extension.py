@@ -1,0 +1,83 @@
+"""The C++ extension: loading it, the reason when it is not there, and its choice of instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_native.so")
+_REPORT = Path(__file__).with_name("_build_report.json")
+REBUILD_COMMAND = f"{Path(sys.executable).name} -m pip install --force-reinstall --no-deps --no-cache-dir torch-maskops"
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if not _LIBRARY.exists():
+        return None, _why_not_built()
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+        library = ctypes.CDLL(str(_LIBRARY))
+    except OSError as error:
+        return None, f"the C++ extension {_LIBRARY} cannot be loaded: {error}"
+    for name in ("maskops_instruction_sets", "maskops_instruction_set"):
+        getattr(library, name).restype = ctypes.c_char_p
+    library.maskops_select_instruction_set.argtypes = [ctypes.c_char_p]
+    return library, None
+
+
+def _why_not_built() -> str:
+    reason = f"the C++ extension was never built in {_LIBRARY.parent}"
+    if _REPORT.exists():
+        reported = json.loads(_REPORT.read_text()).get("reason")
+        if reported:
+            reason = f"the C++ extension was not built: {reported}"
+    return f"{reason}; rebuild with: {REBUILD_COMMAND}"
+
+
+def load() -> None:
+    """Load the extension once, which registers its operators; `reason` says whether that worked."""
+    _load()
+
+
+def reason() -> str | None:
+    """Why the extension is missing, with the command that rebuilds it; None when it is loaded."""
+    return _load()[1]
+
+
+def path() -> Path:
+    """Where the binary lies, or would lie."""
+    return _LIBRARY
+
+
+def compiler() -> str | None:
+    """The compiler that built the binary, as it named itself; None when that is not known."""
+    return json.loads(_REPORT.read_text()).get("compiler") if _REPORT.exists() else None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that both the binary and this processor have, narrowest first; () without the extension."""
+    library = _load()[0]
+    return () if library is None else tuple(library.maskops_instruction_sets().decode().split())
+
+
+def instruction_set() -> str | None:
+    """The instruction set in use; None without the extension."""
+    library = _load()[0]
+    return None if library is None else str(library.maskops_instruction_set().decode())
+
+
+def select_instruction_set(name: str) -> None:
+    """Use the kernels of one instruction set in the whole process, for comparisons and tests.
+
+    Raises:
+        ValueError: if this processor or binary does not have it; the message lists those it has.
+    """
+    library = _load()[0]
+    if library is None or not library.maskops_select_instruction_set(name.encode()):
+        have = ", ".join(instruction_sets()) or "none"
+        raise ValueError(f"instruction set must be one of those that this machine has ({have}), got {name!r}")
