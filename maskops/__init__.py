@@ -32,6 +32,19 @@ def _warn_about_namesake() -> None:
 _check_torch(torch.__version__)
 _warn_about_namesake()
 
-from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
+from maskops import masks
+from maskops.backend import BackendFallbackWarning, backends, use_backend, validate
+from maskops.ops.attention.api import attention, varlen_attention
+from maskops.spans import RowSpans
 
-__all__ = ["BackendFallbackWarning", "__version__", "backends", "use_backend", "validate"]
+__all__ = [
+    "BackendFallbackWarning",
+    "RowSpans",
+    "__version__",
+    "attention",
+    "backends",
+    "masks",
+    "use_backend",
+    "validate",
+    "varlen_attention",
+]

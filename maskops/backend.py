@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ BACKENDS: dict[str, Backend] = {
 
 def _constant_when_compiling(function: _Function) -> _Function:
     """Makes Dynamo run the function while it traces, and keep the answer: it cannot trace a context variable."""
-    return cast(_Function, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
+    return cast(_Function, torch.compiler.assume_constant_result(function))
 
 
 class _Preference(NamedTuple):
@@ -172,9 +173,20 @@ def _preferred() -> _Preference:
     return _environment(value) if value else _Preference()
 
 
-def _size(nbytes: int | None) -> str:
+def _stacklevel_of_user() -> int:
+    """Stack level, seen from the caller, of the nearest frame outside this package."""
+    package = os.path.dirname(__file__)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _size(nbytes: int | Callable[[], int] | None) -> str:
     if nbytes is None:
         return "it materialises its intermediate values"
+    if callable(nbytes):
+        nbytes = nbytes()
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if nbytes < 1024 or unit == "GiB":
             break
@@ -189,7 +201,7 @@ def choose(
     dtype: torch.dtype,
     features: tuple[str, ...] = (),
     requested: str | None = None,
-    reference_bytes: int | None = None,
+    reference_bytes: int | Callable[[], int] | None = None,
 ) -> str:
     """Chooses the backend of a call. Takes Python constants only: no tensor, no shape.
 
@@ -199,8 +211,8 @@ def choose(
         dtype: dtype of the tensors after autocast.
         features: what the call uses beyond the plain op, in the words of ``Declaration.lacks``.
         requested: the ``backend=`` argument of the public function. A named backend serves the call or raises.
-        reference_bytes: memory that the reference would take, for the warning; None where it is not known, as under
-            compilation with dynamic shapes.
+        reference_bytes: memory that the reference would take, for the warning, or a function that finds out; None
+            under compilation, where sizes may be symbolic.
 
     Returns:
         The name of a backend that serves the call.
@@ -239,9 +251,18 @@ def choose(
             f"maskops.{call.op} runs on the reference, plain PyTorch ({_size(reference_bytes)}). {why}. "
             f"maskops.use_backend('reference') accepts it silently, use_backend(fallback='error') makes it an error.",
             BackendFallbackWarning,
-            stacklevel=3,
+            stacklevel=_stacklevel_of_user(),
         )
     return REFERENCE
+
+
+def needs_key_tiles(op: str, device: str) -> bool:
+    """Whether a backend that may serve the op on this device reads ``RowSpans.key_tiles`` in its backward pass."""
+    return any(
+        backend.ops[op].needs_key_tiles
+        for backend in BACKENDS.values()
+        if op in backend.ops and (not backend.devices or device in backend.devices)
+    )
 
 
 @contextlib.contextmanager
