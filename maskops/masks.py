@@ -1,0 +1,982 @@
+"""The algebra of masks: what each mask means, and how it becomes spans of keys.
+
+This is the only module that knows what causal, a window, padding or a document is. A mask is a combination of
+
+* layouts, which say where the sequences lie: ``padding``, ``key_padding``, ``documents``;
+* patterns, which speak of positions inside a sequence: ``full``, ``causal``, ``sliding_window``, ``prefix``, ``chunked``;
+* ``dense``, an explicit boolean tensor for what is neither.
+
+``a & b`` allows what both allow, ``a | b`` what one of them allows. The layouts of a mask give every query row the
+sequence it lies in: query rows ``[q_start, q_end)``, keys ``[k_start, k_end)`` and an ordinal; several layouts
+intersect; without a layout the whole row of the batch is one sequence whose ordinal is the batch index. Query rows
+outside every sequence see nothing. Patterns are evaluated inside the sequence, bottom-right aligned: query row ``i``
+stands at key ``diag = k_end - q_end + i``, so that the last query sees the last key.
+
+A mask is kept in normal form, a union of spans whose two ends are a maximum and a minimum of simple terms, so that
+``causal() & sliding_window(w, 0)`` and ``causal() | prefix(n)`` are one span per row and no kernel ever knows a name.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TextIO, TypeVar
+
+import torch
+from torch import Tensor
+
+from maskops.spans import RowSpans, build_row_spans
+
+__all__ = [
+    "Mask",
+    "causal",
+    "chunked",
+    "dense",
+    "documents",
+    "full",
+    "key_padding",
+    "padding",
+    "prefix",
+    "sliding_window",
+]
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LONGEST = 2**31 - 1
+
+
+# ---- expressions -----------------------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """One symbolic end of a span, a key index per query row.
+
+    ``first`` and ``last``: the ends of the row's sequence. ``diag``: diag + value. ``prefix``: k_start + value.
+    ``prefix_of``: k_start + (operand number ``value``)[ordinal]. ``chunk_start``, ``chunk_end``: ends of the row's
+    chunk of ``value`` keys.
+    """
+
+    kind: str
+    value: int
+
+
+class Extremum(NamedTuple):
+    """Maximum or minimum (``pick``) of two or more bounds."""
+
+    pick: str
+    parts: tuple[Bound, ...]
+
+
+Bound = Term | Extremum
+FIRST = Term("first", 0)
+LAST = Term("last", 0)
+
+
+class Conjunct(NamedTuple):
+    """Keys ``max(start, k_start) <= j < min(end, k_end)`` that every dense operand (by number) allows as well."""
+
+    start: Bound
+    end: Bound
+    dense: tuple[int, ...]
+
+
+Conjuncts = tuple[Conjunct, ...]
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _cached(function: _Function) -> _Function:
+    """Remember results of a function of hashable constants, except while torch.compile traces it.
+
+    Tracing through a cache is refused or warned about by torch; the plain function traces as constants.
+    """
+    remembered = functools.lru_cache(maxsize=512)(function)
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        return function(*args) if torch.compiler.is_compiling() else remembered(*args)
+
+    return call  # type: ignore[return-value]
+
+
+def _sort_key(bound: Bound) -> tuple[object, ...]:
+    return tuple(bound)
+
+
+def _extremum(pick: str, bounds: tuple[Bound, ...]) -> Bound:
+    """Simplified maximum or minimum; every bound is later clipped to its sequence, so FIRST is the least of all."""
+    neutral, absorbing = (FIRST, LAST) if pick == "max" else (LAST, FIRST)
+    better = max if pick == "max" else min
+    flat: list[Bound] = []
+    for bound in bounds:
+        for part in bound.parts if isinstance(bound, Extremum) and bound.pick == pick else (bound,):
+            if part == absorbing:
+                return absorbing
+            if part != neutral and part not in flat:
+                flat.append(part)
+    kept = [part for part in flat if not (isinstance(part, Term) and part.kind in ("diag", "prefix"))]
+    for kind in ("diag", "prefix"):
+        values = [part.value for part in flat if isinstance(part, Term) and part.kind == kind]
+        if values:
+            kept.append(Term(kind, better(values)))
+    if not kept:
+        return neutral
+    if len(kept) == 1:
+        return kept[0]
+    return Extremum(pick, tuple(sorted(kept, key=_sort_key)))
+
+
+@_cached
+def _intersection(left: Conjuncts, right: Conjuncts) -> Conjuncts:
+    products = [
+        Conjunct(
+            _extremum("max", (a.start, b.start)),
+            _extremum("min", (a.end, b.end)),
+            a.dense + tuple(index for index in b.dense if index not in a.dense),
+        )
+        for a in left
+        for b in right
+    ]
+    return _merged(tuple(products))
+
+
+@_cached
+def _union(left: Conjuncts, right: Conjuncts) -> Conjuncts:
+    return _merged(left + right)
+
+
+def _merged(conjuncts: Conjuncts) -> Conjuncts:
+    """Merge spans that share a symbolic end: their union is then one span, also where one of them is empty."""
+    merged: list[Conjunct] = []
+    for conjunct in conjuncts:
+        at = 0
+        while at < len(merged):
+            other = merged[at]
+            if other.dense == conjunct.dense and other.start == conjunct.start:
+                conjunct = Conjunct(other.start, _extremum("max", (other.end, conjunct.end)), other.dense)
+            elif other.dense == conjunct.dense and other.end == conjunct.end:
+                conjunct = Conjunct(_extremum("min", (other.start, conjunct.start)), other.end, other.dense)
+            else:
+                at += 1
+                continue
+            # The merged span may now share an end with one that was passed before.
+            del merged[at]
+            at = 0
+        merged.append(conjunct)
+    return tuple(merged)
+
+
+def _renumber_bound(bound: Bound, numbers: tuple[int, ...]) -> Bound:
+    if isinstance(bound, Extremum):
+        return Extremum(bound.pick, tuple(sorted((_renumber_bound(p, numbers) for p in bound.parts), key=_sort_key)))
+    return Term(bound.kind, numbers[bound.value]) if bound.kind == "prefix_of" else bound
+
+
+@_cached
+def _renumbered(conjuncts: Conjuncts, numbers: tuple[int, ...]) -> Conjuncts:
+    return tuple(
+        Conjunct(_renumber_bound(c.start, numbers), _renumber_bound(c.end, numbers), tuple(numbers[i] for i in c.dense))
+        for c in conjuncts
+    )
+
+
+@_cached
+def _postfix(bound: Bound) -> str:
+    if isinstance(bound, Term):
+        return bound.kind if bound.kind in ("first", "last") else f"{bound.kind} {bound.value}"
+    text = _postfix(bound.parts[0])
+    for part in bound.parts[1:]:
+        text += f" {_postfix(part)} {bound.pick}"
+    return text
+
+
+@_cached
+def _span_program(conjuncts: Conjuncts) -> str:
+    return " ".join([f"span {_postfix(c.start)} {_postfix(c.end)}" for c in conjuncts])
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the sequences lie. ``kind`` says how ``tensor`` (and ``keys`` or ``length``) is read."""
+
+    kind: str
+    """padding_right | padding_left | padding_mask | key_lengths | key_length | key_mask | cu_seqlens | ids"""
+    tensor: Tensor | None = None
+    keys: Tensor | None = None
+    length: int = 0
+
+    @property
+    def is_documents(self) -> bool:
+        """Whether the layout counts sequences by itself (its ordinals win over the batch index)."""
+        return self.kind in ("cu_seqlens", "ids")
+
+    def batch(self) -> int:
+        """Batch elements that the tensor describes; 1 broadcasts."""
+        if self.tensor is None or self.kind == "cu_seqlens" or (self.kind == "ids" and self.tensor.dim() == 1):
+            return 1
+        return self.tensor.shape[0]
+
+    def tensors(self) -> tuple[tuple[str, Tensor], ...]:
+        """The tensors with the names of their arguments."""
+        if self.tensor is None:
+            return ()
+        if self.kind == "cu_seqlens":
+            named = (("documents: cu_seqlens", self.tensor),)
+            return named if self.keys is None else (*named, ("documents: cu_seqlens_k", self.keys))
+        names = {
+            "padding_right": "padding: lengths",
+            "padding_left": "padding: lengths",
+            "padding_mask": "padding: mask",
+            "key_lengths": "key_padding: lengths",
+            "key_mask": "key_padding: mask",
+            "ids": "documents: ids",
+        }
+        return ((names[self.kind], self.tensor),)
+
+
+class _Sequences(NamedTuple):
+    """Per query row (all int64, broadcastable to (batch, q_len)): the sequence it lies in; holes bool or None."""
+
+    q_start: Tensor
+    q_end: Tensor
+    k_start: Tensor
+    k_end: Tensor
+    ordinal: Tensor
+    row_holes: Tensor | None = None
+    key_holes: Tensor | None = None
+
+
+def _hull_of_mask(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First and one past the last 1 of each row of a (batch, length) mask, (batch, 1) each, and the holes."""
+    batch, length = mask.shape
+    valid = mask != 0
+    if length == 0:
+        nothing = torch.zeros(batch, 1, dtype=torch.int64, device=mask.device)
+        return nothing, nothing, ~valid
+    position = torch.arange(length, device=mask.device)
+    last = torch.where(valid, position + 1, 0).amax(1, keepdim=True)
+    first = torch.minimum(torch.where(valid, position, length).amin(1, keepdim=True), last)
+    return first, last, ~valid
+
+
+def _sequences_of_cu_seqlens(cu_q: Tensor, cu_k: Tensor, q_len: int, k_len: int) -> _Sequences:
+    n_sequences = cu_q.shape[0] - 1
+    row = torch.arange(q_len, device=cu_q.device).unsqueeze(0)
+    if n_sequences == 0:
+        nothing = torch.zeros_like(row)
+        return _Sequences(nothing, nothing, nothing, nothing, nothing)
+    cu_q, cu_k = cu_q.to(torch.int64).contiguous(), cu_k.to(torch.int64)
+    # right=True skips sequences of no rows, also those of a cu_seqlens padded with its last value.
+    index = torch.searchsorted(cu_q, row, right=True) - 1
+    inside = (index >= 0) & (index < n_sequences)
+    index = index.clamp(0, n_sequences - 1)
+    # Clamps only matter for values that validation would refuse; they keep every span inside its tensors.
+    q_end = cu_q[index + 1].clamp(0, q_len)
+    k_start = cu_k[index].clamp(0, k_len)
+    k_end = torch.maximum(cu_k[index + 1].clamp(0, k_len), k_start)
+    q_start, q_end, k_start, k_end = (
+        torch.where(inside, x, 0) for x in (cu_q[index].clamp(0, q_len), q_end, k_start, k_end)
+    )
+    return _Sequences(q_start, q_end, k_start, k_end, index)
+
+
+def _sequences_of_ids(ids: Tensor, batch: int) -> _Sequences:
+    ids = (ids.unsqueeze(0) if ids.dim() == 1 else ids).to(torch.int64)
+    rows, length = (batch if ids.shape[0] == 1 else ids.shape[0]), ids.shape[1]
+    ids = ids.expand(rows, length)
+    if length == 0 or rows == 0:
+        nothing = torch.zeros_like(ids)
+        return _Sequences(nothing, nothing, nothing, nothing, nothing)
+    position = torch.arange(length, device=ids.device).expand(rows, length)
+    begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    start = torch.where(begins, position, 0).cummax(1).values
+    next_begin = torch.where(begins, position, length)[:, 1:].flip(1)
+    if length > 1:
+        next_begin = next_begin.cummin(1).values
+    end = torch.nn.functional.pad(next_begin.flip(1), (0, 1), value=length)
+    inside = ids >= 0
+    ordinal = (begins & inside).flatten().to(torch.int64).cumsum(0).view(rows, length) - 1
+    start, end = torch.where(inside, start, 0), torch.where(inside, end, 0)
+    return _Sequences(start, end, start, end, ordinal)
+
+
+def _sequences_of(layout: Layout, batch: int, q_len: int, k_len: int, device: torch.device) -> _Sequences:
+    """The sequences that one layout describes; the ordinal is only meaningful for documents."""
+
+    def whole(value: int) -> Tensor:
+        return torch.full((1, 1), value, dtype=torch.int64, device=device)
+
+    zero = whole(0)
+    tensor = layout.tensor
+    if tensor is None:
+        return _Sequences(zero, whole(q_len), zero, whole(layout.length), zero)
+    if layout.kind == "cu_seqlens":
+        return _sequences_of_cu_seqlens(tensor, tensor if layout.keys is None else layout.keys, q_len, k_len)
+    if layout.kind == "ids":
+        return _sequences_of_ids(tensor, batch)
+    if layout.kind == "padding_mask":
+        first, last, holes = _hull_of_mask(tensor)
+        return _Sequences(first, last, first, last, zero, holes, holes)
+    if layout.kind == "key_mask":
+        first, last, holes = _hull_of_mask(tensor)
+        return _Sequences(zero, whole(q_len), first, last, zero, None, holes)
+    lengths = tensor.to(torch.int64).clamp(0, k_len).unsqueeze(1)
+    if layout.kind == "key_lengths":
+        return _Sequences(zero, whole(q_len), zero, lengths, zero)
+    if layout.kind == "padding_left":
+        return _Sequences(k_len - lengths, whole(q_len), k_len - lengths, whole(k_len), zero)
+    return _Sequences(zero, lengths, zero, lengths, zero)
+
+
+# ---- the mask --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A description of who attends to whom; combine with ``&`` and ``|``, then ask for ``spans``.
+
+    Made by the functions of this module. Two masks with the same meaning need not be equal objects, so masks compare
+    by identity.
+    """
+
+    text: str
+    layouts: tuple[Layout, ...] = ()
+    conjuncts: tuple[Conjunct, ...] = (Conjunct(FIRST, LAST, ()),)
+    operands: tuple[Tensor, ...] = ()
+    """Tensors that terms and conjuncts refer to by number: lengths of prefixes and dense masks."""
+
+    def __repr__(self) -> str:
+        return f"masks.{self.text}" if self.text.isidentifier() else self.text
+
+    def _joined(self, other: Mask) -> tuple[tuple[Tensor, ...], Conjuncts]:
+        """Operands of both masks and the conjuncts of ``other`` renumbered to them."""
+        if not other.operands:
+            return self.operands, other.conjuncts
+        operands = list(self.operands)
+        numbers = []
+        for tensor in other.operands:
+            known = [number for number, mine in enumerate(operands) if mine is tensor]
+            if not known:
+                known = [len(operands)]
+                operands.append(tensor)
+            numbers.append(known[0])
+        return tuple(operands), _renumbered(other.conjuncts, tuple(numbers))
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        operands, conjuncts = self._joined(other)
+        return Mask(
+            f"{_bracketed(self.text, '|')} & {_bracketed(other.text, '|')}",
+            self.layouts + other.layouts,
+            _intersection(self.conjuncts, conjuncts),
+            operands,
+        )
+
+    def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        for part in (self, other):
+            if part.layouts:
+                raise ValueError(
+                    f"a layout cannot stand under |: {part.text} says where the sequences lie; put it outside, as in "
+                    "(a | b) & padding(lengths)"
+                )
+        operands, conjuncts = self._joined(other)
+        return Mask(f"{self.text} | {other.text}", (), _union(self.conjuncts, conjuncts), operands)
+
+    @property
+    def n_spans(self) -> int:
+        """Spans per query row of the plan."""
+        return 1 if self.is_dense else len(self.conjuncts)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the mask holds an explicit boolean tensor, which spans can only bound."""
+        return any(conjunct.dense for conjunct in self.conjuncts)
+
+    def spans(
+        self,
+        q_len: int,
+        k_len: int,
+        *,
+        batch: int | None = None,
+        device: torch.device | str | None = None,
+        grad: bool = True,
+        positions: bool = False,
+    ) -> RowSpans:
+        """Plan the mask for ``q_len`` query rows and ``k_len`` keys.
+
+        Args:
+            q_len: query rows of one batch element (the total for packed tensors).
+            k_len: keys of one batch element.
+            batch: batch of q, checked against the mask. The plan itself has batch 1 when nothing in it depends on the
+                batch element.
+            device: where to build the plan; that of the mask's tensors by default, else the CPU.
+            grad: also build the transposed bounds that backward passes read.
+            positions: also build diag, first key and ordinal of each row; the plan then has the whole ``batch``.
+
+        Raises:
+            ValueError: shapes that do not fit ``q_len``, ``k_len`` or ``batch``; tensors on several devices; and on the
+                CPU (elsewhere under ``maskops.validate()``) values that describe no layout, such as a decreasing
+                ``cu_seqlens``.
+        """
+        plan_batch, on_device = self._check_structure(q_len, k_len, batch, device, positions)
+        if on_device.type == "cpu" and not self.is_dense:
+            from maskops.ops.plan import registration
+
+            program, operands = self._program()
+            lowers = len(operands) <= registration.MAX_OPERANDS and max(q_len, k_len) < registration.MAX_LENGTH
+            if lowers and registration.available():
+                return registration.build_plan(program, operands, plan_batch, q_len, k_len, grad, positions)
+        return self._spans_by_torch(q_len, k_len, plan_batch, on_device, grad, positions)
+
+    def to_dense(
+        self, q_len: int, k_len: int, *, batch: int | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """The mask as bool (batch, heads|1, q_len, k_len), True = attend; arguments as ``spans``."""
+        allowed = self.spans(q_len, k_len, batch=batch, device=device, grad=False).to_dense()
+        return allowed if batch is None else allowed.expand(batch, -1, -1, -1)
+
+    def show(self, q_len: int, k_len: int, file: TextIO | None = None) -> None:
+        """Print a small picture: a line per query row, ``#`` where it attends (``+``: to some keys of the cell).
+
+        Args:
+            q_len: query rows.
+            k_len: keys; above 64 rows or keys a character stands for a block.
+            file: where to print, standard output by default.
+        """
+        out = sys.stdout if file is None else file
+        allowed = self.to_dense(q_len, k_len, device=None).cpu()
+        batch, heads = allowed.shape[:2]
+        row_step, key_step = max(1, -(-q_len // 64)), max(1, -(-k_len // 64))
+        block = "" if row_step == key_step == 1 else f", a character is {row_step} rows x {key_step} keys"
+        print(f"{self.text}: {q_len} query rows (down) x {k_len} keys (across){block}", file=out)
+        shown = min(batch * heads, 4)
+        for index in range(shown):
+            if batch * heads > 1:
+                print(f"batch element {index // heads}, head {index % heads}:", file=out)
+            picture = allowed[index // heads, index % heads].float()
+            for row in range(0, q_len, row_step):
+                cells = [picture[row : row + row_step, key : key + key_step] for key in range(0, k_len, key_step)]
+                line = "".join("." if not cell.any() else "#" if bool(cell.all()) else "+" for cell in cells)
+                print(line, file=out)
+        if shown < batch * heads:
+            print(f"... and {batch * heads - shown} more", file=out)
+
+    # ---- lowering ----------------------------------------------------------------------------------------------------
+
+    def _program(self) -> tuple[str, list[Tensor]]:
+        """The mask as a program of ``build_plan`` (see ``ops/plan/registration.py``) with its operands."""
+        operands = list(self.operands)
+        layouts = []
+        for layout in self.layouts:
+            if layout.tensor is None:
+                layouts.append(f"key_length {layout.length}")
+                continue
+            number = len(operands)
+            operands.append(layout.tensor)
+            if layout.kind != "cu_seqlens":
+                layouts.append(f"{layout.kind} {number}")
+                continue
+            keys = number
+            if layout.keys is not None and layout.keys is not layout.tensor:
+                keys = len(operands)
+                operands.append(layout.keys)
+            layouts.append(f"cu_seqlens {number} {keys} {int(layout.keys is not None)}")
+        return " ".join([*layouts, _span_program(self.conjuncts)]), operands
+
+    def _check_structure(
+        self, q_len: int, k_len: int, batch: int | None, device: torch.device | str | None, positions: bool
+    ) -> tuple[int, torch.device]:
+        """Check shapes and devices; the batch of the plan and the device it is built on."""
+        for name, length in (("q_len", q_len), ("k_len", k_len)):
+            if not 0 <= length <= _LONGEST:
+                raise ValueError(f"{name}={length}: expected 0 to {_LONGEST}")
+        named = [pair for layout in self.layouts for pair in layout.tensors()]
+        prefixes, dense_masks = self._operands_by_use()
+        named += [("prefix: lengths", tensor) for tensor in prefixes]
+        named += [("dense: mask", tensor) for tensor in dense_masks]
+        where = named[0][1].device if device is None and named else torch.device("cpu" if device is None else device)
+        if device is not None and where.index is None and named and named[0][1].device.type == where.type:
+            where = named[0][1].device
+        for name, tensor in named:
+            if tensor.device != where:
+                raise ValueError(f"{name} is on {tensor.device}, the plan on {where}: move it with .to({str(where)!r})")
+
+        sizes: list[tuple[str, int]] = []
+        packed = None
+        for layout in self.layouts:
+            _check_layout(layout, q_len, k_len)
+            if layout.kind == "cu_seqlens":
+                packed = layout
+            elif layout.tensor is not None:
+                sizes.append((layout.tensors()[0][0], layout.batch()))
+        documents_layout = next((layout for layout in self.layouts if layout.is_documents), None)
+        for tensor in prefixes:
+            if tensor.numel() == 1:
+                continue
+            if documents_layout is None:
+                sizes.append(("prefix: lengths", tensor.shape[0]))
+            elif documents_layout.kind == "cu_seqlens" and documents_layout.tensor is not None:
+                n_sequences = documents_layout.tensor.shape[0] - 1
+                if tensor.shape[0] != n_sequences:
+                    raise ValueError(
+                        f"prefix: lengths has {tensor.shape[0]} elements, cu_seqlens describes {n_sequences} sequences"
+                    )
+        for tensor in dense_masks:
+            if tensor.shape[2] != q_len or tensor.shape[3] != k_len:
+                raise ValueError(
+                    f"dense: mask has shape {tuple(tensor.shape)}, expected (batch|1, heads|1, {q_len}, {k_len}) for "
+                    f"q_len={q_len} and k_len={k_len}"
+                )
+            sizes.append(("dense: mask", tensor.shape[0]))
+
+        natural, source = 1, ""
+        for name, size in sizes:
+            if size == 1:
+                continue
+            if source and size != natural:
+                raise ValueError(f"{name} has batch {size}, {source} has batch {natural}")
+            natural, source = size, name
+        if packed is not None:
+            wrong = f"that of {source} is {natural}" if natural != 1 else f"got {batch}"
+            if natural != 1 or batch not in (None, 1):
+                raise ValueError(
+                    f"documents: cu_seqlens describes one packed row, so the batch must be 1; {wrong}: pack with shape "
+                    "(1, ..., total, ...) or give documents(ids)"
+                )
+        if batch is not None and source and natural != batch:
+            raise ValueError(f"{source} has batch {natural}, q has batch {batch}")
+        # Ordinals count over the whole batch, so whoever reads them needs every batch element.
+        shared_ids = documents_layout is not None and documents_layout.kind == "ids" and documents_layout.batch() == 1
+        by_ordinal = positions or (shared_ids and any(tensor.numel() > 1 for tensor in prefixes))
+        return (batch if by_ordinal and batch is not None else natural), where
+
+    def _operands_by_use(self) -> tuple[list[Tensor], list[Tensor]]:
+        dense_numbers = {number for conjunct in self.conjuncts for number in conjunct.dense}
+        prefixes = [tensor for number, tensor in enumerate(self.operands) if number not in dense_numbers]
+        return prefixes, [self.operands[number] for number in sorted(dense_numbers)]
+
+    def _spans_by_torch(
+        self, q_len: int, k_len: int, batch: int, device: torch.device, grad: bool, positions: bool
+    ) -> RowSpans:
+        """The meaning of a mask, in plain torch operations without a sync."""
+        _check_values(self, q_len, k_len, batch, device)
+        sequences = self._resolve(batch, q_len, k_len, device)
+        shape = (batch, q_len)
+        row = torch.arange(q_len, device=device)
+        inside = ((row >= sequences.q_start) & (row < sequences.q_end)).expand(shape)
+        k_start = torch.where(inside, sequences.k_start, 0)
+        k_end = torch.where(inside, torch.maximum(sequences.k_end, sequences.k_start), 0)
+        diag = torch.where(inside, k_end - sequences.q_end + row, 0)
+        ordinal = sequences.ordinal.expand(shape)
+        seeing = inside if sequences.row_holes is None else inside & ~sequences.row_holes
+
+        def value(bound: Bound) -> Tensor:
+            if isinstance(bound, Extremum):
+                better = torch.maximum if bound.pick == "max" else torch.minimum
+                return functools.reduce(better, [value(part) for part in bound.parts])
+            if bound.kind == "first":
+                return k_start
+            if bound.kind == "last":
+                return k_end
+            if bound.kind == "diag":
+                return diag + bound.value
+            if bound.kind == "prefix":
+                return k_start + bound.value
+            if bound.kind == "prefix_of":
+                lengths = self.operands[bound.value].reshape(-1).to(torch.int64)
+                if lengths.shape[0] == 0:
+                    return k_start
+                return k_start + lengths[ordinal.clamp(0, lengths.shape[0] - 1)]
+            chunk = torch.div(diag - k_start, bound.value, rounding_mode="floor")
+            return k_start + (chunk if bound.kind == "chunk_start" else chunk + 1) * bound.value
+
+        starts, ends = [], []
+        for conjunct in self.conjuncts:
+            start = torch.minimum(torch.maximum(value(conjunct.start), k_start), k_end)
+            end = torch.minimum(torch.maximum(value(conjunct.end), start), k_end)
+            starts.append(torch.where(seeing, start, 0))
+            ends.append(torch.where(seeing, end, 0))
+        start, end = torch.stack(starts), torch.stack(ends)
+        key_holes = None if sequences.key_holes is None else sequences.key_holes.expand(batch, k_len)
+        exact = None
+        if self.is_dense:
+            start, end, exact = self._dense_spans(start, end, k_len, key_holes)
+        elif len(self.conjuncts) > 1:
+            start, end = _disjoint(start, end, k_len)
+        where = None
+        if positions:
+            ordinal = torch.where(inside, ordinal, -1)
+            where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
+        return build_row_spans(start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, positions=where)
+
+    def _resolve(self, batch: int, q_len: int, k_len: int, device: torch.device) -> _Sequences:
+        """The sequence of each row: layouts intersected, ordinals from the first documents layout."""
+        every = Layout("key_length", length=k_len)
+        parts = [_sequences_of(layout, batch, q_len, k_len, device) for layout in self.layouts or (every,)]
+        counting = [part for part, layout in zip(parts, self.layouts) if layout.is_documents]
+        ordinal = counting[0].ordinal if counting else torch.arange(batch, device=device).unsqueeze(1)
+        row_holes = [part.row_holes for part in parts if part.row_holes is not None]
+        key_holes = [part.key_holes for part in parts if part.key_holes is not None]
+        return _Sequences(
+            functools.reduce(torch.maximum, [part.q_start for part in parts]),
+            functools.reduce(torch.minimum, [part.q_end for part in parts]),
+            functools.reduce(torch.maximum, [part.k_start for part in parts]),
+            functools.reduce(torch.minimum, [part.k_end for part in parts]),
+            ordinal,
+            functools.reduce(torch.logical_or, row_holes) if row_holes else None,
+            functools.reduce(torch.logical_or, key_holes) if key_holes else None,
+        )
+
+    def _dense_spans(
+        self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hull of the exact mask, one span, and the exact mask itself."""
+        key = torch.arange(k_len, device=start.device)
+        exact = None
+        for number, conjunct in enumerate(self.conjuncts):
+            inside = (key >= start[number].unsqueeze(-1)) & (key < end[number].unsqueeze(-1))
+            allowed = functools.reduce(torch.logical_and, [self.operands[i] for i in conjunct.dense], inside[:, None])
+            exact = allowed if exact is None else exact | allowed
+        assert exact is not None
+        if key_holes is not None:
+            exact = exact & ~key_holes[:, None, None]
+        seen = exact.any(1)
+        if k_len == 0:
+            return torch.zeros_like(start[:1]), torch.zeros_like(end[:1]), exact
+        high = torch.where(seen, key + 1, 0).amax(-1)
+        low = torch.minimum(torch.where(seen, key, k_len).amin(-1), high)
+        return low.unsqueeze(0), high.unsqueeze(0), exact
+
+
+def _bracketed(text: str, operator: str) -> str:
+    return f"({text})" if f" {operator} " in text else text
+
+
+def _disjoint(start: Tensor, end: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
+    """Sort the spans of each row by (start, end) and clip each to begin at the end of those before it.
+
+    Equal starts go by end, so that a span that another contains keeps its place from row to row: the bounds of a tile
+    are then tight.
+    """
+    order = (start * (k_len + 1) + end).sort(dim=0).indices
+    start, end = start.gather(0, order), end.gather(0, order)
+    starts, ends = [start[0]], [end[0]]
+    for span in range(1, start.shape[0]):
+        begin = torch.maximum(start[span], ends[-1])
+        starts.append(begin)
+        ends.append(torch.maximum(end[span], begin))
+    return torch.stack(starts), torch.stack(ends)
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def _check_layout(layout: Layout, q_len: int, k_len: int) -> None:
+    tensor = layout.tensor
+    if layout.kind.startswith("padding") and q_len != k_len:
+        raise ValueError(
+            f"padding: queries and keys share their lengths, but q_len={q_len} and k_len={k_len}: to mask keys only use "
+            "masks.key_padding(...)"
+        )
+    if tensor is None:
+        if layout.length > k_len:
+            raise ValueError(f"key_padding: lengths={layout.length} is more than k_len={k_len}")
+    elif layout.kind in ("padding_mask", "key_mask"):
+        if tensor.shape[1] != k_len:
+            name = layout.tensors()[0][0]
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (batch, {k_len}) for k_len={k_len}")
+    elif layout.kind == "ids":
+        if q_len != k_len or tensor.shape[-1] != q_len:
+            raise ValueError(
+                f"documents: ids has shape {tuple(tensor.shape)}, so q_len and k_len must both be {tensor.shape[-1]}, "
+                f"got q_len={q_len} and k_len={k_len}: for other lengths use documents(cu_seqlens=..., "
+                "cu_seqlens_k=...)"
+            )
+    elif layout.keys is None and layout.kind == "cu_seqlens" and q_len != k_len:
+        raise ValueError(
+            f"documents: cu_seqlens describes queries and keys, but q_len={q_len} and k_len={k_len}: give cu_seqlens_k "
+            "for the keys"
+        )
+
+
+def _values_can_be_read(tensors: list[Tensor], device: torch.device) -> bool:
+    """Whether values may be checked: never while tracing, never where it would sync unless asked to."""
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return False
+    # Fake tensors and tensors of function transforms are subclasses.
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return False
+    if device.type == "cpu":
+        return True
+    from maskops.backend import validating
+
+    return validating()
+
+
+def _first(bad: Tensor) -> tuple[int, ...] | None:
+    """Index of the first True, row by row."""
+    found = bad.nonzero()
+    return tuple(int(x) for x in found[0]) if found.shape[0] else None
+
+
+def _check_values(mask: Mask, q_len: int, k_len: int, batch: int, device: torch.device) -> None:
+    """The checks that read values; the C++ op makes the same ones with the same words."""
+    prefixes, _ = mask._operands_by_use()
+    tensors = [tensor for layout in mask.layouts for _, tensor in layout.tensors()] + prefixes
+    if not tensors or not _values_can_be_read(tensors, device):
+        return
+    n_sequences = None
+    for layout in mask.layouts:
+        if layout.kind == "cu_seqlens" and layout.tensor is not None:
+            _check_cu_seqlens("cu_seqlens", layout.tensor, "q_len", q_len)
+            if layout.keys is not None:
+                _check_cu_seqlens("cu_seqlens_k", layout.keys, "k_len", k_len)
+        elif layout.kind == "ids" and layout.tensor is not None:
+            count = _check_ids(layout.tensor, batch)
+            n_sequences = count if n_sequences is None else n_sequences
+        elif layout.kind in ("padding_mask", "key_mask"):
+            for name, tensor in layout.tensors():
+                at = _first((tensor != 0) & (tensor != 1))
+                if at is not None:
+                    raise ValueError(
+                        f"{name}[{at[0]}, {at[1]}]={int(tensor[at])}: a mask holds 0 and 1; for document ids use "
+                        "masks.documents(ids)"
+                    )
+        else:
+            for name, tensor in layout.tensors():
+                at = _first((tensor < 0) | (tensor > k_len))
+                if at is not None:
+                    found = int(tensor[at])
+                    fault = "is negative" if found < 0 else f"is more than k_len={k_len}"
+                    raise ValueError(f"{name}[{at[0]}]={found} {fault}")
+    has_cu_seqlens_first = next((x.kind == "cu_seqlens" for x in mask.layouts if x.is_documents), False)
+    for tensor in prefixes:
+        flat = tensor.reshape(-1)
+        at = _first(flat < 0)
+        if at is not None:
+            raise ValueError(f"prefix: lengths[{at[0]}]={int(flat[at])} is negative")
+        if n_sequences is not None and not has_cu_seqlens_first and 1 != flat.shape[0] < n_sequences:
+            raise ValueError(
+                f"prefix: lengths has {flat.shape[0]} elements, documents(ids) holds {n_sequences} sequences"
+            )
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total_name: str, total: int) -> None:
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"documents: {name}[0]={int(cu_seqlens[0])}: must be 0")
+    at = _first(cu_seqlens[1:] < cu_seqlens[:-1])
+    if at is not None:
+        i = at[0]
+        raise ValueError(
+            f"documents: {name}[{i + 1}]={int(cu_seqlens[i + 1])} < {name}[{i}]={int(cu_seqlens[i])}: cumulative lengths "
+            "never decrease"
+        )
+    if int(cu_seqlens[-1]) > total:
+        raise ValueError(f"documents: {name}[-1]={int(cu_seqlens[-1])} is more than {total_name}={total}")
+
+
+def _check_ids(ids: Tensor, batch: int) -> int:
+    """Check document ids; how many sequences they hold over the whole batch."""
+    rows = ids.unsqueeze(0) if ids.dim() == 1 else ids
+
+    def name(row: int, column: int) -> str:
+        return f"ids[{column}]" if ids.dim() == 1 else f"ids[{row}, {column}]"
+
+    count = 0
+    for row, values in enumerate(rows.tolist()):
+        finished: set[int] = set()
+        for column, value in enumerate(values):
+            if value < -1:
+                raise ValueError(f"documents: {name(row, column)}={value} is negative (only -1 marks padding)")
+            if column and value == values[column - 1]:
+                continue
+            if value >= 0:
+                if value in finished:
+                    raise ValueError(
+                        f"documents: {name(row, column)}={value} returns after {name(row, column - 1)}="
+                        f"{values[column - 1]}: the rows of a document must be contiguous"
+                    )
+                finished.add(value)
+        count += len(finished)
+    return count * (batch if rows.shape[0] == 1 else 1)
+
+
+def _check_integers(name: str, value: object, dims: tuple[int, ...], meaning: str, *, mask: bool = False) -> Tensor:
+    """``value`` as a tensor of integers (bool as well for a mask) with one of ``dims`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {meaning}, got {type(value).__name__}")
+    if value.dim() not in dims:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {meaning}")
+    if value.dtype == torch.bool and mask:
+        return value
+    if value.dtype not in _INTEGERS:
+        kinds = "bool or integers" if mask else "integers"
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {kinds} {meaning}")
+    return value
+
+
+# ---- the masks -------------------------------------------------------------------------------------------------------
+
+
+def _shape_text(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) if tensor.dim() else "scalar"
+
+
+def full() -> Mask:
+    """Every query of a sequence attends to every key of it; the neutral element of ``&``."""
+    return Mask("full()")
+
+
+def causal() -> Mask:
+    """Key ``j`` is allowed iff ``j <= diag``: bottom-right aligned, the last query sees the last key."""
+    return Mask("causal()", conjuncts=(Conjunct(FIRST, Term("diag", 1), ()),))
+
+
+def sliding_window(left: int | None, right: int | None) -> Mask:
+    """Key ``j`` is allowed iff ``diag - left <= j <= diag + right``.
+
+    Args:
+        left: keys to the left of the aligned one, at least 0; None or -1 = unbounded.
+        right: keys to the right of it, likewise.
+    """
+    ends: list[Bound] = []
+    for name, width in (("left", left), ("right", right)):
+        if width is None or width == -1:
+            ends.append(FIRST if name == "left" else LAST)
+            continue
+        if isinstance(width, bool) or not isinstance(width, (int, torch.SymInt)):
+            raise TypeError(f"sliding_window: {name} is {type(width).__name__}, expected an int or None")
+        if width < 0:
+            raise ValueError(f"sliding_window: {name}={width}: expected 0 or more, or -1 or None for unbounded")
+        ends.append(Term("diag", -width if name == "left" else width + 1))
+    return Mask(f"sliding_window({left}, {right})", conjuncts=(Conjunct(ends[0], ends[1], ()),))
+
+
+def prefix(lengths: int | Tensor) -> Mask:
+    """The first keys of each sequence: key ``j`` is allowed iff ``j < k_start + lengths[ordinal]``.
+
+    ``causal() | prefix(n)`` is a prefix-LM; ``causal() & (sliding_window(w, 0) | prefix(4))`` first tokens and a window.
+
+    Args:
+        lengths: keys of the prefix: an int, a tensor of one element, or integers (n_sequences,) in the order of the
+            sequences (the batch without documents). Longer than a sequence is legal.
+    """
+    if isinstance(lengths, bool):
+        raise TypeError("prefix: lengths is bool, expected an int or a tensor of integers (n_sequences,)")
+    if isinstance(lengths, (int, torch.SymInt)):
+        if lengths < 0:
+            raise ValueError(f"prefix: lengths={lengths} is negative")
+        return Mask(f"prefix({lengths})", conjuncts=(Conjunct(FIRST, Term("prefix", lengths), ()),))
+    tensor = _check_integers("prefix: lengths", lengths, (0, 1), "(n_sequences,) or an int")
+    return Mask(
+        f"prefix({_shape_text(tensor)} tensor)",
+        conjuncts=(Conjunct(FIRST, Term("prefix_of", 0), ()),),
+        operands=(tensor,),
+    )
+
+
+def chunked(size: int) -> Mask:
+    """Sequences are cut into chunks of ``size`` keys from their first one; a query sees the chunk it stands in."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"chunked: size is {type(size).__name__}, expected an int")
+    if size < 1:
+        raise ValueError(f"chunked: size={size}: expected 1 or more")
+    return Mask(f"chunked({size})", conjuncts=(Conjunct(Term("chunk_start", size), Term("chunk_end", size), ()),))
+
+
+def padding(lengths_or_mask: Tensor, side: str = "right") -> Mask:
+    """Padded sequences whose queries and keys share their lengths (``q_len == k_len``); padded query rows see nothing.
+
+    Args:
+        lengths_or_mask: integers (B,) = lengths, or bool or 0/1 integers (B, S) = mask, True = a real token; left
+            padding and holes are read from the mask.
+        side: "right" or "left": where the padding of ``lengths`` lies.
+    """
+    if side not in ("right", "left"):
+        raise ValueError(f"padding: side={side!r}: expected 'right' or 'left'")
+    is_mask = isinstance(lengths_or_mask, Tensor) and lengths_or_mask.dim() == 2
+    name = "padding: mask" if is_mask else "padding: lengths"
+    tensor = _check_integers(name, lengths_or_mask, (1, 2), "(batch,) lengths or (batch, length) mask", mask=is_mask)
+    suffix = "" if is_mask or side == "right" else ", side='left'"
+    kind = "padding_mask" if is_mask else f"padding_{side}"
+    return Mask(f"padding({_shape_text(tensor)}{suffix})", layouts=(Layout(kind, tensor),))
+
+
+def key_padding(lengths_or_mask: int | Tensor) -> Mask:
+    """Keys beyond a length, or where a mask is 0, are not there; queries are all real (cross-attention, KV cache).
+
+    Args:
+        lengths_or_mask: an int or integers (B,) = keys in use, or bool or 0/1 integers (B, Sk) = mask, True = a real key.
+    """
+    if isinstance(lengths_or_mask, bool):
+        raise TypeError("key_padding: lengths is bool, expected an int or a tensor")
+    if isinstance(lengths_or_mask, (int, torch.SymInt)):
+        if lengths_or_mask < 0:
+            raise ValueError(f"key_padding: lengths={lengths_or_mask} is negative")
+        return Mask(f"key_padding({lengths_or_mask})", layouts=(Layout("key_length", length=lengths_or_mask),))
+    is_mask = isinstance(lengths_or_mask, Tensor) and lengths_or_mask.dim() == 2
+    name = "key_padding: mask" if is_mask else "key_padding: lengths"
+    meaning = "(batch,) lengths or (batch, k_len) mask"
+    tensor = _check_integers(name, lengths_or_mask, (0, 1, 2), meaning, mask=is_mask)
+    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    kind = "key_mask" if is_mask else "key_lengths"
+    return Mask(f"key_padding({_shape_text(tensor)})", layouts=(Layout(kind, tensor),))
+
+
+def documents(
+    ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None
+) -> Mask:
+    """Several sequences in one row, none of which sees another. Give exactly one of ``ids`` and ``cu_seqlens``.
+
+    Args:
+        ids: integers (S,) or (B, S): the document of each token, -1 = padding; the tokens of a document are contiguous.
+        cu_seqlens: integers (n_sequences + 1,): cumulative lengths of one packed row (batch 1), starting at 0. Its end
+            may lie before the end of the row, and it may be padded with its last value.
+        cu_seqlens_k: the same for the keys, where they differ from the queries.
+    """
+    if (ids is None) == (cu_seqlens is None):
+        raise ValueError("documents: give exactly one of ids and cu_seqlens")
+    if ids is not None:
+        if cu_seqlens_k is not None:
+            raise ValueError("documents: cu_seqlens_k goes with cu_seqlens, not with ids")
+        tensor = _check_integers("documents: ids", ids, (1, 2), "(length,) or (batch, length)")
+        return Mask(f"documents({_shape_text(tensor)})", layouts=(Layout("ids", tensor),))
+    queries = _check_integers("documents: cu_seqlens", cu_seqlens, (1,), "(n_sequences + 1,)")
+    named = [("cu_seqlens", queries)]
+    if cu_seqlens_k is not None:
+        keys = _check_integers("documents: cu_seqlens_k", cu_seqlens_k, (1,), "(n_sequences + 1,)")
+        named.append(("cu_seqlens_k", keys))
+        if keys.shape != queries.shape:
+            raise ValueError(
+                f"documents: cu_seqlens has {queries.shape[0]} elements, cu_seqlens_k has {keys.shape[0]}: queries and "
+                "keys need the same number of sequences"
+            )
+    for name, tensor in named:
+        if tensor.shape[0] == 0:
+            raise ValueError(f"documents: {name} is empty, expected (n_sequences + 1,), at least [0]")
+    text = f"documents(cu_seqlens={_shape_text(queries)}{'' if cu_seqlens_k is None else ', cu_seqlens_k'})"
+    return Mask(text, layouts=(Layout("cu_seqlens", queries, cu_seqlens_k),))
+
+
+def dense(mask: Tensor) -> Mask:
+    """An explicit mask for what no span describes; exact, never its hull, and slower than spans.
+
+    Args:
+        mask: bool (batch|1, heads|1, q_len, k_len), True = attend.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"dense: mask: expected a bool tensor, got {type(mask).__name__}")
+    if mask.dim() != 4:
+        fix = ": for padding use masks.padding(mask)" if mask.dim() == 2 else ""
+        raise ValueError(f"dense: mask has shape {tuple(mask.shape)}, expected (batch|1, heads|1, q_len, k_len){fix}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"dense: mask has dtype {mask.dtype}, expected torch.bool, True = attend; an additive mask is bias="
+        )
+    return Mask(f"dense({_shape_text(mask)})", conjuncts=(Conjunct(FIRST, LAST, (0,)),), operands=(mask,))

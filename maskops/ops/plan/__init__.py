@@ -1,0 +1,1 @@
+"""Lowering of masks to RowSpans in one call."""
