@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace maskops {
+#include "element.h"
 
-enum class Element : int32_t { float32, bfloat16, float16 };
+namespace maskops {
 
 // A (batch, heads, rows, width) tensor whose last dimension is contiguous. Strides count elements.
 struct StridedRows {

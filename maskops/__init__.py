@@ -35,14 +35,17 @@ _warn_about_namesake()
 from maskops import masks
 from maskops.backend import BackendFallbackWarning, backends, use_backend, validate
 from maskops.ops.attention.api import attention, varlen_attention
+from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy
 from maskops.spans import RowSpans
 
 __all__ = [
     "BackendFallbackWarning",
+    "CrossEntropyOutput",
     "RowSpans",
     "__version__",
     "attention",
     "backends",
+    "cross_entropy",
     "masks",
     "use_backend",
     "validate",

@@ -10,6 +10,8 @@ struct AttentionBackward;
 struct AttentionForward;
 struct AttentionShape;
 struct BackwardTask;
+struct CrossEntropyBackward;
+struct CrossEntropyForward;
 struct LaneBlock;
 
 // One task of each kernel; schedules, threads and memory are the caller's (attention.cpp, ...).
@@ -22,6 +24,9 @@ struct KernelTable {
   void (*attention_backward)(const AttentionBackward&, const BackwardTask&, char* scratch);
   void (*attention_backward_merge)(const AttentionBackward&, const BackwardTask*, int n_tasks, int64_t key,
                                    float* scratch);
+  void (*cross_entropy_forward)(const CrossEntropyForward&, int64_t row_begin, int64_t row_end);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
+  void (*cross_entropy_backward_streaming)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
 };
 
 // Each is defined by one isa_*.cpp.

@@ -16,4 +16,5 @@
 #endif
 
 #include "attention.h"
+#include "cross_entropy.h"
 #include "isa.h"

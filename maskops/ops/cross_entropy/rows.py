@@ -1,0 +1,153 @@
+"""Which rows of the logits count, against which label, with what weight; and how their losses become one number.
+
+Tensor operations on one value per row, the same for every backend: no value is read back, so nothing waits for a
+device. A row is skipped by giving it the label ``ignore_index``.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from maskops.backend import validating
+
+# Sums are cut into pieces of a fixed size, because torch cuts a long one by the number of threads.
+_PIECE = 4096
+
+
+class Scoring(NamedTuple):
+    """How a row is scored: the numbers of ``maskops.cross_entropy``, and which extra results are wanted."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+    entropy: bool
+    argmax: bool
+
+
+class Rows(NamedTuple):
+    """What every row of the logits is scored against.
+
+    Attributes:
+        labels: (N,), target's dtype; ``ignore_index`` where the row is skipped.
+        weights: (N,) in the dtype of the loss, 0 where the row is skipped; None: 1 for every row that is kept.
+        kept: (N,) bool.
+        sequence: (N,) int64, the ordinal of the row's sequence in ``cu_seqlens``, n_sequences outside of all; None
+            without ``cu_seqlens``.
+        n_sequences: how many sequences ``cu_seqlens`` has; 0 without.
+    """
+
+    labels: Tensor
+    weights: Tensor | None
+    kept: Tensor
+    sequence: Tensor | None
+    n_sequences: int
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether values may be checked here: on the CPU, under ``maskops.validate()`` elsewhere, never in a trace."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return False
+    return tensor.device.type == "cpu" or validating()
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises ValueError for the first label of a kept row that is outside the vocabulary. The C++ op does the same."""
+    outside = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if bool(outside.any()):
+        row = int(outside.int().argmax())
+        raise ValueError(
+            f"target: the label that row {row} of the logits is scored against is {int(labels[row])}, outside the "
+            f"vocabulary of {vocabulary}. Rows to skip hold ignore_index ({ignore_index}) or are masked"
+        )
+
+
+def select_rows(
+    target: Tensor,
+    *,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    dtype: torch.dtype,
+) -> Rows:
+    """Folds the mask, the weights, the sequences and the shift into one label per row of the logits."""
+    labels = target
+    weights = None
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, ignore_index)
+    if token_weights is not None:
+        weights = token_weights.to(dtype)
+        labels = labels.masked_fill(weights == 0, ignore_index)
+    sequence, n_sequences = None, 0
+    if cu_seqlens is not None:
+        labels = labels.reshape(-1)
+        weights = None if weights is None else weights.reshape(-1)
+        n_sequences = cu_seqlens.shape[0] - 1
+        index = torch.arange(labels.shape[0], device=labels.device)
+        sequence = torch.bucketize(index, cu_seqlens[1:].long(), right=True)
+        labels = labels.masked_fill(sequence == n_sequences, ignore_index)
+    if shift and target.numel() > 0:
+        # A row's label is that of the next token. The logits stay where they are.
+        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        if sequence is not None:
+            labels = labels.masked_fill(sequence != F.pad(sequence[1:], (0, 1), value=-1), ignore_index)
+        weights = None if weights is None else F.pad(weights[..., 1:], (0, 1))
+    labels = labels.reshape(-1)
+    kept = labels != ignore_index
+    if weights is not None:
+        weights = torch.where(kept, weights.reshape(-1), 0.0)
+    return Rows(labels, weights, kept, sequence, n_sequences)
+
+
+def _total(values: Tensor) -> Tensor:
+    """Sum over the last dimension, the same bits for any number of threads."""
+    length = values.shape[-1]
+    if length <= _PIECE:
+        return values.sum(-1)
+    pieces = F.pad(values, (0, -length % _PIECE))
+    return pieces.reshape(*values.shape[:-1], -1, _PIECE).sum(-1).sum(-1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0, with zero gradient, where the denominator is 0."""
+    denominator = denominator.to(numerator.dtype)
+    return numerator / denominator.masked_fill(denominator == 0, math.inf)
+
+
+def reduce_rows(
+    loss: Tensor, rows: Rows, *, shape: torch.Size, reduction: str, num_items: int | Tensor | None
+) -> Tensor:
+    """Weighs the losses of the rows (N,) and reduces them as ``maskops.cross_entropy`` documents.
+
+    Args:
+        shape: target's shape: that of the result under ``"none"``; ``"sequence_mean"`` takes its leading dimension for
+            the sequences where there are no ``cu_seqlens``.
+    """
+    weighted = loss if rows.weights is None else loss * rows.weights
+    if reduction == "none":
+        return weighted.reshape(shape)
+    if reduction == "sum":
+        return _total(weighted)
+    if reduction == "mean":
+        if num_items is None:
+            return _ratio(_total(weighted), rows.kept.sum() if rows.weights is None else _total(rows.weights))
+        if isinstance(num_items, Tensor):
+            return _ratio(_total(weighted), num_items.detach().reshape(()).to(loss.device))
+        return _total(weighted) / (num_items if num_items != 0 else math.inf)
+    weights = rows.kept.to(loss.dtype) if rows.weights is None else rows.weights
+    if rows.sequence is None:
+        totals, denominators = _total(weighted.reshape(shape)), _total(weights.reshape(shape))
+        counts = rows.kept.reshape(shape).sum(-1)
+    else:
+        sequence, places = rows.sequence, rows.n_sequences + 1
+        totals = weighted.new_zeros(places).index_add(0, sequence, weighted)[:-1]
+        denominators = weighted.new_zeros(places).index_add(0, sequence, weights)[:-1]
+        counts = sequence.new_zeros(places).index_add(0, sequence, rows.kept.long())[:-1]
+    return _ratio(_total(_ratio(totals, denominators)), (counts > 0).sum())
