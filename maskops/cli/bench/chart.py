@@ -1,0 +1,207 @@
+"""One picture of a run: the speeds of a training step, one batch with its spans, the speed-up over the fill factor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskops.cli.bench.measure import Row
+from maskops.cli.bench.report import HABIT, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INK = "#1f2933"
+_FAINT = "#9aa5b1"
+_PADDING = "#e4e7eb"
+_THEIRS = "#7b8794"
+_HABIT = "#cf8a7a"
+_OURS = ("#2f6fb0", "#0b3d6e")
+_BEST = "#3e4c59"
+
+
+def available() -> str | None:
+    """None if a chart can be drawn, else the reason why not with the command that helps."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "matplotlib is not installed: pip install matplotlib (or the extra: torch-maskops[bench])"
+    return None
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draws the report as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14.4, 5.4), dpi=125, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2,
+        3,
+        width_ratios=(1.25, 1.0, 1.15),
+        height_ratios=(0.36, 0.64),
+        left=0.16,
+        right=0.985,
+        top=0.83,
+        bottom=0.15,
+        wspace=0.24,
+        hspace=0.42,
+    )
+    _speeds(figure.add_subplot(grid[:, 0]), report)
+    _padded_batch(figure.add_subplot(grid[0, 1]), report.picture)
+    _spans(figure.add_subplot(grid[1, 1]), report.picture)
+    _fill_factor(figure.add_subplot(grid[:, 2]), report)
+    machine, settings = report.machine, report.settings
+    figure.text(
+        0.012, 0.945, "Training on real text without computing the padding", fontsize=15, weight="bold", color=_INK
+    )
+    figure.text(
+        0.012,
+        0.03,
+        f"{machine.device}, {machine.threads} threads · {settings['dtype']}, {settings['layers']} layers, width "
+        f"{settings['width']}, {settings['heads']} heads, vocabulary {settings['vocabulary']:,} · "
+        f"{report.documents['source']}, tokenizer {report.documents['tokenizer']} · "
+        f"torch {machine.torch}, maskops {machine.maskops} ({machine.commit}) · medians of interleaved rounds",
+        fontsize=7.5,
+        color=_THEIRS,
+    )
+    figure.savefig(path)
+
+
+def _bare(axes: "Axes", *, keep: Sequence[str] = ()) -> None:
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in keep)
+        spine.set_color(_FAINT)
+    axes.tick_params(length=0, colors=_INK, labelsize=8.5)
+
+
+def _title(axes: "Axes", text: str, note: str = "") -> None:
+    lines = note.count("\n") + 1 if note else 0
+    axes.set_title(text, loc="left", fontsize=10.5, color=_INK, weight="bold", pad=8 + 12 * lines)
+    axes.annotate(note, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=_THEIRS)
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    ours = iter(_OURS * len(rows))
+    return {row.name: next(ours) if row.ours else _HABIT if row.habit else _THEIRS for row in rows}
+
+
+def _speeds(axes: "Axes", report: Report) -> None:
+    table = report.table("step", True)
+    rows = list(reversed(table.rows))
+    colours = _colours(table.rows)
+    longest = max((row.tokens_per_second or 0.0 for row in rows), default=0.0) or 1.0
+    for height, row in enumerate(rows):
+        if row.tokens_per_second is None:
+            axes.text(0, height, f" {(row.problem or '').split(':')[0]}", va="center", fontsize=8.5, color=_HABIT)
+            continue
+        axes.barh(height, row.tokens_per_second, color=colours[row.name], height=0.66)
+        speedup = "" if row.speedup is None else f"  {row.speedup:.2f}×"
+        best = "  best of torch" if row.name == table.baseline else ""
+        axes.text(
+            row.tokens_per_second + 0.015 * longest,
+            height,
+            f"{row.tokens_per_second:,.0f}{speedup}{best}",
+            va="center",
+            fontsize=8.5,
+            color=_INK,
+            weight="bold" if row.ours else "normal",
+        )
+    axes.set_yticks(range(len(rows)), [_folded(row) for row in rows])
+    axes.set_xlim(0, 1.42 * longest)
+    axes.set_xticks([])
+    _bare(axes, keep=("left",))
+    fill = next((waste.fill for waste in report.waste if waste.layout.startswith("random")), None)
+    filled = "" if fill is None else f"; random batches are {1 - fill:.0%} padding"
+    _title(axes, "Training step, real tokens per second", f"× of the best variant without maskops{filled}")
+
+
+def _folded(row: Row) -> str:
+    """The label in two lines: after the comma, or before what explains it."""
+    return f"{row.name}\n({HABIT})" if row.habit else row.name.replace(", ", ",\n")
+
+
+def _padded_batch(axes: "Axes", lengths: Sequence[int]) -> None:
+    longest = max(lengths)
+    for row, length in enumerate(lengths):
+        axes.barh(row, longest, color=_PADDING, height=0.8)
+        axes.barh(row, length, color=_shade(row, len(lengths)), height=0.8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, longest)
+    axes.set_yticks([])
+    axes.set_xticks([0, longest])
+    _bare(axes)
+    filled = sum(lengths) / (longest * len(lengths))
+    _title(axes, f"One batch of {len(lengths)} documents: {1 - filled:.0%} padding")
+
+
+def _spans(axes: "Axes", lengths: Sequence[int]) -> None:
+    """The packed batch: for each query row the keys from its start to its end."""
+    first = 0
+    for row, length in enumerate(lengths):
+        rows = range(first, first + length + 1)
+        axes.fill_betweenx(list(rows), first, list(rows), color=_shade(row, len(lengths)), linewidth=0)
+        axes.plot([first, first], [first, first + length], color=_INK, linewidth=0.5)
+        first += length
+    pairs = sum(length * (length + 1) / 2 for length in lengths)
+    padded = len(lengths) * max(lengths) ** 2
+    axes.set_xlim(0, first)
+    axes.set_ylim(first, 0)
+    axes.set_aspect("equal", anchor="W")
+    axes.set_xticks([0, first])
+    axes.set_yticks([0, first])
+    axes.set_xlabel("keys", fontsize=8.5, color=_INK, labelpad=-6)
+    axes.set_ylabel("query rows", fontsize=8.5, color=_INK, labelpad=-14)
+    _bare(axes, keep=("left", "bottom"))
+    _title(axes, "The same, packed: each row's span")
+    axes.annotate(
+        f"{pairs / 1e3:,.0f} k pairs\ninstead of\n{padded / 1e3:,.0f} k",
+        (1.0, 0.97),
+        xycoords="axes fraction",
+        fontsize=8.5,
+        color=_INK,
+        va="top",
+        ha="right",
+    )
+
+
+def _shade(row: int, rows: int) -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("documents", ["#0b3d6e", "#2f6fb0", "#7db2dd"])(row / max(rows - 1, 1))
+
+
+def _fill_factor(axes: "Axes", report: Report) -> None:
+    if not report.sweep:
+        axes.set_axis_off()
+        return
+    fills = [point.fill for point in report.sweep]
+    rows = report.sweep[0].table.rows
+    colours = _colours(rows)
+    drawn = [index for index, row in enumerate(rows) if row.ours or row.habit]
+    for index in drawn:
+        points = [(fill, point.table.rows[index].speedup) for fill, point in zip(fills, report.sweep, strict=True)]
+        line = [(fill, speedup) for fill, speedup in points if speedup is not None]
+        if not line:
+            continue
+        row = rows[index]
+        axes.plot(*zip(*line, strict=True), color=colours[row.name], marker="o", markersize=4.5, linewidth=2)
+    axes.axhline(1.0, color=_BEST, linewidth=1, linestyle=(0, (4, 3)))
+    axes.text(1.0, 1.0, "break-even", fontsize=8, color=_BEST, ha="right", va="bottom")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(min(fills) - 0.03, max(fills) + 0.03)
+    axes.set_xticks(fills, [f"{fill:g}" for fill in fills])
+    axes.yaxis.grid(True, color=_PADDING, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("fill factor: share of the padded batch that is text", fontsize=8.5, color=_INK)
+    names = [f"{rows[index].name} ({HABIT})" if rows[index].habit else rows[index].name for index in drawn]
+    lines = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    axes.legend(lines, names, fontsize=8.5, frameon=False, labelcolor=_INK)
+    _bare(axes, keep=("bottom",))
+    count, longest = len(report.sweep[0].lengths), max(report.sweep[0].lengths)
+    _title(
+        axes,
+        "Speed-up over the fill factor",
+        f"training step, × of the best variant without maskops;\n"
+        f"real text cut to {count} chosen lengths of up to {longest} tokens",
+    )
