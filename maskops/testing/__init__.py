@@ -1,0 +1,27 @@
+"""Public testing kit: cases, and checks of any attention function against a float64 oracle.
+
+from maskops import testing
+
+def mine(q, k, v, allowed, *, softmax_scale):
+    return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=softmax_scale, enable_gqa=True)
+
+for case in testing.cases("attention"):
+    testing.check(mine, case, parts=("numbers", "readout", "invariances")).raise_if_failed()
+"""
+
+from maskops.testing.cases import Case, cases
+from maskops.testing.check import PARTS, Budget, Finding, Report, check, error_budget, plain_attention
+from maskops.testing.own import attention_on
+
+__all__ = [
+    "PARTS",
+    "Budget",
+    "Case",
+    "Finding",
+    "Report",
+    "attention_on",
+    "cases",
+    "check",
+    "error_budget",
+    "plain_attention",
+]
