@@ -92,7 +92,6 @@ class Backend:
 def _extension_reason() -> str | None:
     from maskops import extension
 
-    extension.load()
     return extension.reason()
 
 
@@ -159,7 +158,6 @@ def _environment(value: str) -> _Preference:
             )
         from maskops import extension
 
-        extension.load()
         if extension.reason() is None:
             extension.select_instruction_set(instruction_set)
     return _Preference(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,15 @@ _REPORT = Path(__file__).with_name("_build_report.json")
 REBUILD_COMMAND = f"{Path(sys.executable).name} -m pip install --force-reinstall --no-deps --no-cache-dir torch-maskops"
 
 
-@functools.cache
+def _why_not_built() -> str:
+    reason = f"the C++ extension was never built in {_LIBRARY.parent}"
+    if _REPORT.exists():
+        reported = json.loads(_REPORT.read_text()).get("reason")
+        if reported:
+            reason = f"the C++ extension was not built: {reported}"
+    return f"{reason}; rebuild with: {REBUILD_COMMAND}"
+
+
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if not _LIBRARY.exists():
         return None, _why_not_built()
@@ -30,23 +37,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-def _why_not_built() -> str:
-    reason = f"the C++ extension was never built in {_LIBRARY.parent}"
-    if _REPORT.exists():
-        reported = json.loads(_REPORT.read_text()).get("reason")
-        if reported:
-            reason = f"the C++ extension was not built: {reported}"
-    return f"{reason}; rebuild with: {REBUILD_COMMAND}"
-
-
-def load() -> None:
-    """Load the extension once, which registers its operators; `reason` says whether that worked."""
-    _load()
+# Loaded with this module, so that whether it is there is a plain fact that torch.compile may read while it traces.
+_library, _reason = _load()
 
 
 def reason() -> str | None:
     """Why the extension is missing, with the command that rebuilds it; None when it is loaded."""
-    return _load()[1]
+    return _reason
 
 
 def path() -> Path:
@@ -61,14 +58,12 @@ def compiler() -> str | None:
 
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets that both the binary and this processor have, narrowest first; () without the extension."""
-    library = _load()[0]
-    return () if library is None else tuple(library.maskops_instruction_sets().decode().split())
+    return () if _library is None else tuple(_library.maskops_instruction_sets().decode().split())
 
 
 def instruction_set() -> str | None:
     """The instruction set in use; None without the extension."""
-    library = _load()[0]
-    return None if library is None else str(library.maskops_instruction_set().decode())
+    return None if _library is None else str(_library.maskops_instruction_set().decode())
 
 
 def select_instruction_set(name: str) -> None:
@@ -77,7 +72,6 @@ def select_instruction_set(name: str) -> None:
     Raises:
         ValueError: if this processor or binary does not have it; the message lists those it has.
     """
-    library = _load()[0]
-    if library is None or not library.maskops_select_instruction_set(name.encode()):
+    if _library is None or not _library.maskops_select_instruction_set(name.encode()):
         have = ", ".join(instruction_sets()) or "none"
         raise ValueError(f"instruction set must be one of those that this machine has ({have}), got {name!r}")

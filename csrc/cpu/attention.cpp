@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "isa.h"
@@ -56,32 +57,38 @@ int64_t pairs_of(const Spans& spans, const AttentionShape& shape) {
 void attention_forward(const AttentionForward& p, const Threads& threads) {
   const AttentionShape& shape = p.shape;
   const auto group = static_cast<int32_t>(shape.heads / shape.kv_heads);
-  struct Task {
-    LaneBlock block;
-    int64_t cost;
-  };
-  std::vector<Task> tasks;
-  for (int64_t tile = 0; tile < p.spans.n_tiles; tile++) {
-    const int32_t* item = tile_at(p.spans, tile);
-    const int32_t lanes = item[2] * group;
-    for (int64_t batch = item[0]; batch < shape.batch; batch += p.spans.plan_batch) {
+  // Tasks of one (batch element, key head) stay together, so that its keys and values come from a core's own cache; the
+  // longest first within it, so that the short ones at the very end level the threads.
+  std::vector<int64_t> longest_first(p.spans.n_tiles);
+  std::iota(longest_first.begin(), longest_first.end(), 0);
+  std::stable_sort(longest_first.begin(), longest_first.end(), [&](int64_t a, int64_t b) {
+    const int32_t *item_a = tile_at(p.spans, a), *item_b = tile_at(p.spans, b);
+    return item_a[0] != item_b[0] ? item_a[0] < item_b[0] : item_a[3] > item_b[3];
+  });
+  std::vector<LaneBlock> tasks;
+  for (int64_t begin = 0, end = 0; begin < p.spans.n_tiles; begin = end) {
+    const int32_t plan_batch = tile_at(p.spans, longest_first[begin])[0];
+    while (end < p.spans.n_tiles && tile_at(p.spans, longest_first[end])[0] == plan_batch) end++;
+    for (int64_t batch = plan_batch; batch < shape.batch; batch += p.spans.plan_batch) {
       for (int32_t head = 0; head < shape.kv_heads; head++) {
-        for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
-          const int32_t end = std::min(lanes, lane + BLOCK_LANES);
-          const int64_t cost = static_cast<int64_t>(item[3]) * group * (end - lane) / lanes;
-          tasks.push_back({{static_cast<int32_t>(batch), head, item[1], item[2], lane, end}, cost});
+        for (int64_t i = begin; i < end; i++) {
+          const int32_t* item = tile_at(p.spans, longest_first[i]);
+          const int32_t lanes = item[2] * group;
+          for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
+            tasks.push_back({static_cast<int32_t>(batch), head, item[1], item[2], lane,
+                             std::min(lanes, lane + BLOCK_LANES)});
+          }
         }
       }
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
 
   const double flops = 2.0 * pairs_of(p.spans, shape) * (shape.head_dim + shape.value_dim);
   const KernelTable& table = kernels();
   struct Context {
     const AttentionForward& p;
     const KernelTable& table;
-    const std::vector<Task>& tasks;
+    const std::vector<LaneBlock>& tasks;
     std::vector<Memory> scratch;
   } context{p, table, tasks, {}};
   const int workers = useful_workers(threads, flops, static_cast<int64_t>(tasks.size()));
@@ -90,7 +97,7 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
       static_cast<int64_t>(tasks.size()), workers,
       [](int64_t task, int worker, void* pointer) {
         auto& context = *static_cast<Context*>(pointer);
-        context.table.attention_forward(context.p, context.tasks[task].block, context.scratch[worker].get());
+        context.table.attention_forward(context.p, context.tasks[task], context.scratch[worker].get());
       },
       &context);
 }
