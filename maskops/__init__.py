@@ -32,11 +32,11 @@ def _warn_about_namesake() -> None:
 _check_torch(torch.__version__)
 _warn_about_namesake()
 
-from maskops import masks
-from maskops.backend import BackendFallbackWarning, backends, use_backend, validate
-from maskops.ops.attention.api import attention, varlen_attention
-from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy
-from maskops.spans import RowSpans
+from maskops import masks, testing  # noqa: E402
+from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
+from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
+from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
+from maskops.spans import RowSpans  # noqa: E402
 
 __all__ = [
     "BackendFallbackWarning",
@@ -47,6 +47,7 @@ __all__ = [
     "backends",
     "cross_entropy",
     "masks",
+    "testing",
     "use_backend",
     "validate",
     "varlen_attention",

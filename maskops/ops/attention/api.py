@@ -261,7 +261,8 @@ def _check_bias(bias: Tensor, sizes: tuple[int, int, int, int], device: torch.de
         size not in (1, full) for size, full in zip(reversed(bias.shape), reversed(sizes), strict=False)
     ):
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}: expected one that broadcasts to (batch, heads, q_len, k_len) = {sizes}"
+            f"bias has shape {tuple(bias.shape)}: expected one that broadcasts to (batch, heads, "
+            f"q_len, k_len) = {sizes}"
         )
     _check_device("bias", bias, device)
     return bias[(None,) * (4 - bias.dim())]

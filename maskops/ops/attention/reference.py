@@ -128,7 +128,7 @@ def _positions(spans: RowSpans, batch: slice, batch_size: int, block: _Block) ->
 def _kept(
     seed: Tensor, dropout_p: float, heads: int, block: _Block, positions: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """Which scores dropout keeps, (batch, heads, rows, keys). Depends on places in a sequence alone, never on layout."""
+    """Which scores dropout keeps, (batch, heads, rows, keys): a matter of places in a sequence alone, not of layout."""
     diagonal, first, ordinal = positions
     key = torch.arange(block.key, block.key_end, device=seed.device)
     head = torch.arange(heads, device=seed.device)[:, None, None]

@@ -1,0 +1,30 @@
+"""Session settings: memory that was never written holds NaN, warnings are errors, skips are counted by reason."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes mistakes loud."""
+    # Outputs that a kernel does not write hold NaN (or the largest integer) instead of what happened to be there.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    # On the small shapes of tests a second thread costs more than it brings; what depends on threads sets their number.
+    torch.set_num_threads(1)
+    config.addinivalue_line("filterwarnings", "error")
+    # torch.compile warns about its own internals.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many tests each reason has skipped."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section("skips by reason")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:5d}  {reason}")
