@@ -1,0 +1,232 @@
+"""What maskops.cross_entropy refuses, by the words of the refusal."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskops
+from maskops import extension
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if (available := maskops.backends()[request.param]) != "available":
+        pytest.skip(f"{request.param}: {available}")
+    with maskops.use_backend(request.param):
+        yield request.param
+
+
+LOGITS = torch.zeros(2, 3, 10)
+TARGET = torch.zeros(2, 3, dtype=torch.int64)
+
+BAD_TENSORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, "logits has dtype int64: expected float32, bfloat16, float16 or float64", {"logits": LOGITS.long()}),
+    (ValueError, "logits has shape (): expected (..., V) with at least one column", {"logits": torch.zeros(())}),
+    (
+        ValueError,
+        "logits has shape (2, 3, 0): expected (..., V) with at least one column",
+        {"logits": torch.zeros(2, 3, 0)},
+    ),
+    (
+        TypeError,
+        "target has dtype float32: expected int64 or int32: class probabilities are not taken, only labels",
+        {"target": LOGITS},
+    ),
+    (TypeError, "target has dtype int16: expected int64 or int32", {"target": TARGET.short()}),
+    (
+        ValueError,
+        "target has shape (3, 2): expected (2, 3), the shape of the logits (2, 3, 10) without their last dimension",
+        {"target": TARGET.mT},
+    ),
+    (
+        ValueError,
+        "target has shape (2, 10): expected (2, 3), the shape of the logits (2, 3, 10) without their last dimension. "
+        "The vocabulary is the last dimension here: logits.movedim(1, -1)",
+        {"target": torch.zeros(2, 10, dtype=torch.int64)},
+    ),
+    (
+        ValueError,
+        "target is on meta, logits on cpu: put them on one device",
+        {"target": TARGET.to("meta")},
+    ),
+    (
+        TypeError,
+        "mask has dtype float32: expected bool or integers, where True (1) keeps a token; weights go into "
+        "token_weights",
+        {"mask": torch.ones(2, 3)},
+    ),
+    (
+        ValueError,
+        "mask has shape (2, 1): expected one value per target, shape (2, 3)",
+        {"mask": torch.ones(2, 1, dtype=torch.bool)},
+    ),
+    (
+        ValueError,
+        "mask is on meta, target on cpu: put them on one device",
+        {"mask": TARGET.to("meta")},
+    ),
+    (
+        TypeError,
+        "token_weights has dtype bool: expected numbers; a bool tensor goes into mask",
+        {"token_weights": TARGET.bool()},
+    ),
+    (
+        ValueError,
+        "token_weights has shape (6,): expected one value per target, shape (2, 3)",
+        {"token_weights": torch.ones(6)},
+    ),
+    (
+        ValueError,
+        "token_weights requires grad, but they are constants here: pass token_weights.detach(), or multiply the "
+        "losses of reduction='none'",
+        {"token_weights": torch.ones(2, 3, requires_grad=True)},
+    ),
+]
+
+BAD_NUMBERS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, "ignore_index is 1.0: expected an int", {"ignore_index": 1.0}),
+    (
+        ValueError,
+        "ignore_index is 2147483648: it does not fit target's dtype, int32",
+        {"ignore_index": 2**31, "target": TARGET.int()},
+    ),
+    (ValueError, "label_smoothing is 1.5: expected a number in [0, 1]", {"label_smoothing": 1.5}),
+    (ValueError, "label_smoothing is nan: expected a number in [0, 1]", {"label_smoothing": float("nan")}),
+    (ValueError, "z_loss is -1.0: expected a finite number >= 0", {"z_loss": -1.0}),
+    (ValueError, "softcap is -2.0: expected a finite number >= 0, where 0 means none", {"softcap": -2.0}),
+    (ValueError, "logit_scale is 0.0: expected a finite number > 0", {"logit_scale": 0.0}),
+    (ValueError, "logit_scale is inf: expected a finite number > 0", {"logit_scale": float("inf")}),
+    (
+        ValueError,
+        "reduction is 'avg': expected one of 'mean', 'sum', 'none', 'sequence_mean'",
+        {"reduction": "avg"},
+    ),
+    (
+        ValueError,
+        "reduction is 'sequence_mean' and target has shape (6,): pass cu_seqlens, or a target of shape (B, S)",
+        {"reduction": "sequence_mean", "logits": LOGITS.reshape(6, 10), "target": TARGET.reshape(6)},
+    ),
+    (
+        ValueError,
+        "shift is True, but target has no dimension: there is no next token",
+        {"shift": True, "logits": LOGITS[0, 0], "target": TARGET[0, 0]},
+    ),
+    (
+        ValueError,
+        "num_items replaces the denominator of reduction='mean', but reduction is 'sum': leave it out",
+        {"num_items": 3, "reduction": "sum"},
+    ),
+    (ValueError, "num_items has shape (2,): expected an int or a 0-dim tensor", {"num_items": torch.ones(2)}),
+    (TypeError, "num_items is 2.5: expected an int or a 0-dim tensor", {"num_items": 2.5}),
+    (ValueError, "num_items is -1: expected a number >= 0", {"num_items": -1}),
+]
+
+BAD_OFFSETS: list[tuple[type[Exception], str, Tensor]] = [
+    (TypeError, "cu_seqlens has dtype float32: expected int32 or int64", torch.tensor([0.0, 6.0])),
+    (ValueError, "cu_seqlens has shape (1, 2): expected (n_sequences + 1,)", torch.tensor([[0, 6]])),
+    (ValueError, "cu_seqlens has shape (0,): expected (n_sequences + 1,)", torch.empty(0, dtype=torch.int64)),
+    (ValueError, "cu_seqlens is on meta, target on cpu: put them on one device", torch.tensor([0, 6]).to("meta")),
+    (ValueError, "cu_seqlens[0] is 1: expected 0, the offset of the first sequence", torch.tensor([1, 6])),
+    (
+        ValueError,
+        "cu_seqlens decreases from 4 to 2 at index 2: expected the running sum of lengths",
+        torch.tensor([0, 4, 2, 6]),
+    ),
+    (ValueError, "cu_seqlens[-1] is 7: expected at most 6, the number of targets", torch.tensor([0, 7])),
+]
+
+
+@pytest.mark.parametrize("error, message, arguments", BAD_TENSORS + BAD_NUMBERS)
+def test_bad_arguments(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match="^" + re.escape(message)):
+        maskops.cross_entropy(**{"logits": LOGITS, "target": TARGET, **arguments})
+
+
+@pytest.mark.parametrize("error, message, offsets", BAD_OFFSETS)
+def test_bad_offsets(error: type[Exception], message: str, offsets: Tensor) -> None:
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        maskops.cross_entropy(LOGITS, TARGET, cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("label", [10, -1, -101, 2**31 - 1, -(2**31)])
+def test_label_outside_the_vocabulary(backend: str, label: int, dtype: torch.dtype) -> None:
+    target = torch.zeros(2, 3, dtype=dtype)
+    target[1, 1] = label
+    message = (
+        f"target: the label that row {{}} of the logits is scored against is {label}, outside the vocabulary of 10. "
+        "Rows to skip hold ignore_index (-100) or are masked"
+    )
+    for shift, row in ((False, 4), (True, 3)):
+        with pytest.raises(ValueError, match=re.escape(message.format(row))):
+            maskops.cross_entropy(LOGITS, target, shift=shift)
+    # Not where the token is skipped.
+    mask = torch.ones(2, 3)
+    mask[1, 1] = 0
+    for skipping in ({"mask": mask.bool()}, {"token_weights": mask}, {"ignore_index": label}):
+        assert maskops.cross_entropy(LOGITS, target, **skipping).isfinite()
+
+
+def test_a_label_of_64_bits_is_not_cut_to_32(backend: str) -> None:
+    with pytest.raises(ValueError, match="is 4294967297, outside the vocabulary of 10"):
+        maskops.cross_entropy(LOGITS[0], torch.tensor([0, 2**32 + 1, 0]))
+
+
+def test_label_outside_the_vocabulary_in_compiled_code() -> None:
+    if (reason := maskops.backends()["cpu"]) != "available":
+        pytest.skip(f"cpu: {reason}")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: maskops.cross_entropy(x, y), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="is 10, outside the vocabulary of 10"):
+        compiled(LOGITS, TARGET + 10)
+
+
+def test_the_operator_checks_its_tensors() -> None:
+    """The kernels trust nothing that Python handed over: a wrong tensor is an error, never a wild access."""
+    if (reason := maskops.backends()["cpu"]) != "available":
+        pytest.skip(f"cpu: {reason}")
+    extension.instruction_sets()
+    forward, backward = torch.ops.maskops.cross_entropy_forward, torch.ops.maskops.cross_entropy_backward
+    numbers = (-100, 0.1, 0.0, 0.0, 1.0)
+    logits, target = LOGITS.reshape(6, 10), TARGET.reshape(6)
+    cases = [
+        (logits[0], target, "logits must have 2 dimensions"),
+        (logits.mT.contiguous().mT, target, "the columns of logits must be contiguous"),
+        (logits, target[:5], "target must have a label per row"),
+        (logits, target.short(), "target must be int32 or int64"),
+        (logits.double(), target, "the CPU kernels take float32, bfloat16 and float16"),
+    ]
+    for bad_logits, bad_target, message in cases:
+        with pytest.raises(ValueError, match=message):
+            forward(bad_logits, bad_target, *numbers, False, False)
+    loss, lse, logprobs, entropy, _, columns = forward(logits, target, *numbers, False, False)
+    nothing = torch.empty(0)
+    good = {"grad": torch.ones_like(loss), "lse": lse, "entropy": entropy, "columns": columns, "grad_entropy": nothing}
+    for change, message in (
+        ({"grad": torch.ones(5)}, "an incoming gradient must be float32 with a value per row"),
+        ({"grad": torch.ones(6).double()}, "an incoming gradient must be float32 with a value per row"),
+        ({"lse": lse[:5]}, "must be those of the forward pass"),
+        ({"columns": nothing}, "must be those of the forward pass"),
+        ({"grad_entropy": torch.ones(6)}, "must be those of the forward pass"),
+    ):
+        given = {**good, **change}
+        with pytest.raises(ValueError, match=message):
+            backward(
+                given["grad"], nothing, nothing, given["grad_entropy"], logits, target, given["lse"], logprobs,
+                given["entropy"], given["columns"], *numbers,
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="rows of logits that overlap in memory cannot hold their gradients"):
+        torch.ops.maskops.cross_entropy_backward_(
+            good["grad"], nothing, nothing, nothing, logits[:1].expand(6, 10), target, lse, logprobs, entropy, columns,
+            *numbers,
+        )  # fmt: skip
+
+
+def test_a_dtype_without_a_kernel_says_so() -> None:
+    with maskops.use_backend(fallback="error"):
+        with pytest.raises(ValueError, match="cpu: it takes float32, bfloat16, float16, not float64"):
+            maskops.cross_entropy(LOGITS.double(), TARGET)
