@@ -16,6 +16,7 @@ import torch
 
 import maskops
 from maskops import extension, masks
+from tests.mutate import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
@@ -174,3 +175,9 @@ def test_the_wheel_is_for_every_python(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "maskops/_native.so" in names and "maskops/_build_report.json" in names and "maskops/masks.py" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+
+
+def test_every_mutation_still_applies() -> None:
+    """A mutation whose text is gone from the sources would silently test nothing."""
+    for mutation in MUTATIONS:
+        assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, mutation.name

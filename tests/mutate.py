@@ -1,0 +1,190 @@
+"""`python -m tests.mutate`: break the C++ kernels one line at a time and show that a test catches each break.
+
+Works on a copy of the project; the binary and the sources under development are not touched. A mutation names a file, a
+piece of text that stands in it exactly once, what replaces it, and the tests that must notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ATTENTION = ("tests/test_attention.py",)
+LOSS = ("tests/test_cross_entropy.py",)
+PLAN = ("tests/test_plan.py",)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ATTENTION
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} stands {text.count(self.old)} times in {self.file}, not once")
+        path.write_text(text.replace(self.old, self.new))
+
+    def revert(self, root: Path) -> None:
+        shutil.copy(ROOT / self.file, root / self.file)
+
+
+LANES = "csrc/cpu/attention_lanes.inc"
+FORWARD = "csrc/cpu/attention_forward.inc"
+BACKWARD = "csrc/cpu/attention_backward.inc"
+SCHEDULE = "csrc/cpu/attention.cpp"
+VECTORS = "csrc/cpu/vec.h"
+
+MUTATIONS = (
+    Mutation("window starts one key late", FORWARD, "(position >= load_int(start", "(position > load_int(start"),
+    Mutation("window ends one key late", FORWARD, "(position < load_int(end", "(position <= load_int(end"),
+    Mutation(
+        "softcapped or two-span limits off by one",
+        LANES,
+        "(position < load_int(lanes.end",
+        "(position <= load_int(lanes.end",
+    ),
+    Mutation("full range one key too long", FORWARD, "key + M <= panel.full_end)", "key + M <= panel.full_end + 1)"),
+    Mutation(
+        "full range begins too early in backward",
+        BACKWARD,
+        "first_key >= panel.full_begin &&",
+        "first_key + 1 >= panel.full_begin &&",
+    ),
+    Mutation("scale forgotten in forward", FORWARD, "shape.softmax_scale * LOG2E :", "0.5f * LOG2E :"),
+    Mutation("scale forgotten in backward", BACKWARD, "shape.softmax_scale * LOG2E :", "0.5f * LOG2E :"),
+    Mutation("running sum not rescaled", FORWARD, "panel.running_sum[v] * rescale[v]", "panel.running_sum[v]"),
+    Mutation("accumulator not rescaled", LANES, "if (START == FROM_SCALED_C)", "if (false)"),
+    Mutation("accumulator never started", FORWARD, "panel.fresh = false;", ""),
+    Mutation(
+        "key head of a GQA group taken modulo",
+        LANES,
+        "block.kv_head * group + position % group",
+        "block.kv_head + position % group * (int)shape.kv_heads",
+    ),
+    Mutation(
+        "row of a GQA lane", LANES, "block.first_row + position / group", "block.first_row + position % block.rows"
+    ),
+    Mutation(
+        "sign of the log-sum-exp", BACKWARD, "scratch.lse[at] = log_sum * LOG2E", "scratch.lse[at] = -log_sum * LOG2E"
+    ),
+    Mutation("log-sum-exp in base 2", FORWARD, "(maximum + log2f(sum)) * LN2", "(maximum + log2f(sum))"),
+    Mutation("gradient of the log-sum-exp added", BACKWARD, "delta -= p.grad_lse", "delta += p.grad_lse"),
+    Mutation("gradient of the log-sum-exp dropped", BACKWARD, "if (p.grad_lse != nullptr)", "if (false)"),
+    Mutation("empty rows are not 0", FORWARD, "lanes.empty[lane] || sum == 0.0f;", "false;"),
+    Mutation("gradients of empty rows", BACKWARD, "if (log_sum == -INFINITY) {", "if (false) {"),
+    Mutation("masked pairs keep their gradient", BACKWARD, "ds = allowed ? ds : (vf){};", ""),
+    Mutation("masked pairs keep their probability", BACKWARD, "p = allowed ? p : (vf){};", ""),
+    Mutation("holes are read", LANES, "while (last < limit && key_valid[last]) last++;", "last = limit;"),
+    Mutation(
+        "dK without the scale",
+        BACKWARD,
+        "grad_keys + i * head_width, shape.head_dim,\n              shape.softmax_scale",
+        "grad_keys + i * head_width, shape.head_dim,\n              1.0f",
+    ),
+    Mutation(
+        "dQ without the scale",
+        BACKWARD,
+        "live && x < panel.lanes ? shape.softmax_scale",
+        "live && x < panel.lanes ? 1.0f",
+    ),
+    Mutation("derivative of the softcap", BACKWARD, "if (SOFTCAP) ds *=", "if (false) ds *="),
+    Mutation("stale probabilities outside a panel's keys", BACKWARD, "zero_rows(run_end);", ""),
+    Mutation(
+        "first partial sum dropped",
+        BACKWARD,
+        "for (int t = 0; t < n_tasks; t++) {",
+        "for (int t = 1; t < n_tasks; t++) {",
+    ),
+    Mutation(
+        "keys before a document not written",
+        SCHEDULE,
+        "task.zero_begin = shared ? task.key_begin : written;",
+        "task.zero_begin = task.key_begin;",
+    ),
+    Mutation("keys behind the last document not written", SCHEDULE, "tasks.back().task.zero_end = k_len;", ""),
+    Mutation(
+        "lanes of a long block dropped",
+        SCHEDULE,
+        "lane < lanes; lane += BLOCK_LANES",
+        "lane < std::min(lanes, BLOCK_LANES); lane += BLOCK_LANES",
+    ),
+    Mutation("exponential with a worse coefficient", VECTORS, "9.671512991189957e-3f", "9.5e-3f"),
+    Mutation("exponential of -inf is not 0", VECTORS, "x = vmax(splat(-127.0f), x);", "x = vmax(splat(-126.0f), x);"),
+    Mutation("bfloat16 rounded towards zero", VECTORS, "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
+    Mutation("tanh keeps its sign for the far half", VECTORS, "x < (vf){} ? -far : far", "far"),
+)
+
+
+def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+
+
+def build(root: Path) -> None:
+    result = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], root)
+    if result.returncode != 0:
+        raise RuntimeError(f"the build failed:\n{result.stderr[-3000:]}")
+    if not (root / "maskops/_native.so").exists():
+        raise RuntimeError(f"the build gave no binary: {(root / 'maskops/_build_report.json').read_text()}")
+
+
+def failing_test(mutation: Mutation, root: Path) -> str | None:
+    """The first test that fails, or None: the mutation survived."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests]
+    result = run(command, root)
+    if result.returncode == 0:
+        return None
+    if result.returncode != 1:  # neither passed nor failed: a broken run proves nothing, unless the process was killed
+        return f"the process ended with {result.returncode}" if result.returncode < 0 else None
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+    return failed[0].removeprefix("FAILED ").split(" - ")[0] if failed else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="run the mutations whose name contains this text")
+    only = parser.parse_args().only
+    chosen = [mutation for mutation in MUTATIONS if only in mutation.name]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "project"
+        ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT, root, ignore=ignore)
+        build(root)
+        for tests in sorted({mutation.tests for mutation in chosen}):
+            result = run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests], root)
+            if result.returncode != 0:
+                print(f"{' '.join(tests)} fails without a mutation:\n{result.stdout[-2000:]}", file=sys.stderr)
+                return 2
+        for mutation in chosen:
+            begin = time.monotonic()
+            mutation.apply(root)
+            try:
+                build(root)
+                caught = failing_test(mutation, root)
+            finally:
+                mutation.revert(root)
+            if caught is None:
+                survivors.append(mutation.name)
+            verdict = f"caught by {caught}" if caught else "SURVIVED"
+            print(f"{mutation.name:48s} {verdict}  [{time.monotonic() - begin:.0f} s]", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
