@@ -3,7 +3,8 @@
 This is the only module that knows what causal, a window, padding or a document is. A mask is a combination of
 
 * layouts, which say where the sequences lie: ``padding``, ``key_padding``, ``documents``;
-* patterns, which speak of positions inside a sequence: ``full``, ``causal``, ``sliding_window``, ``prefix``, ``chunked``;
+* patterns, which speak of positions inside a sequence: ``full``, ``causal``, ``sliding_window``, ``prefix``,
+  ``chunked``;
 * ``dense``, an explicit boolean tensor for what is neither.
 
 ``a & b`` allows what both allow, ``a | b`` what one of them allows. The layouts of a mask give every query row the
@@ -19,6 +20,7 @@ A mask is kept in normal form, a union of spans whose two ends are a maximum and
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from typing import NamedTuple, TextIO, TypeVar
 import torch
 from torch import Tensor
 
+from maskops.ops.plan import registration
 from maskops.spans import RowSpans, build_row_spans
 
 __all__ = [
@@ -426,9 +429,7 @@ class Mask:
         """
         plan_batch, on_device = self._check_structure(q_len, k_len, batch, device, positions)
         if on_device.type == "cpu" and not self.is_dense:
-            from maskops.ops.plan import registration
-
-            program, operands = self._program()
+            program, operands = self._program(on_device)
             lowers = len(operands) <= registration.MAX_OPERANDS and max(q_len, k_len) < registration.MAX_LENGTH
             if lowers and registration.available():
                 return registration.build_plan(program, operands, plan_batch, q_len, k_len, grad, positions)
@@ -469,15 +470,20 @@ class Mask:
 
     # ---- lowering ----------------------------------------------------------------------------------------------------
 
-    def _program(self) -> tuple[str, list[Tensor]]:
+    def _program(self, device: torch.device) -> tuple[str, list[Tensor]]:
         """The mask as a program of ``build_plan`` (see ``ops/plan/registration.py``) with its operands."""
         operands = list(self.operands)
         layouts = []
         for layout in self.layouts:
+            number = len(operands)
+            if layout.tensor is None and torch.compiler.is_compiling():
+                # Text would pin a symbolic length to one value.
+                operands.append(torch.full((1,), layout.length, dtype=torch.int64, device=device))
+                layouts.append(f"key_lengths {number}")
+                continue
             if layout.tensor is None:
                 layouts.append(f"key_length {layout.length}")
                 continue
-            number = len(operands)
             operands.append(layout.tensor)
             if layout.kind != "cu_seqlens":
                 layouts.append(f"{layout.kind} {number}")
@@ -619,7 +625,7 @@ class Mask:
         """The sequence of each row: layouts intersected, ordinals from the first documents layout."""
         every = Layout("key_length", length=k_len)
         parts = [_sequences_of(layout, batch, q_len, k_len, device) for layout in self.layouts or (every,)]
-        counting = [part for part, layout in zip(parts, self.layouts) if layout.is_documents]
+        counting = [part for part, layout in zip(parts, self.layouts, strict=False) if layout.is_documents]
         ordinal = counting[0].ordinal if counting else torch.arange(batch, device=device).unsqueeze(1)
         row_holes = [part.row_holes for part in parts if part.row_holes is not None]
         key_holes = [part.key_holes for part in parts if part.key_holes is not None]
@@ -654,8 +660,8 @@ class Mask:
         return low.unsqueeze(0), high.unsqueeze(0), exact
 
 
-def _bracketed(text: str, operator: str) -> str:
-    return f"({text})" if f" {operator} " in text else text
+def _bracketed(text: str, sign: str) -> str:
+    return f"({text})" if f" {sign} " in text else text
 
 
 def _disjoint(start: Tensor, end: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
@@ -681,8 +687,8 @@ def _check_layout(layout: Layout, q_len: int, k_len: int) -> None:
     tensor = layout.tensor
     if layout.kind.startswith("padding") and q_len != k_len:
         raise ValueError(
-            f"padding: queries and keys share their lengths, but q_len={q_len} and k_len={k_len}: to mask keys only use "
-            "masks.key_padding(...)"
+            f"padding: queries and keys share their lengths, but q_len={q_len} and k_len={k_len}: to mask keys only "
+            "use masks.key_padding(...)"
         )
     if tensor is None:
         if layout.length > k_len:
@@ -774,8 +780,8 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total_name: str, total: int
     if at is not None:
         i = at[0]
         raise ValueError(
-            f"documents: {name}[{i + 1}]={int(cu_seqlens[i + 1])} < {name}[{i}]={int(cu_seqlens[i])}: cumulative lengths "
-            "never decrease"
+            f"documents: {name}[{i + 1}]={int(cu_seqlens[i + 1])} < {name}[{i}]={int(cu_seqlens[i])}: cumulative "
+            "lengths never decrease"
         )
     if int(cu_seqlens[-1]) > total:
         raise ValueError(f"documents: {name}[-1]={int(cu_seqlens[-1])} is more than {total_name}={total}")
@@ -824,10 +830,6 @@ def _check_integers(name: str, value: object, dims: tuple[int, ...], meaning: st
 # ---- the masks -------------------------------------------------------------------------------------------------------
 
 
-def _shape_text(tensor: Tensor) -> str:
-    return "x".join(str(size) for size in tensor.shape) if tensor.dim() else "scalar"
-
-
 def full() -> Mask:
     """Every query of a sequence attends to every key of it; the neutral element of ``&``."""
     return Mask("full()")
@@ -852,6 +854,7 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
             continue
         if isinstance(width, bool) or not isinstance(width, (int, torch.SymInt)):
             raise TypeError(f"sliding_window: {name} is {type(width).__name__}, expected an int or None")
+        width = operator.index(width)
         if width < 0:
             raise ValueError(f"sliding_window: {name}={width}: expected 0 or more, or -1 or None for unbounded")
         ends.append(Term("diag", -width if name == "left" else width + 1))
@@ -861,7 +864,7 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
 def prefix(lengths: int | Tensor) -> Mask:
     """The first keys of each sequence: key ``j`` is allowed iff ``j < k_start + lengths[ordinal]``.
 
-    ``causal() | prefix(n)`` is a prefix-LM; ``causal() & (sliding_window(w, 0) | prefix(4))`` first tokens and a window.
+    ``causal() | prefix(n)`` is a prefix-LM; ``causal() & (sliding_window(w, 0) | prefix(4))`` is first tokens and window.
 
     Args:
         lengths: keys of the prefix: an int, a tensor of one element, or integers (n_sequences,) in the order of the
@@ -870,12 +873,13 @@ def prefix(lengths: int | Tensor) -> Mask:
     if isinstance(lengths, bool):
         raise TypeError("prefix: lengths is bool, expected an int or a tensor of integers (n_sequences,)")
     if isinstance(lengths, (int, torch.SymInt)):
+        lengths = operator.index(lengths)
         if lengths < 0:
             raise ValueError(f"prefix: lengths={lengths} is negative")
         return Mask(f"prefix({lengths})", conjuncts=(Conjunct(FIRST, Term("prefix", lengths), ()),))
     tensor = _check_integers("prefix: lengths", lengths, (0, 1), "(n_sequences,) or an int")
     return Mask(
-        f"prefix({_shape_text(tensor)} tensor)",
+        "prefix(lengths)",
         conjuncts=(Conjunct(FIRST, Term("prefix_of", 0), ()),),
         operands=(tensor,),
     )
@@ -885,6 +889,7 @@ def chunked(size: int) -> Mask:
     """Sequences are cut into chunks of ``size`` keys from their first one; a query sees the chunk it stands in."""
     if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
         raise TypeError(f"chunked: size is {type(size).__name__}, expected an int")
+    size = operator.index(size)
     if size < 1:
         raise ValueError(f"chunked: size={size}: expected 1 or more")
     return Mask(f"chunked({size})", conjuncts=(Conjunct(Term("chunk_start", size), Term("chunk_end", size), ()),))
@@ -903,30 +908,35 @@ def padding(lengths_or_mask: Tensor, side: str = "right") -> Mask:
     is_mask = isinstance(lengths_or_mask, Tensor) and lengths_or_mask.dim() == 2
     name = "padding: mask" if is_mask else "padding: lengths"
     tensor = _check_integers(name, lengths_or_mask, (1, 2), "(batch,) lengths or (batch, length) mask", mask=is_mask)
-    suffix = "" if is_mask or side == "right" else ", side='left'"
-    kind = "padding_mask" if is_mask else f"padding_{side}"
-    return Mask(f"padding({_shape_text(tensor)}{suffix})", layouts=(Layout(kind, tensor),))
+    if is_mask:
+        return Mask("padding(mask)", layouts=(Layout("padding_mask", tensor),))
+    if side == "left":
+        return Mask("padding(lengths, side='left')", layouts=(Layout("padding_left", tensor),))
+    return Mask("padding(lengths)", layouts=(Layout("padding_right", tensor),))
 
 
 def key_padding(lengths_or_mask: int | Tensor) -> Mask:
     """Keys beyond a length, or where a mask is 0, are not there; queries are all real (cross-attention, KV cache).
 
     Args:
-        lengths_or_mask: an int or integers (B,) = keys in use, or bool or 0/1 integers (B, Sk) = mask, True = a real key.
+        lengths_or_mask: an int or integers (B,) = keys in use, or bool or 0/1 integers (B, Sk) = mask, True = a real
+            key.
     """
     if isinstance(lengths_or_mask, bool):
         raise TypeError("key_padding: lengths is bool, expected an int or a tensor")
     if isinstance(lengths_or_mask, (int, torch.SymInt)):
         if lengths_or_mask < 0:
             raise ValueError(f"key_padding: lengths={lengths_or_mask} is negative")
-        return Mask(f"key_padding({lengths_or_mask})", layouts=(Layout("key_length", length=lengths_or_mask),))
+        # Not in the text: the fill of a cache changes from call to call and must stay symbolic under torch.compile.
+        return Mask("key_padding(length)", layouts=(Layout("key_length", length=lengths_or_mask),))
     is_mask = isinstance(lengths_or_mask, Tensor) and lengths_or_mask.dim() == 2
     name = "key_padding: mask" if is_mask else "key_padding: lengths"
     meaning = "(batch,) lengths or (batch, k_len) mask"
     tensor = _check_integers(name, lengths_or_mask, (0, 1, 2), meaning, mask=is_mask)
     tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
-    kind = "key_mask" if is_mask else "key_lengths"
-    return Mask(f"key_padding({_shape_text(tensor)})", layouts=(Layout(kind, tensor),))
+    if is_mask:
+        return Mask("key_padding(mask)", layouts=(Layout("key_mask", tensor),))
+    return Mask("key_padding(lengths)", layouts=(Layout("key_lengths", tensor),))
 
 
 def documents(
@@ -946,7 +956,7 @@ def documents(
         if cu_seqlens_k is not None:
             raise ValueError("documents: cu_seqlens_k goes with cu_seqlens, not with ids")
         tensor = _check_integers("documents: ids", ids, (1, 2), "(length,) or (batch, length)")
-        return Mask(f"documents({_shape_text(tensor)})", layouts=(Layout("ids", tensor),))
+        return Mask("documents(ids)", layouts=(Layout("ids", tensor),))
     queries = _check_integers("documents: cu_seqlens", cu_seqlens, (1,), "(n_sequences + 1,)")
     named = [("cu_seqlens", queries)]
     if cu_seqlens_k is not None:
@@ -960,7 +970,7 @@ def documents(
     for name, tensor in named:
         if tensor.shape[0] == 0:
             raise ValueError(f"documents: {name} is empty, expected (n_sequences + 1,), at least [0]")
-    text = f"documents(cu_seqlens={_shape_text(queries)}{'' if cu_seqlens_k is None else ', cu_seqlens_k'})"
+    text = "documents(cu_seqlens)" if cu_seqlens_k is None else "documents(cu_seqlens, cu_seqlens_k)"
     return Mask(text, layouts=(Layout("cu_seqlens", queries, cu_seqlens_k),))
 
 
@@ -979,4 +989,4 @@ def dense(mask: Tensor) -> Mask:
         raise TypeError(
             f"dense: mask has dtype {mask.dtype}, expected torch.bool, True = attend; an additive mask is bias="
         )
-    return Mask(f"dense({_shape_text(mask)})", conjuncts=(Conjunct(FIRST, LAST, (0,)),), operands=(mask,))
+    return Mask("dense(mask)", conjuncts=(Conjunct(FIRST, LAST, (0,)),), operands=(mask,))
