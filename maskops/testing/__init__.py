@@ -11,7 +11,7 @@ for case in testing.cases("attention"):
 
 from maskops.testing.cases import Case, cases
 from maskops.testing.check import PARTS, Budget, Finding, Report, check, error_budget, plain_attention
-from maskops.testing.own import attention_on
+from maskops.testing.own import attention_on, refusals
 
 __all__ = [
     "PARTS",
@@ -24,4 +24,5 @@ __all__ = [
     "check",
     "error_budget",
     "plain_attention",
+    "refusals",
 ]

@@ -24,6 +24,7 @@ class Case:
     Attributes:
         name: unique among the cases of its op.
         intent: what it is there to catch.
+        op: the op that it is a case of.
         batch, heads, kv_heads, q_len, k_len, head_dim, value_dim: sizes of q (batch, heads, q_len, head_dim),
             k (batch, kv_heads, k_len, head_dim) and v (batch, kv_heads, k_len, value_dim).
         mask: builds the mask on a device; None in its place means no mask.
@@ -37,6 +38,7 @@ class Case:
 
     name: str
     intent: str
+    op: str = "attention"
     batch: int = 2
     heads: int = 4
     kv_heads: int = 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskops import masks
+from maskops.backend import BACKENDS, Call
 from maskops.masks import Mask
 from maskops.ops.attention.api import attention
 from maskops.spans import RowSpans, build_row_spans
@@ -40,6 +41,13 @@ def spans_of(allowed: Tensor) -> RowSpans:
                 bounds[0, span, index, place], bounds[1, span, index, place] = begin, end
     bounds = bounds.to(allowed.device)
     return build_row_spans(bounds[0], bounds[1], k_len, key_holes=~allowed.any(2).squeeze(1))
+
+
+def refusals(backend: str, case: Case, device: str = "cpu") -> list[str]:
+    """Why a backend does not serve a case, in its own words; empty where it does."""
+    mask = case.mask(device)
+    features = case.features if mask is None or not mask.is_dense else (*case.features, "dense mask")
+    return BACKENDS[backend].refusals(Call(case.op, device, case.dtype, features))
 
 
 def attention_on(backend: str, case: Case) -> Callable[..., tuple[Tensor, Tensor]]:

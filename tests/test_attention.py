@@ -1,0 +1,397 @@
+"""Span attention: every backend on every case of the testing kit, and what the kit does not say."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import maskops
+from maskops import extension, masks, testing
+from maskops.backend import BACKENDS
+from maskops.ops.attention import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = testing.cases("attention", features=True)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend that runs here."""
+    name = str(request.param)
+    if (reason := maskops.backends()[name]) != "available":
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+def fast_backends() -> list[str]:
+    """The backends that are kernels, and run here."""
+    return [name for name in BACKENDS if name != "reference" and maskops.backends()[name] == "available"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_case(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
+    case = case.with_dtype(dtype)
+    if reasons := testing.refusals(backend, case):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+    # What a mask means does not depend on the dtype, so the mask is read out once.
+    parts = testing.PARTS if dtype == torch.float32 else ("numbers", "poison")
+    report = testing.check(testing.attention_on(backend, case), case, parts=parts)
+    assert report.is_differentiable
+    report.raise_if_failed()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_is_not_merely_skipped(backend: str) -> None:
+    served = sum(not testing.refusals(backend, case.with_dtype(dtype)) for case in CASES for dtype in DTYPES)
+    expected = {"cpu": 100, "reference": 3 * len(CASES)}[backend]
+    assert served >= expected, f"{backend} serves {served} cases here: {maskops.backends()[backend]}"
+
+
+@pytest.mark.parametrize(
+    "name", ["causal", "first tokens and window", "documents with a tail", "wide values", "softcap"]
+)
+def test_instruction_sets(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    before = extension.instruction_set()
+    assert before is not None, maskops.backends()["cpu"]
+    try:
+        for instruction_set in extension.instruction_sets():
+            extension.select_instruction_set(instruction_set)
+            for dtype in DTYPES:
+                report = testing.check(testing.attention_on("cpu", case), case.with_dtype(dtype), parts=("numbers",))
+                assert report.passed, f"{instruction_set}: {report}"
+    finally:
+        extension.select_instruction_set(before)
+
+
+def forward_backward(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, backend: str) -> list[Tensor]:
+    out, lse = maskops.attention(q, k, v, mask, return_lse=True, backend=backend)
+    grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out).cumsum(2), torch.ones_like(lse)))
+    return [out.detach(), lse.detach(), *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "mask"),
+    [
+        (1, 1, 1, 700, masks.causal()),
+        (1, 2, 1, 600, masks.documents(cu_seqlens=torch.tensor([0, 300, 301, 430, 600])) & masks.causal()),
+        (3, 4, 2, 130, masks.padding(torch.tensor([130, 7, 65]))),
+    ],
+    ids=["one head", "packed", "padded"],
+)
+def test_same_bits_with_any_number_of_threads(
+    batch: int, heads: int, kv_heads: int, length: int, mask: masks.Mask, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, h, length, 32, generator=generator).to(dtype).requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    )
+    results = {}
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            results[threads] = forward_backward(q, k, v, mask, fast_backends()[0])
+    finally:
+        torch.set_num_threads(1)
+    for threads, result in results.items():
+        for name, one, many in zip(("out", "lse", "dq", "dk", "dv"), results[1], result, strict=True):
+            assert torch.equal(one, many), f"{name} with {threads} threads"
+
+
+class RecordedOperators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_strided_views_come_back_in_their_order(backend: str) -> None:
+    fused = torch.randn(2, 11, 3, 4, 8)
+    q, k, v = fused.permute(2, 0, 3, 1, 4)
+    out = maskops.attention(q, k, v, masks.causal(), backend=backend)
+    assert isinstance(out, Tensor)
+    assert out.stride() == (11 * 32, 8, 32, 1)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    expected = maskops.attention(*(x.contiguous() for x in (q, k, v)), masks.causal(), backend=backend)
+    assert isinstance(expected, Tensor) and expected.is_contiguous()
+    assert torch.allclose(out, expected, atol=1e-6)
+
+    # An expanded head: a stride of 0 counts as the largest, so heads lie outermost.
+    expanded = torch.randn(2, 1, 11, 8).expand(2, 4, 11, 8)
+    out = maskops.attention(expanded, k, v, backend=backend)
+    assert isinstance(out, Tensor)
+    assert out.stride() == (11 * 8, 2 * 11 * 8, 8, 1)
+    assert torch.allclose(out, maskops.attention(expanded.contiguous(), k, v, backend=backend), atol=1e-6)
+
+    # A last dimension that is not contiguous.
+    columns = torch.randn(2, 4, 8, 11).transpose(2, 3)
+    out = maskops.attention(columns, k, v, backend=backend)
+    assert torch.allclose(out, maskops.attention(columns.contiguous(), k, v, backend=backend), atol=1e-6)
+
+
+def test_kernels_take_views_without_a_copy() -> None:
+    fused = torch.randn(2, 11, 3, 4, 8, requires_grad=True)
+    q, k, v = fused.permute(2, 0, 3, 1, 4)
+    plan = masks.causal().spans(11, 11, batch=2, grad=False)
+    for backend in fast_backends():
+        with RecordedOperators() as recorded:
+            out = maskops.attention(q, k, v, plan, backend=backend)
+        assert recorded.names == ["attention_forward", "detach", "detach"] or recorded.names == ["attention_forward"]
+        assert isinstance(out, Tensor)
+        with RecordedOperators() as recorded:
+            torch.autograd.grad(out, (q, k, v), torch.ones(2, 11, 4, 8).transpose(1, 2))
+        assert not {"clone", "copy_", "_to_copy", "contiguous"} & set(recorded.names), recorded.names
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "q_len", "k_len"),
+    [(0, 2, 1, 5, 5), (2, 0, 0, 5, 5), (2, 2, 1, 0, 5), (2, 2, 1, 5, 0), (2, 2, 1, 0, 0)],
+)
+def test_empty(backend: str, batch: int, heads: int, kv_heads: int, q_len: int, k_len: int) -> None:
+    q = torch.randn(batch, heads, q_len, 4, requires_grad=True)
+    k, v = (torch.randn(batch, kv_heads, k_len, 4, requires_grad=True) for _ in range(2))
+    out, lse = maskops.attention(q, k, v, masks.causal(), return_lse=True, backend=backend)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    assert (out == 0).all() and (lse == -math.inf).all()
+    for x, grad in zip((q, k, v), torch.autograd.grad(out, (q, k, v), torch.full_like(out, math.nan)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [3, 0, 5, 0, 0], [1, 1, 1]])
+def test_packed_equals_separate(backend: str, lengths: list[int]) -> None:
+    total = sum(lengths) + 2
+    offsets = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+    q = torch.randn(total, 4, 8, requires_grad=True)
+    k, v = (torch.randn(total, 2, 8, requires_grad=True) for _ in range(2))
+    out, lse = maskops.varlen_attention(q, k, v, offsets, mask=masks.causal(), return_lse=True, backend=backend)
+    assert out.shape == (total, 4, 8) and out.is_contiguous() and lse.shape == (4, total)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+
+    expected = torch.zeros_like(out) + 0.0 * (q.sum() + k.sum() + v.sum())
+    for begin, length in zip(offsets.tolist(), lengths, strict=False):
+        rows = slice(begin, begin + length)
+        part = maskops.attention(
+            *(x[rows].transpose(0, 1)[None] for x in (q, k, v)), masks.causal(), backend="reference"
+        )
+        assert isinstance(part, Tensor)
+        expected[rows] = part[0].transpose(0, 1)
+    assert torch.allclose(out, expected, atol=1e-6)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
+        assert torch.allclose(grad, wanted, atol=1e-5)
+    assert (lse[:, sum(lengths) :] == -math.inf).all()
+
+    plan = (masks.documents(cu_seqlens=offsets) & masks.causal()).spans(total, total)
+    again = maskops.varlen_attention(q, k, v, mask=plan, backend=backend)
+    assert torch.equal(again, out)
+    # Offsets padded with their last value describe the same sequences.
+    padded = torch.cat([offsets, offsets[-1:].expand(3)])
+    assert torch.equal(maskops.varlen_attention(q, k, v, padded, mask=masks.causal(), backend=backend), out)
+
+
+def test_other_offsets_for_keys(backend: str) -> None:
+    q, k, v = torch.randn(5, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 3)
+    cu_q, cu_k = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 4, 6, 9])
+    out = maskops.varlen_attention(q, k, v, cu_q, cu_k, backend=backend)
+    first, last = (
+        maskops.attention(*(x[rows].transpose(0, 1)[None] for x, rows in parts), backend="reference")
+        for parts in (
+            ((q, slice(0, 2)), (k, slice(0, 4)), (v, slice(0, 4))),
+            ((q, slice(2, 5)), (k, slice(6, 9)), (v, slice(6, 9))),
+        )
+    )
+    assert isinstance(first, Tensor) and isinstance(last, Tensor)
+    assert torch.allclose(out, torch.cat([first, last], 2)[0].transpose(0, 1), atol=1e-6)
+
+
+def test_non_finite_values_stay_in_their_document(backend: str) -> None:
+    """Both documents fill tiles of their own, so not even a tile is shared."""
+    x = torch.randn(1, 2, 400, 8)
+    mask = masks.documents(cu_seqlens=torch.tensor([0, 200, 400]))
+    clean = maskops.attention(x, x, x, mask, backend=backend)
+    x = x.clone()
+    x[:, :, 250] = math.inf
+    x.requires_grad_()
+    out = maskops.attention(x, x, x, mask, backend=backend)
+    assert isinstance(out, Tensor) and isinstance(clean, Tensor)
+    assert torch.equal(out[:, :, :200], clean[:, :, :200])
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad[:, :, :200].isfinite().all() and not grad[:, :, 200:].isfinite().all()
+
+
+def test_each_output_alone_has_its_gradient(backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
+    out, lse = maskops.attention(q, k, v, masks.causal(), return_lse=True, backend=backend)
+    scores = (q @ k.transpose(2, 3) / 2.0).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -math.inf)
+    for actual, expected in ((lse, scores.logsumexp(-1)), (out, scores.softmax(-1) @ v)):
+        weights = torch.randn_like(expected)
+        grads = torch.autograd.grad(actual, (q, k, v), weights, retain_graph=True, allow_unused=True)
+        wanted = torch.autograd.grad(expected, (q, k, v), weights, retain_graph=True, allow_unused=True)
+        for grad, want in zip(grads, wanted, strict=True):
+            assert torch.allclose(
+                torch.zeros(1) if grad is None else grad, torch.zeros(1) if want is None else want, atol=1e-6
+            )
+
+
+def test_one_tensor_in_all_roles(backend: str) -> None:
+    x = torch.randn(1, 2, 9, 4, requires_grad=True)
+    copies = [x.detach().clone().requires_grad_() for _ in range(3)]
+    (grad,) = torch.autograd.grad(maskops.attention(x, x, x, masks.causal(), backend=backend).sum(), x)
+    grads = torch.autograd.grad(maskops.attention(*copies, masks.causal(), backend=backend).sum(), copies)
+    assert torch.allclose(grad, torch.stack(grads).sum(0), atol=1e-6)
+
+
+def test_plan_is_the_mask(backend: str) -> None:
+    q, k, v = (torch.randn(3, 2, 20, 4) for _ in range(3))
+    for mask in (masks.causal(), masks.padding(torch.tensor([20, 0, 7]))):
+        plan = mask.spans(20, 20)
+        expected = maskops.attention(q, k, v, mask, backend=backend)
+        assert torch.equal(maskops.attention(q, k, v, plan, backend=backend), expected)
+
+
+def test_autocast(backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = maskops.attention(q, k.bfloat16(), v, return_lse=True, backend=backend)
+        assert maskops.attention(*(x.double() for x in (q, k, v)), backend="reference").dtype == torch.float64
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    expected = maskops.attention(*(x.bfloat16() for x in (q, k, v)), backend=backend)
+    assert torch.equal(out, expected)
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert grad.dtype == torch.float32
+
+
+def test_scale() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
+    for backend in ["reference", *fast_backends()]:
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.7)
+        assert torch.allclose(maskops.attention(q, k, v, softmax_scale=0.7, backend=backend), expected, atol=1e-6)
+
+
+def test_no_double_backward_in_a_kernel() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
+    for backend in fast_backends():
+        (grad,) = torch.autograd.grad(maskops.attention(q, k, v, backend=backend).sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no double backward in a kernel.*backend='reference'"):
+            grad.sum().backward()
+    (grad,) = torch.autograd.grad(maskops.attention(q, k, v, backend="reference").sum(), q, create_graph=True)
+    grad.sum().backward()
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = draw(2, 4, 5, 3), draw(2, 2, 6, 3), draw(2, 2, 6, 2)
+    bias, slopes, sinks = draw(1, 4, 5, 6), draw(2, 4), draw(4)
+    mask = masks.causal() & masks.key_padding(torch.tensor([6, 3]))
+
+    def run(*args: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, bias, slopes, sinks = args
+        out, lse = maskops.attention(
+            q,
+            k,
+            v,
+            mask,
+            bias=bias,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            softcap=2.0,
+            return_lse=True,
+            backend="reference",
+        )
+        # An empty row's lse is -inf, which no difference quotient can use.
+        return out, lse.nan_to_num(neginf=0.0)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, bias, slopes, sinks))
+    assert torch.autograd.gradgradcheck(lambda *args: run(*args)[0], (q, k, v, bias, slopes, sinks), atol=1e-4)
+
+
+def test_philox_known_answers() -> None:
+    """The vectors of the authors (Random123, kat_vectors): first words of philox4x32-10."""
+    tensor = torch.tensor
+    digits_of_pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for seed, counter, expected in (
+        (0, (0, 0, 0, 0), 0x6627E8D5),
+        (-1, (0xFFFFFFFF,) * 4, 0x408F276D),
+        ((0x299F31D0 << 32) - 2**64 + 0xA4093822 + 2**64, digits_of_pi, 0xD16CFE09),
+    ):
+        words = tuple(tensor(word) for word in counter)
+        assert int(reference.philox(tensor(seed), words)) == expected  # type: ignore[arg-type]
+
+
+def dropped(q: Tensor, k: Tensor, mask: masks.Mask | None, p: float, **keywords: object) -> Tensor:
+    """Which pairs dropout drops: v is the identity, so the output is the weights."""
+    v = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+    torch.manual_seed(7)
+    out = maskops.attention(q, k, v, mask, dropout_p=p, backend="reference")
+    assert isinstance(out, Tensor)
+    return out == 0
+
+
+def test_dropout() -> None:
+    q, k = torch.zeros(2, 3, 50, 4), torch.zeros(2, 3, 50, 4)
+    gone = dropped(q, k, None, 0.3)
+    assert abs(float(gone.float().mean()) - 0.3) < 0.02
+    assert torch.equal(gone, dropped(q, k, None, 0.3))
+    # Heads and batch elements drop different pairs, also under a plan that they share.
+    assert not torch.equal(gone[0], gone[1]) and not torch.equal(gone[:, 0], gone[:, 1])
+    v = torch.randn(2, 3, 50, 4)
+    plan = masks.full().spans(50, 50, positions=True)
+    assert plan.batch == 1
+    torch.manual_seed(7)
+    shared = maskops.attention(q, k, v, plan, dropout_p=0.3, backend="reference")
+    torch.manual_seed(7)
+    assert torch.equal(shared, maskops.attention(q, k, v, dropout_p=0.3, backend="reference"))
+
+    # What is kept is scaled up, and the lse knows nothing of dropout.
+    torch.manual_seed(7)
+    eye = torch.eye(50).expand(2, 3, 50, 50)
+    out, lse = maskops.attention(q, k, eye, dropout_p=0.3, return_lse=True, backend="reference")
+    assert torch.allclose(out[~gone], torch.tensor(1 / (50 * 0.7)))
+    assert torch.allclose(lse, torch.tensor(50.0).log())
+
+
+def test_dropout_does_not_depend_on_layout() -> None:
+    lengths = torch.tensor([20, 7, 13])
+    total = int(lengths.sum())
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    zeros = torch.zeros(1, 2, total, 4)
+    packed = dropped(zeros, zeros, masks.documents(cu_seqlens=offsets) & masks.causal(), 0.4)
+    padded = torch.zeros(3, 2, 24, 4)
+    right = dropped(padded, padded, masks.padding(lengths) & masks.causal(), 0.4)
+    left = dropped(padded, padded, masks.padding(lengths, side="left") & masks.causal(), 0.4)
+    for sequence, length in enumerate(lengths.tolist()):
+        rows = slice(int(offsets[sequence]), int(offsets[sequence]) + length)
+        expected = packed[0, :, rows, rows]
+        assert torch.equal(right[sequence, :, :length, :length], expected)
+        assert torch.equal(left[sequence, :, 24 - length :, 24 - length :], expected)
+
+
+def test_reference_under_fake_tensors() -> None:
+    """No value is read: the whole path runs without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.randn(2, 9, 4, 8).transpose(1, 2)
+        for backend in ["reference", *fast_backends()]:
+            mask = masks.padding(torch.ones(2, dtype=torch.int64)) & masks.causal()
+            out, lse = maskops.attention(q, q[:, :2], q[:, :2], mask, return_lse=True, backend=backend)
+            assert out.shape == (2, 4, 9, 8) and out.stride() == (288, 8, 32, 1) and lse.shape == (2, 4, 9)
+        out = maskops.attention(q, q, q, dropout_p=0.5, alibi_slopes=torch.ones(4), backend="reference")
+        assert isinstance(out, Tensor) and out.shape == (2, 4, 9, 8)
