@@ -5,12 +5,15 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import maskops
+from maskops.backend import ENVIRONMENT_VARIABLE
 from maskops.cli.bench import batches, chart, corpus, machine, variants
 from maskops.cli.bench.jobs import JOBS, Settings
 from maskops.cli.bench.measure import Row, Table, check, measure, split
@@ -157,7 +160,11 @@ def run(options: argparse.Namespace) -> int:
     mode = "full" if options.full else "quick"
     device = torch.device(options.device)
     dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    report = execute(plan, mode=mode, device=device, dtype=dtype, seed=options.seed)
+    # A row that would silently run on the reference is refused instead, with the reasons; who asks for a backend by
+    # the environment variable gets that one.
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    with nullcontext() if asked else maskops.use_backend(fallback="error"):
+        report = execute(plan, mode=mode, device=device, dtype=dtype, seed=options.seed)
     print(render(report), end="")
     if options.json is not None:
         report.write_json(options.json)

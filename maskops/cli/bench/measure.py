@@ -12,13 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from maskops.cli.bench.jobs import Job, Outcome, Settings, Work
 from maskops.cli.bench.timing import Timing, interleave, once
 from maskops.cli.bench.variants import ORACLE, PLAIN, Variant
+from maskops.testing import error_budget
 
 WRONG_ABOVE = 2.0
 """An error of more than this many times torch's own is not an answer, whatever its speed."""
-
-_FLOOR_IN_EPS = 4.0
-"""Below this many units in the last place of the largest value, an error of torch counts as this many: where torch
-happens to be exact, nobody else has to be."""
 
 _SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _SAME_LOSS_LOW_PRECISION = 2e-2
@@ -81,18 +78,19 @@ class Shares:
 
 
 def error_multiple(outcome: Outcome, plain: Outcome, exact: Outcome, dtype: torch.dtype) -> float:
-    """Largest error over the named tensors, each in units of plain torch's error of the same tensor.
+    """Largest error over the named tensors, in units of plain torch's: above 2 it breaks `testing.error_budget`.
 
-    A result that is not finite, is missing or has another shape gives infinity.
+    The unit is half of the budget's limit: torch's error and a few roundings, so that where torch happens to be exact
+    nobody else has to be. A tensor that is missing or of another shape counts as infinitely wrong.
     """
     worst = 0.0
     for name, truth in exact.items():
         value = outcome.get(name)
-        if value is None or value.shape != truth.shape or not value.isfinite().all():
+        if value is None or value.shape != truth.shape:
             return float("inf")
-        floor = _FLOOR_IN_EPS * torch.finfo(dtype).eps * truth.abs().max()
-        unit = torch.maximum((plain[name] - truth).abs().max(), floor)
-        worst = max(worst, ((value - truth).abs().max() / unit.clamp_min(1e-300)).item())
+        budget = error_budget(value, plain[name], truth, dtype)
+        if budget.error > 0.0:
+            worst = max(worst, 2.0 * budget.error / budget.limit)
     return worst
 
 

@@ -250,8 +250,8 @@ def _shares(shares: Sequence[Shares]) -> str:
         for entry in shares
     ]
     note = (
-        "  rest: data movement (norms, activations, copies, gathers, optimizer) and Python; free kernels: the most that\n"
-        "  the row could gain if attention and loss took no time; one profiled step each"
+        "  rest: data movement (norms, activations, copies, gathers, optimizer) and Python; free kernels: the most\n"
+        "  that the row could gain if attention and loss took no time; one profiled step each"
     )
     return "\n".join([*aligned(rows, indent=""), note])
 

@@ -1,0 +1,37 @@
+# Every target is one line that works without make, once `python3 -m tools.environment` has made .venv:
+#   .venv/bin/python -m maskops bench | -m pytest | -m tools.lint | -m tools.package | -m tests.mutate
+# PYTHON=python3.12  another Python          TORCH='torch==2.11.0'  another torch (any arguments of pip install)
+# VENV=/disk/venv    another place           CXX=clang++            another compiler
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+export VENV TORCH
+
+.PHONY: bench bench-full test lint package mutate ci clean
+
+bench: $(READY)
+	$(RUN) -m maskops bench --chart bench.png --json bench.json
+
+bench-full: $(READY)
+	$(RUN) -m maskops bench --full --chart bench.png --json bench.json
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m tools.lint
+
+package: $(READY)
+	$(RUN) -m tools.package
+
+mutate: $(READY)
+	$(RUN) -m tests.mutate
+
+ci: test lint package
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info maskops/_native.so maskops/_build_report.json bench.png bench.json
+
+$(READY): pyproject.toml setup.py tools/environment.py $(shell find csrc -type f)
+	@$(PYTHON) -m tools.environment

@@ -1,0 +1,1 @@
+"""Development of maskops: its environment, its checks, its packages. Never installed."""

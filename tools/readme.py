@@ -1,0 +1,82 @@
+"""`python -m tools.readme`: writes the figures of README.md from the JSON of a benchmark run, so that they agree.
+
+`--check` only compares and fails if they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tools.environment import ROOT
+
+README = ROOT / "README.md"
+RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
+CHART = RESULT.with_suffix(".png")
+BEGIN = "<!-- results: begin (python -m tools.readme) -->\n"
+END = "<!-- results: end -->\n"
+
+
+def figures(result: dict[str, Any]) -> str:
+    """The tables of the README for one run."""
+    machine, documents, settings = result["machine"], result["documents"], result["settings"]
+    random = result["waste"][0]
+    lines = [
+        f"![Speed of a training step, one batch with its padding and its spans, and the speed-up over the fill factor]"
+        f"({CHART.relative_to(ROOT).as_posix()})",
+        "",
+        f"{documents['source'].capitalize()}, tokenizer {documents['tokenizer']}; in random batches of "
+        f"{random['batch_size']} documents {1 - random['fill']:.0%} of all positions are padding. {machine['device']}, "
+        f"{machine['threads']} threads, {machine['instruction_set']}, {settings['dtype']}; a model of {settings['layers']} layers, "
+        f"width {settings['width']}, vocabulary {settings['vocabulary']:,}; torch {machine['torch']}. Forward and backward, "
+        f"thousands of real tokens per second, and in brackets how many times the best variant without maskops:",
+        "",
+        "| | attention | cross-entropy | training step |",
+        "|---|---|---|---|",
+    ]
+    tables = {table["job"]: table for table in result["tables"] if table["backward"]}
+    for row in tables["step"]["rows"]:
+        cells = [_cell(tables[job], row["name"]) for job in ("attention", "loss", "step")]
+        name = f"{row['name']} (what people do)" if row["habit"] else row["name"]
+        name = f"**{name}**" if row["ours"] else name
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(table: dict[str, Any], name: str) -> str:
+    row = next((row for row in table["rows"] if row["name"] == name), None)
+    if row is None:
+        return ""
+    if row["timing"] is None:
+        return str(row["problem"]).split(":")[0]
+    return f"{row['tokens_per_second'] / 1e3:.1f} ({row['speedup']:.2f}x)"
+
+
+def updated(readme: str) -> str:
+    """The README with the figures of the stored run; unchanged where no run is stored."""
+    if not RESULT.exists():
+        return readme
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    block = figures(json.loads(RESULT.read_text(encoding="utf-8")))
+    return f"{before}{BEGIN}{block}{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes or checks."""
+    parser = argparse.ArgumentParser(prog="python -m tools.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the README differs instead of writing it")
+    options = parser.parse_args(arguments)
+    now = README.read_text(encoding="utf-8")
+    wanted = updated(now)
+    if options.check:
+        return 0 if now == wanted else 1
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
