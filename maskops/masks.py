@@ -507,8 +507,8 @@ class Mask:
         named += [("prefix: lengths", tensor) for tensor in prefixes]
         named += [("dense: mask", tensor) for tensor in dense_masks]
         where = named[0][1].device if device is None and named else torch.device("cpu" if device is None else device)
-        if device is not None and where.index is None and named and named[0][1].device.type == where.type:
-            where = named[0][1].device
+        if named and where == torch.device(where.type) and named[0][1].device.type == where.type:
+            where = named[0][1].device  # a device without an index is whichever one the tensors are on
         for name, tensor in named:
             if tensor.device != where:
                 raise ValueError(f"{name} is on {tensor.device}, the plan on {where}: move it with .to({str(where)!r})")
@@ -864,7 +864,7 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
 def prefix(lengths: int | Tensor) -> Mask:
     """The first keys of each sequence: key ``j`` is allowed iff ``j < k_start + lengths[ordinal]``.
 
-    ``causal() | prefix(n)`` is a prefix-LM; ``causal() & (sliding_window(w, 0) | prefix(4))`` is first tokens and window.
+    ``causal() | prefix(n)`` is a prefix-LM, ``causal() & (sliding_window(w, 0) | prefix(4))`` first tokens and window.
 
     Args:
         lengths: keys of the prefix: an int, a tensor of one element, or integers (n_sequences,) in the order of the

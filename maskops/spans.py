@@ -38,7 +38,7 @@ def tiles_per_batch_element(q_len: int, k_len: int) -> int:
     key_pairs = (2 * k_len + 2 * TILE_ROWS - 1) // (2 * TILE_ROWS)
     bound = 3 * row_tiles + key_pairs + 2
     # sym_min keeps a symbolic length symbolic; a plain min would recompile for each length.
-    return torch.sym_min(q_len, bound)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.sym_min(q_len, bound)  # type: ignore[no-any-return]
 
 
 class RowSpans(NamedTuple):
@@ -75,7 +75,7 @@ class RowSpans(NamedTuple):
     rows that do are not contiguous, and with ``dense``. No row sees the tile: 0, 0, 0, 0. None without ``grad``.
     """
     positions: Tensor | None
-    """int32 (3, batch, q_len): key index aligned with the row, first key of the row's sequence, ordinal of the sequence.
+    """int32 (3, batch, q_len): key index aligned with the row, first key and ordinal of the row's sequence.
 
     Rows outside every sequence hold 0, 0, -1. None unless asked for.
     """
@@ -170,10 +170,7 @@ def build_row_spans(
         positions: int32 (3, batch, q_len) or None, stored as it is.
     """
     start, end = start.to(torch.int64), end.to(torch.int64)
-    if dense is None:
-        seen = _covered(start, end, k_len)
-    else:
-        seen = dense.flatten(1, 2).any(1).expand(start.shape[1], k_len)
+    seen = _covered(start, end, k_len) if dense is None else dense.flatten(1, 2).any(1).expand(start.shape[1], k_len)
     if key_holes is not None:
         seen = seen & ~key_holes
     tiles, tile_count = _work_list(start, end, seen, dense is not None)

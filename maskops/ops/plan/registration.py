@@ -25,8 +25,8 @@ MAX_LENGTH = 2**28
 
 _NATIVE_DTYPES = (torch.int32, torch.int64, torch.bool, torch.uint8)
 
-_library = torch.library.Library("maskops", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
+_library = torch.library.Library("maskops", "FRAGMENT")
+_library.define(
     "build_plan(str program, "
     + ", ".join(f"Tensor operand{number}" for number in range(MAX_OPERANDS))
     + ", SymInt batch, SymInt q_len, SymInt k_len, bool grad, bool positions)"

@@ -1,0 +1,346 @@
+"""Packing: cumulative lengths, moving tokens between padded and packed, and the packed batch.
+
+A packed tensor holds the tokens of all sequences one after the other, ``(total, ...)``; ``cu_seqlens``, int32
+``(n_sequences + 1,)``, says where each begins. It may be longer than its tokens (a capacity), and ``cu_seqlens`` may be
+padded with its last value: shapes then do not depend on the data, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from maskops import masks
+
+__all__ = [
+    "PackedBatch",
+    "cu_seqlens_from_lengths",
+    "cu_seqlens_from_mask",
+    "cu_seqlens_from_position_ids",
+    "pad_input",
+    "unpad_input",
+]
+
+IGNORE_INDEX = -100
+"""Label of tokens that have no target."""
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _values_can_be_read(tensor: Tensor) -> bool:
+    """Whether a check may look at values: on the CPU always, elsewhere only under maskops.validate()."""
+    return masks._values_can_be_read([tensor], tensor.device)
+
+
+def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor (batch, length), got {type(mask).__name__}")
+    if mask.dim() != 2 or (shape is not None and tuple(mask.shape) != shape):
+        expected = "(batch, length)" if shape is None else str(shape)
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, expected {expected}")
+    if mask.dtype != torch.bool and mask.dtype not in _INTEGERS:
+        raise TypeError(f"{name} has dtype {mask.dtype}, expected bool or 0/1 integers, 1 = a real token")
+
+
+def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
+    """Cumulative lengths, int32 (n_sequences + 1,), starting at 0.
+
+    Args:
+        lengths: integers (n_sequences,); zeros are legal.
+    """
+    if lengths.dim() != 1:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected (n_sequences,)")
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(f"lengths has dtype {lengths.dtype}, expected integers")
+    if _values_can_be_read(lengths):
+        negative = (lengths < 0).nonzero()
+        if negative.shape[0]:
+            at = int(negative[0, 0])
+            raise ValueError(f"lengths[{at}]={int(lengths[at])} is negative")
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def cu_seqlens_from_mask(attention_mask: Tensor) -> Tensor:
+    """Cumulative counts of the real tokens of each row, int32 (batch + 1,), as ``unpad_input`` packs them.
+
+    Args:
+        attention_mask: bool or 0/1 integers (batch, length); padding left, right or in between.
+    """
+    _check_mask("attention_mask", attention_mask)
+    return cu_seqlens_from_lengths((attention_mask != 0).sum(1, dtype=torch.int32))
+
+
+def cu_seqlens_from_position_ids(position_ids: Tensor, *, capacity: int | None = None) -> Tensor:
+    """Cumulative lengths of one packed row from positions that restart at each sequence.
+
+    A sequence continues where a position is one more than the one before, and ends elsewhere; it may begin at any
+    position, such as RoBERTa's 2, or in the middle of a document that was cut.
+
+    Args:
+        position_ids: integers (L,) or (1, L).
+        capacity: sequences that the result has room for; it is then (capacity + 1,), padded with its last value, and
+            nothing waits for the device. Without it the size depends on the data.
+
+    Returns:
+        int32 (n_sequences + 1,) or (capacity + 1,).
+
+    Raises:
+        ValueError: more than one row; on the CPU or under ``maskops.validate()`` also positions that jump forwards,
+            which could be a new sequence or a gap in one, and more sequences than ``capacity``.
+    """
+    if position_ids.dim() not in (1, 2) or (position_ids.dim() == 2 and position_ids.shape[0] != 1):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}, expected (L,) or (1, L): cu_seqlens describes one "
+            "packed row; flatten the batch first"
+        )
+    if position_ids.dtype not in _INTEGERS:
+        raise TypeError(f"position_ids has dtype {position_ids.dtype}, expected integers")
+    positions = position_ids.reshape(-1).to(torch.int64)
+    length = positions.shape[0]
+    step = positions[1:] - positions[:-1]
+    begins = torch.nn.functional.pad(step != 1, (1 if length else 0, 0), value=True)
+    readable = _values_can_be_read(position_ids)
+    if readable and bool((step > 1).any()):
+        at = int((step > 1).nonzero()[0, 0]) + 1
+        raise ValueError(
+            f"position_ids jumps from {int(positions[at - 1])} to {int(positions[at])} at index {at}: that neither "
+            "continues a sequence nor restarts one; give cu_seqlens instead"
+        )
+    if capacity is None:
+        ends = torch.nn.functional.pad(begins.nonzero().flatten(), (0, 1), value=length)
+        return ends.to(torch.int32)
+    if readable and int(begins.sum()) > capacity:
+        raise ValueError(f"position_ids holds {int(begins.sum())} sequences, more than capacity={capacity}")
+    slot = torch.where(begins, begins.to(torch.int64).cumsum(0) - 1, capacity).clamp(max=capacity)
+    bounds = positions.new_full((capacity + 1,), length)
+    index = torch.where(begins, torch.arange(length, device=positions.device), length)
+    return bounds.scatter_reduce(0, slot, index, "amin").to(torch.int32)
+
+
+def unpad_input(
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    unused_mask: Tensor | None = None,
+    *,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """Gather the real tokens of a padded batch into a packed tensor. flash-attn 2's signature and results.
+
+    Differentiable: gradients of padding are exactly 0, whatever it holds.
+
+    Args:
+        hidden_states: (batch, length, ...), any dtype.
+        attention_mask: bool or 0/1 integers (batch, length), 1 = a real token.
+        unused_mask: the same, 1 = allocated but not used: kept in the packed tensor, not counted in ``seqused``.
+        capacity: tokens that the packed tensor has room for. Shapes are then static and nothing waits for the device:
+            the rest of ``hidden`` is 0, the rest of ``indices`` is ``batch * length`` (which ``pad_input`` drops) and
+            ``max_seqlen_in_batch`` is ``length``. ``batch * length`` always suffices; where the tokens do not fit, the
+            CPU and ``maskops.validate()`` raise, elsewhere the last ones are dropped.
+
+    Returns:
+        hidden (total, ...), indices int64 (total,) into ``batch * length``, cu_seqlens int32 (batch + 1,),
+        max_seqlen_in_batch int, seqused int32 (batch,).
+    """
+    if hidden_states.dim() < 2:
+        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, expected (batch, length, ...)")
+    batch, length = hidden_states.shape[:2]
+    _check_mask("attention_mask", attention_mask, (batch, length))
+    real = attention_mask != 0
+    kept = real
+    if unused_mask is not None:
+        _check_mask("unused_mask", unused_mask, (batch, length))
+        kept = real | (unused_mask != 0)
+    seqused = real.sum(1, dtype=torch.int32)
+    lengths = kept.sum(1, dtype=torch.int32)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    flat = hidden_states.flatten(0, 1)
+    if capacity is None:
+        indices = kept.flatten().nonzero().flatten()
+        longest = int(lengths.max()) if batch else 0
+        return flat.index_select(0, indices), indices, cu_seqlens, longest, seqused
+
+    tokens = batch * length
+    if capacity < 0:
+        raise ValueError(f"capacity={capacity}: expected 0 or more")
+    if _values_can_be_read(attention_mask) and int(cu_seqlens[-1]) > capacity:
+        raise ValueError(f"attention_mask keeps {int(cu_seqlens[-1])} tokens, more than capacity={capacity}")
+    order = kept.flatten().to(torch.int64).cumsum(0) - 1
+    slot = torch.where(kept.flatten(), order, capacity).clamp(max=capacity)
+    index = torch.arange(tokens, device=flat.device)
+    indices = torch.full((capacity + 1,), tokens, dtype=torch.int64, device=flat.device)
+    indices = indices.scatter_reduce(0, slot, index, "amin")[:capacity]
+    # Empty places read one more row, a zero; select, because a product would let NaN of the padding through.
+    padded = torch.cat((flat, flat.new_zeros(1, *flat.shape[1:])))
+    return padded.index_select(0, indices), indices, cu_seqlens.clamp(max=capacity), length, seqused
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """Scatter packed tokens back into a padded batch, 0 elsewhere. flash-attn 2's signature. Differentiable.
+
+    Args:
+        hidden_states: (total, ...).
+        indices: int64 (total,) as ``unpad_input`` returns them; ``batch * seqlen`` drops the token.
+        batch: batch of the result.
+        seqlen: length of the result.
+
+    Returns:
+        (batch, seqlen, ...).
+    """
+    if indices.dim() != 1 or hidden_states.dim() < 1 or indices.shape[0] != hidden_states.shape[0]:
+        raise ValueError(
+            f"indices has shape {tuple(indices.shape)}, hidden_states {tuple(hidden_states.shape)}: expected (total,) "
+            "and (total, ...)"
+        )
+    tokens = batch * seqlen
+    rest = hidden_states.shape[1:]
+    output = hidden_states.new_zeros(tokens + 1, *rest).index_copy(0, indices, hidden_states)
+    return output[:tokens].reshape(batch, seqlen, *rest)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Sequences of tokens packed into one row. The lengths are the one truth; everything else follows from them.
+
+    Attributes:
+        input_ids: int64 (total,); places after the last sequence hold 0.
+        lengths: int32 (n_sequences,).
+        max_seqlen: the longest length, known on the host.
+        labels: int64 (total,), aligned with ``input_ids`` (not shifted), IGNORE_INDEX where there is no target; or
+            None.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    max_seqlen: int
+    labels: Tensor | None = None
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[Tensor | Sequence[int]],
+        labels: Sequence[Tensor | Sequence[int]] | None = None,
+        capacity: int | None = None,
+    ) -> PackedBatch:
+        """Pack sequences of tokens in their order.
+
+        Args:
+            sequences: one tensor or list of token ids each; empty ones are legal.
+            labels: for each sequence a label per token, or None.
+            capacity: length of the row, the total by default.
+
+        Raises:
+            ValueError: labels that do not match the sequences, or more tokens than ``capacity``.
+        """
+        tokens = [_token_ids(f"sequences[{number}]", sequence) for number, sequence in enumerate(sequences)]
+        sizes = [sequence.shape[0] for sequence in tokens]
+        total = sum(sizes)
+        room = total if capacity is None else capacity
+        if total > room:
+            raise ValueError(f"sequences hold {total} tokens, more than capacity={capacity}")
+        device = tokens[0].device if tokens else torch.device("cpu")
+        packed_labels = None
+        if labels is not None:
+            targets = [_token_ids(f"labels[{number}]", label) for number, label in enumerate(labels)]
+            if [label.shape[0] for label in targets] != sizes:
+                raise ValueError(
+                    f"labels have lengths {[label.shape[0] for label in targets]}, the sequences {sizes}: give one "
+                    f"label for each token, {IGNORE_INDEX} where there is none"
+                )
+            packed_labels = _joined(targets, room, IGNORE_INDEX, device)
+        return cls(
+            input_ids=_joined(tokens, room, 0, device),
+            lengths=torch.tensor(sizes, dtype=torch.int32, device=device),
+            max_seqlen=max(sizes, default=0),
+            labels=packed_labels,
+        )
+
+    @property
+    def total(self) -> int:
+        """Places of the row, with those after the last sequence."""
+        return self.input_ids.shape[0]
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences, with the empty ones."""
+        return self.lengths.shape[0]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 (n_sequences + 1,)."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """int64 (total,): which sequence each token belongs to, -1 after the last; what ``masks.documents`` takes."""
+        place = torch.arange(self.total, dtype=torch.int32, device=self.lengths.device)
+        ids = torch.searchsorted(self.cu_seqlens, place, right=True) - 1
+        return torch.where(ids < self.n_sequences, ids, -1)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 (total,): position inside the sequence, from 0; 0 after the last sequence."""
+        ids = self.sequence_ids
+        place = torch.arange(self.total, device=self.lengths.device)
+        return torch.where(ids >= 0, place - self.cu_seqlens[ids.clamp(min=0)], 0)
+
+    @property
+    def shift_labels(self) -> Tensor:
+        """int64 (total,): the label of the next token of the same sequence, IGNORE_INDEX at the end of each.
+
+        From ``labels``, or from ``input_ids`` where there are none. No sequence predicts the beginning of the next.
+        """
+        source = self.input_ids if self.labels is None else self.labels
+        ids = torch.nn.functional.pad(self.sequence_ids, (0, 1), value=-1)
+        following = torch.nn.functional.pad(source[1:], (0, min(1, self.total)), value=IGNORE_INDEX)
+        return torch.where((ids[:-1] == ids[1:]) & (ids[:-1] >= 0), following, IGNORE_INDEX)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """bool (n_sequences, max_seqlen): the real tokens of ``to_padded``."""
+        return torch.arange(self.max_seqlen, device=self.lengths.device) < self.lengths.unsqueeze(1)
+
+    @property
+    def mask(self) -> masks.Mask:
+        """No sequence sees another; combine with a pattern, such as ``batch.mask & masks.causal()``."""
+        return masks.documents(cu_seqlens=self.cu_seqlens)
+
+    def to_padded(self, packed: Tensor, padding_value: float = 0) -> Tensor:
+        """The tokens of ``packed`` (total, ...) as (n_sequences, max_seqlen, ...), right padded. Differentiable.
+
+        Args:
+            packed: (total, ...), such as ``input_ids`` or hidden states.
+            padding_value: what the padding holds.
+        """
+        if packed.dim() < 1 or packed.shape[0] != self.total:
+            raise ValueError(f"packed has shape {tuple(packed.shape)}, expected ({self.total}, ...)")
+        filler = packed.new_full((1, *packed.shape[1:]), padding_value)
+        place = self.cu_seqlens[:-1].unsqueeze(1) + torch.arange(self.max_seqlen, device=self.lengths.device)
+        index = torch.where(self.attention_mask, place, self.total)
+        # Padding reads the filler, so that nothing behind a sequence can reach a value or a gradient.
+        return torch.cat((packed, filler)).index_select(0, index.flatten()).reshape(*index.shape, *packed.shape[1:])
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            lengths=self.lengths.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+        )
+
+
+def _token_ids(name: str, sequence: Tensor | Sequence[int]) -> Tensor:
+    tensor = sequence if isinstance(sequence, Tensor) else torch.tensor(list(sequence), dtype=torch.int64)
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (length,)")
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
+    return tensor.to(torch.int64)
+
+
+def _joined(parts: list[Tensor], room: int, filler: int, device: torch.device) -> Tensor:
+    rest = room - sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, torch.full((rest,), filler, dtype=torch.int64, device=device)])
