@@ -27,9 +27,9 @@ struct PlanLayout {
   enum class Kind { padding_right, padding_left, padding_mask, key_lengths, key_length, key_mask, cu_seqlens, ids };
   Kind kind;
   int operand = -1;
-  int key_operand = -1;    // of cu_seqlens: the same as operand where the keys have no cu_seqlens of their own
+  int key_operand = -1;  // of cu_seqlens: the same as operand where the keys have no cu_seqlens of their own
   bool keys_given = false;
-  int64_t length = 0;      // of key_length
+  int64_t length = 0;  // of key_length
 };
 
 struct PlanStep {
@@ -40,9 +40,9 @@ struct PlanStep {
 
 struct PlanProgram {
   std::vector<PlanLayout> layouts;
-  std::vector<PlanStep> steps;       // of all spans, one after the other
-  std::vector<size_t> span_ends;     // for each span the end of its steps, which leave two values: start, end
-  size_t deepest = 0;                // values on the stack at most
+  std::vector<PlanStep> steps;    // of all spans, one after the other
+  std::vector<size_t> span_ends;  // for each span the end of its steps, which leave two values: start, end
+  size_t deepest = 0;             // values on the stack at most
   int64_t n_spans() const { return static_cast<int64_t>(span_ends.size()); }
 };
 
@@ -64,7 +64,8 @@ struct PlanResult {
 
 // The twin of tiles_per_batch_element in maskops/spans.py.
 inline int64_t tiles_per_batch_element(int64_t q_len, int64_t k_len) {
-  const int64_t bound = 3 * ((q_len + tile_rows - 1) / tile_rows) + (2 * k_len + 2 * tile_rows - 1) / (2 * tile_rows) + 2;
+  const int64_t bound =
+      3 * ((q_len + tile_rows - 1) / tile_rows) + (2 * k_len + 2 * tile_rows - 1) / (2 * tile_rows) + 2;
   return q_len < bound ? q_len : bound;
 }
 

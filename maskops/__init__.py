@@ -36,18 +36,22 @@ from maskops import masks, testing  # noqa: E402
 from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
+from maskops.packing import PackedBatch, pad_input, unpad_input  # noqa: E402
 from maskops.spans import RowSpans  # noqa: E402
 
 __all__ = [
     "BackendFallbackWarning",
     "CrossEntropyOutput",
+    "PackedBatch",
     "RowSpans",
     "__version__",
     "attention",
     "backends",
     "cross_entropy",
     "masks",
+    "pad_input",
     "testing",
+    "unpad_input",
     "use_backend",
     "validate",
     "varlen_attention",

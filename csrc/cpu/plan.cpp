@@ -26,7 +26,7 @@ void require(bool condition, const char* message) {
 
 std::string text_of(int64_t value) { return std::to_string(value); }
 
-// ---- operands --------------------------------------------------------------------------------------------------------
+// ---- operands ----
 
 int64_t count_of(const PlanOperand& operand) {
   int64_t count = 1;
@@ -48,7 +48,7 @@ int64_t element(const PlanOperand& operand, int64_t index) {
   return with_elements(operand, [&](auto data) { return static_cast<int64_t>(data[index]); });
 }
 
-// ---- program ---------------------------------------------------------------------------------------------------------
+// ---- program ----
 
 struct Words {
   std::string_view rest;
@@ -118,7 +118,7 @@ PlanStep parse_step(std::string_view word, Words& words) {
   refuse("build_plan: the program has an unknown word '" + std::string(word) + "'");
 }
 
-// ---- value checks, in the words of masks.py ---------------------------------------------------------------------------
+// ---- value checks, in the words of masks.py ----
 
 void check_lengths(const char* name, const PlanOperand& operand, int64_t k_len) {
   const int64_t count = count_of(operand);
@@ -139,8 +139,8 @@ void check_mask(const char* name, const PlanOperand& operand) {
     return i;
   });
   if (bad == count) return;
-  refuse(std::string(name) + "[" + text_of(bad / width) + ", " + text_of(bad % width) + "]=" +
-         text_of(element(operand, bad)) + ": a mask holds 0 and 1; for document ids use masks.documents(ids)");
+  refuse(std::string(name) + "[" + text_of(bad / width) + ", " + text_of(bad % width) +
+         "]=" + text_of(element(operand, bad)) + ": a mask holds 0 and 1; for document ids use masks.documents(ids)");
 }
 
 void check_cu_seqlens(const std::string& name, const PlanOperand& operand, const char* total_name, int64_t total) {
@@ -150,8 +150,8 @@ void check_cu_seqlens(const std::string& name, const PlanOperand& operand, const
   for (int64_t i = 0; i < last; i++) {
     const int64_t before = element(operand, i), after = element(operand, i + 1);
     if (after < before) {
-      refuse(prefix + "[" + text_of(i + 1) + "]=" + text_of(after) + " < " + name + "[" + text_of(i) + "]=" +
-             text_of(before) + ": cumulative lengths never decrease");
+      refuse(prefix + "[" + text_of(i + 1) + "]=" + text_of(after) + " < " + name + "[" + text_of(i) +
+             "]=" + text_of(before) + ": cumulative lengths never decrease");
     }
   }
   const int64_t end = element(operand, last);
@@ -256,8 +256,9 @@ void check_plan(const PlanRequest& request) {
     }
   }
   for (int index = 0; index < plan_operands; index++) {
-    const bool used = std::any_of(request.program.steps.begin(), request.program.steps.end(),
-                                  [&](const PlanStep& step) { return step.op == Op::prefix_of && step.value == index; });
+    const bool used =
+        std::any_of(request.program.steps.begin(), request.program.steps.end(),
+                    [&](const PlanStep& step) { return step.op == Op::prefix_of && step.value == index; });
     if (!used) continue;
     const PlanOperand& lengths = operand(index);
     const int64_t count = count_of(lengths);
@@ -276,7 +277,7 @@ void check_plan(const PlanRequest& request) {
 
 namespace {
 
-// ---- layouts ---------------------------------------------------------------------------------------------------------
+// ---- layouts ----
 
 // Query rows [q_start, q_end) of one sequence and its keys. Rows in no run lie outside every sequence.
 struct Run {
@@ -416,7 +417,7 @@ class Layouts {
   std::vector<std::pair<const PlanOperand*, int64_t>> row_holes_, key_holes_;
 };
 
-// ---- spans -----------------------------------------------------------------------------------------------------------
+// ---- spans ----
 
 // Evaluates the bounds of all spans over blocks of rows.
 class Evaluator {
@@ -579,7 +580,7 @@ class Evaluator {
   int32_t k_start_[block_rows], k_end_[block_rows], diag_[block_rows], ordinal_[block_rows];
 };
 
-// ---- query tiles -----------------------------------------------------------------------------------------------------
+// ---- query tiles ----
 
 struct Segment {
   int64_t begin, end;
@@ -647,18 +648,41 @@ class WorkList {
     segments_.clear();
     Segment segment{0, 0, INT32_MAX, 0};
     int32_t before_first = 0, before_last = INT32_MAX;  // overlaps everything: the first hull begins no segment
-    for (int64_t i = 0; i < q_len_; i++) {
-      const int32_t from = first[i], to = last[i];
-      if (to <= from) continue;
-      if (from >= before_last || before_first >= to) {
-        segment.end = i;
-        segments_.push_back(segment);
-        segment = {i, 0, from, to};
+    int64_t before = -1;                                // the last row that sees a key
+    constexpr int64_t chunk = 64;
+    for (int64_t i = 0; i < q_len_;) {
+      if (before >= 0 && before == i - 1 && i + chunk <= q_len_) {
+        // Most rows overlap the row before them; a chunk where all do needs no decisions.
+        int32_t breaks = 0, low = INT32_MAX, high = 0;
+        for (int64_t j = i; j < i + chunk; j++) {
+          breaks |= (last[j] <= first[j]) | (first[j] >= last[j - 1]) | (first[j - 1] >= last[j]);
+          low = std::min(low, first[j]);
+          high = std::max(high, last[j]);
+        }
+        if (breaks == 0) {
+          segment.low = std::min(segment.low, low);
+          segment.high = std::max(segment.high, high);
+          i += chunk;
+          before = i - 1;
+          before_first = first[before];
+          before_last = last[before];
+          continue;
+        }
       }
-      segment.low = std::min(segment.low, from);
-      segment.high = std::max(segment.high, to);
-      before_first = from;
-      before_last = to;
+      for (const int64_t stop = std::min(i + chunk, q_len_); i < stop; i++) {
+        const int32_t from = first[i], to = last[i];
+        if (to <= from) continue;
+        if (from >= before_last || before_first >= to) {
+          segment.end = i;
+          segments_.push_back(segment);
+          segment = {i, 0, from, to};
+        }
+        segment.low = std::min(segment.low, from);
+        segment.high = std::max(segment.high, to);
+        before_first = from;
+        before_last = to;
+        before = i;
+      }
     }
     segment.end = q_len_;
     if (q_len_ > 0) segments_.push_back(segment);
@@ -693,35 +717,17 @@ class WorkList {
   }
 
   void write_key_valid(int64_t b, const int32_t* start, const int32_t* end, const Layouts& layouts) {
-    steps_.assign(static_cast<size_t>(k_len_) + 1, 0);
-    const auto cover = [&](int32_t from, int32_t to) {
-      if (to <= from) return;
-      steps_[static_cast<size_t>(from)]++;
-      steps_[static_cast<size_t>(to)]--;
-    };
-    if (n_spans_ == 1) {
-      for (const Segment& segment : segments_) cover(segment.low, segment.high);
-    } else {
-      for (int64_t span = 0; span < n_spans_; span++, start += plane_, end += plane_) {
-        int32_t from = 0, to = 0;  // union of the rows so far, as long as it is one interval
-        for (int64_t i = 0; i < q_len_; i++) {
-          if (end[i] <= start[i]) continue;
-          if (start[i] > to || end[i] < from) {
-            cover(from, to);
-            from = start[i];
-            to = end[i];
-          }
-          from = std::min(from, start[i]);
-          to = std::max(to, end[i]);
-        }
-        cover(from, to);
-      }
-    }
     uint8_t* const valid = result_.key_valid + b * k_len_;
-    int32_t depth = 0;
-    for (int64_t j = 0; j < k_len_; j++) {
-      depth += steps_[static_cast<size_t>(j)];
-      valid[j] = depth > 0;
+    if (n_spans_ == 1) {
+      // The rows of a segment overlap one another, so that their union is its hull.
+      std::memset(valid, 0, static_cast<size_t>(k_len_));
+      for (const Segment& segment : segments_) {
+        if (segment.high > segment.low) {
+          std::memset(valid + segment.low, 1, static_cast<size_t>(segment.high - segment.low));
+        }
+      }
+    } else {
+      write_union(start, end, valid);
     }
     valid_before_.clear();
     if (!layouts.has_key_holes()) return;
@@ -732,6 +738,35 @@ class WorkList {
     valid_before_[0] = 0;
     for (int64_t j = 0; j < k_len_; j++) {
       valid_before_[static_cast<size_t>(j) + 1] = valid_before_[static_cast<size_t>(j)] + valid[j];
+    }
+  }
+
+  // valid[j] = whether some span of some row covers key j.
+  void write_union(const int32_t* start, const int32_t* end, uint8_t* valid) {
+    steps_.assign(static_cast<size_t>(k_len_) + 1, 0);
+    const auto cover = [&](int32_t from, int32_t to) {
+      if (to <= from) return;
+      steps_[static_cast<size_t>(from)]++;
+      steps_[static_cast<size_t>(to)]--;
+    };
+    for (int64_t span = 0; span < n_spans_; span++, start += plane_, end += plane_) {
+      int32_t from = 0, to = 0;  // union of the rows so far, as long as it is one interval
+      for (int64_t i = 0; i < q_len_; i++) {
+        if (end[i] <= start[i]) continue;
+        if (start[i] > to || end[i] < from) {
+          cover(from, to);
+          from = start[i];
+          to = end[i];
+        }
+        from = std::min(from, start[i]);
+        to = std::max(to, end[i]);
+      }
+      cover(from, to);
+    }
+    int32_t depth = 0;
+    for (int64_t j = 0; j < k_len_; j++) {
+      depth += steps_[static_cast<size_t>(j)];
+      valid[j] = depth > 0;
     }
   }
 
@@ -746,14 +781,18 @@ class WorkList {
       const int32_t* const from = start + span * plane_ + item.first;
       const int32_t* const to = end + span * plane_ + item.first;
       int32_t low = INT32_MAX, full_low = 0, full_high = INT32_MAX, high = 0, mixed = 0;
+      int32_t cost_low = 0, cost_high = 0;  // at most 128 halves of 16 bits each, so that int32 lanes do
       for (int64_t i = 0; i < item.rows; i++) {
-        const bool live = to[i] > from[i];
-        low = std::min(low, live ? from[i] : INT32_MAX);
-        full_low = std::max(full_low, live ? from[i] : 0);
-        full_high = std::min(full_high, live ? to[i] : INT32_MAX);
-        high = std::max(high, live ? to[i] : 0);
-        cost += to[i] - from[i];
+        const int32_t begin = from[i], stop = to[i];
+        const int32_t dead = stop > begin ? 0 : INT32_MAX;  // as bits: or-ed it is the neutral element of a minimum
+        low = std::min(low, begin | dead);
+        full_low = std::max(full_low, begin & ~dead);
+        full_high = std::min(full_high, stop | dead);
+        high = std::max(high, stop & ~dead);
+        cost_low += (stop - begin) & 0xffff;
+        cost_high += (stop - begin) >> 16;
       }
+      cost += cost_low + (static_cast<int64_t>(cost_high) << 16);
       if (n_spans_ > 1) {
         for (int64_t i = 0; i < item.rows; i++) {
           mixed |= (to[i] <= from[i]) & (last[item.first + i] > first[item.first + i]);
@@ -776,14 +815,14 @@ class WorkList {
   const int64_t q_len_, k_len_, n_spans_, plane_, width_, per_batch_, capacity_;
   const PlanResult& result_;
   int64_t used_ = 0;
-  std::vector<int32_t> first_, last_;    // hulls of the rows, where there are several spans
-  std::vector<int32_t> steps_;           // +1 where an interval of seen keys begins, -1 where it ends
-  std::vector<int32_t> valid_before_;    // valid keys before each key; empty where there are no holes
+  std::vector<int32_t> first_, last_;  // hulls of the rows, where there are several spans
+  std::vector<int32_t> steps_;         // +1 where an interval of seen keys begins, -1 where it ends
+  std::vector<int32_t> valid_before_;  // valid keys before each key; empty where there are no holes
   std::vector<Segment> segments_;
   std::vector<Item> items_;
 };
 
-// ---- key tiles -------------------------------------------------------------------------------------------------------
+// ---- key tiles ----
 
 // Consecutive rows that see the same key tiles (see_from to see_to, inclusive) and the same tiles as a whole.
 struct RowRun {
@@ -864,24 +903,34 @@ class KeyTiles {
   }
 
  private:
-  void find_runs(const int32_t* start, const int32_t* end) {
-    runs_.clear();
-    RowRun run{0, 0, -1, -1, -1, -1};
-    for (int32_t i = 0; i < static_cast<int32_t>(q_len_); i++) {
-      if (end[i] <= start[i]) continue;
-      constexpr int32_t size = static_cast<int32_t>(key_tile);
-      const int32_t see_from = start[i] / size, see_to = (end[i] - 1) / size;
-      const int32_t full_from = (start[i] + size - 1) / size;
-      const int32_t full_stop = end[i] >= k_len_ ? static_cast<int32_t>(n_tiles_) : end[i] / size;
-      const bool same = run.end == i && run.see_from == see_from && run.see_to == see_to &&
-                        run.full_from == full_from && run.full_stop == full_stop;
-      if (!same) {
-        if (run.end > run.begin) runs_.push_back(run);
-        run = {i, i, see_from, see_to, full_from, full_stop};
-      }
-      run.end = i + 1;
+  // Starts (or ends) that lie in the same tiles: a border between two tiles, or everything between two borders.
+  struct Range {
+    int32_t low, size;
+    explicit Range(int32_t key) {
+      constexpr int32_t tile = static_cast<int32_t>(key_tile);
+      const int32_t inside = key % tile;
+      low = inside == 0 ? key : key - inside + 1;
+      size = inside == 0 ? 1 : tile - 1;
     }
-    if (run.end > run.begin) runs_.push_back(run);
+    bool holds(int32_t key) const { return static_cast<uint32_t>(key - low) < static_cast<uint32_t>(size); }
+  };
+
+  void find_runs(const int32_t* start, const int32_t* end) {
+    constexpr int32_t tile = static_cast<int32_t>(key_tile);
+    runs_.clear();
+    const int32_t rows = static_cast<int32_t>(q_len_);
+    for (int32_t i = 0, stop; i < rows; i = stop) {
+      stop = i + 1;
+      if (end[i] <= start[i]) continue;
+      const bool reaches_last = end[i] >= k_len_;  // then the ragged last tile is covered as a whole
+      const Range starts(start[i]), ends(end[i]);
+      while (stop < rows && starts.holds(start[stop]) && ends.holds(end[stop]) && end[stop] > start[stop] &&
+             (end[stop] >= k_len_) == reaches_last) {
+        stop++;
+      }
+      runs_.push_back({i, stop, start[i] / tile, (end[i] - 1) / tile, (start[i] + tile - 1) / tile,
+                       reaches_last ? static_cast<int32_t>(n_tiles_) : end[i] / tile});
+    }
   }
 
   const int64_t batch_, q_len_;
