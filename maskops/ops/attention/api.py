@@ -1,6 +1,9 @@
 """Public functions of span attention: arguments, checks, choice of the backend."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -11,9 +14,58 @@ from maskops.masks import Mask
 from maskops.ops.attention import reference, registration
 from maskops.spans import RowSpans
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Keywords(TypedDict, total=False):
+        bias: Tensor | None
+        alibi_slopes: Tensor | None
+        sinks: Tensor | None
+        softcap: float
+        softmax_scale: float | None
+        dropout_p: float
+        backend: str | None
+
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Scores, their exponentials and the weights, which autograd keeps.
 _SCORE_SIZED_TENSORS_OF_REFERENCE = 3
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | RowSpans | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | RowSpans | None = None,
+    *,
+    return_lse: Literal[True],
+    **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | RowSpans | None = None,
+    *,
+    return_lse: bool,
+    **keywords: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -94,6 +146,48 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    mask: Mask | RowSpans | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
+) -> Tensor: ...
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    mask: Mask | RowSpans | None = None,
+    *,
+    return_lse: Literal[True],
+    **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    mask: Mask | RowSpans | None = None,
+    *,
+    return_lse: bool,
+    **keywords: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -149,7 +243,9 @@ def varlen_attention(
     _check_heads_and_lengths(q.shape[1], k.shape[1], v.shape[1], k.shape[0], v.shape[0], q.shape[2], k.shape[2])
     if isinstance(mask, RowSpans):
         if cu_seqlens_q is not None or cu_seqlens_k is not None:
-            raise ValueError("mask is a RowSpans, which already holds the sequences: leave out cu_seqlens_q and _k")
+            raise ValueError(
+                "mask is a RowSpans, which already holds the sequences: leave out cu_seqlens_q and cu_seqlens_k"
+            )
         plan: Mask | RowSpans = mask
     elif cu_seqlens_q is None:
         raise ValueError("varlen_attention needs cu_seqlens_q, or a RowSpans of the packed rows as mask")
@@ -285,8 +381,10 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 def _check_numbers(softcap: float, softmax_scale: float | None, dropout_p: float) -> None:
     for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale), ("dropout_p", dropout_p)):
-        if number is not None and not isinstance(number, int | float):
+        if not isinstance(number, int | float) and not (name == "softmax_scale" and number is None):
             raise TypeError(f"{name} is a {type(number).__name__}: expected a float")
+    if softmax_scale is not None and not -math.inf < softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}: expected 0 (none) or a positive number")
     if not 0.0 <= dropout_p < 1.0:
