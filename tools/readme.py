@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from tools.environment import ROOT
@@ -30,9 +29,10 @@ def figures(result: dict[str, Any]) -> str:
         "",
         f"{documents['source'].capitalize()}, tokenizer {documents['tokenizer']}; in random batches of "
         f"{random['batch_size']} documents {1 - random['fill']:.0%} of all positions are padding. {machine['device']}, "
-        f"{machine['threads']} threads, {machine['instruction_set']}, {settings['dtype']}; a model of {settings['layers']} layers, "
-        f"width {settings['width']}, vocabulary {settings['vocabulary']:,}; torch {machine['torch']}. Forward and backward, "
-        f"thousands of real tokens per second, and in brackets how many times the best variant without maskops:",
+        f"{machine['threads']} threads, {machine['instruction_set']}, {settings['dtype']}; a model of "
+        f"{settings['layers']} layers, width {settings['width']}, vocabulary {settings['vocabulary']:,}; torch "
+        f"{machine['torch']}. Forward and backward, thousands of real tokens per second, and in brackets how many "
+        f"times the best variant without maskops:",
         "",
         "| | attention | cross-entropy | training step |",
         "|---|---|---|---|",

@@ -215,7 +215,7 @@ def _job(tables: Sequence[Table]) -> str:
     for mode, end in zip(modes, ends, strict=True):
         head += mode.rjust(end - len(head))
     notes = [
-        f"  {mode}: the best without maskops is {table.baseline}{_summary(table)}"
+        f"  {mode}: best without maskops: {table.baseline}{_summary(table)}"
         for mode, table in zip(modes, tables, strict=True)
     ]
     if tables[0].loss is not None:
@@ -230,9 +230,9 @@ def _summary(table: Table) -> str:
     if not ours:
         return ""
     best = min(ours, key=lambda row: row.timing.median if row.timing is not None else float("inf"))
-    text = "" if best.speedup is None else f"; {best.name} is {best.speedup:.2f}x that"
+    text = "" if best.speedup is None else f"\n    {best.name}: {best.speedup:.2f}x that"
     if habit is not None and habit.timing is not None and best.timing is not None:
-        text += f" and {best.timing.speedup_over(habit.timing):.2f}x {HABIT}"
+        text += f", {best.timing.speedup_over(habit.timing):.2f}x {HABIT}"
     return text
 
 

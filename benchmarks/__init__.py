@@ -1,0 +1,1 @@
+"""Measurements on top of the engine of `python -m maskops bench`."""

@@ -1,0 +1,137 @@
+"""`python -m benchmarks.kernels`: one kernel against torch's, dense, without padding, in interleaved rounds.
+
+The work that torch is best at: equal lengths, no mask but causality. Who wins here does not win by skipping padding.
+THP_MEM_ALLOC_ENABLE=1 in the environment lets torch's allocator use huge pages, for both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import maskops
+from maskops import masks
+from maskops.cli.bench.machine import describe
+from maskops.cli.bench.report import aligned
+from maskops.cli.bench.timing import Timing, interleave
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The same computation by torch and by maskops.
+
+    Attributes:
+        name: Shape and kind of the work.
+        inputs: Leaves; the results are differentiated with respect to them.
+        torch, maskops: From the inputs to the result.
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    torch: Callable[..., Tensor]
+    maskops: Callable[..., Tensor]
+
+
+def contests() -> Iterator[Contest]:
+    """Attention B8 H12 S512 D64, dense and causal, and cross-entropy of 4096 rows over 32,000 words, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(8, 12, 512, 64, generator=generator, requires_grad=True) for _ in range(3))
+    causal = masks.causal().spans(512, 512, batch=8)
+    yield Contest("attention, dense", (q, k, v), F.scaled_dot_product_attention, maskops.attention)
+    yield Contest(
+        "attention, causal",
+        (q, k, v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        lambda q, k, v: maskops.attention(q, k, v, causal),
+    )
+    logits = torch.randn(4096, 32000, generator=generator, requires_grad=True)
+    target = torch.randint(0, 32000, (4096,), generator=generator)
+    yield Contest(
+        "cross-entropy",
+        (logits,),
+        lambda logits: F.cross_entropy(logits, target),
+        lambda logits: maskops.cross_entropy(logits, target),
+    )
+
+
+def forward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Runs the function without a graph."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Runs the backward pass alone, over a graph that is made once."""
+    result = function(*inputs)
+    upstream = torch.ones_like(result)
+    return lambda: torch.autograd.grad(result, inputs, upstream, retain_graph=True)
+
+
+def difference(contest: Contest) -> float:
+    """Largest difference of results and gradients, relative to the largest value of each."""
+    pairs = []
+    for function in (contest.torch, contest.maskops):
+        result = function(*contest.inputs)
+        gradients = torch.autograd.grad(result, contest.inputs, torch.ones_like(result))
+        pairs.append((result.detach(), *gradients))
+    return max(float((one - other).abs().max() / one.abs().max()) for one, other in zip(*pairs, strict=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the ratios of the medians' rounds."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each pair (default: 6)")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    rows = [["", "torch ms", "±", "maskops ms", "±", "ratio"]]
+    results = []
+    for contest in contests():
+        # Equal results first: what is timed is the same computation.
+        apart = difference(contest)
+        for mode, prepare in (("forward", forward), ("backward", backward)):
+            runners = [prepare(function, contest.inputs) for function in (contest.torch, contest.maskops)]
+            theirs, ours = interleave(runners, CPU, budget=options.seconds, min_rounds=5)
+            rows.append(_row(f"{contest.name}, {mode}", theirs, ours))
+            results.append(
+                {
+                    "name": f"{contest.name}, {mode}",
+                    "torch": theirs.seconds,
+                    "maskops": ours.seconds,
+                    "ratio": ours.speedup_over(theirs),
+                    "difference": apart,
+                }
+            )
+    host = describe(CPU, torch.float32)
+    print(f"{host.device}, {host.threads} threads, {host.instruction_set}; torch {host.torch}, maskops {host.commit}")
+    print(f"huge pages {'on' if host.huge_pages else 'off'}; largest relative difference of any result and gradient:")
+    print(f"{max(float(result['difference']) for result in results):.1e}")  # type: ignore[arg-type]
+    print("\n".join(aligned(rows, indent="")))
+    if options.json is not None:
+        options.json.write_text(
+            json.dumps({"machine": host.__dict__ | {"peaks": None}, "rows": results}, indent=1) + "\n"
+        )
+
+
+def _row(name: str, theirs: Timing, ours: Timing) -> list[str]:
+    cells = [f"{theirs.median * 1e3:.2f}", f"{theirs.spread:.0%}", f"{ours.median * 1e3:.2f}", f"{ours.spread:.0%}"]
+    return [name, *cells, f"{ours.speedup_over(theirs):.2f}x"]
+
+
+if __name__ == "__main__":
+    main()

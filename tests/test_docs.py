@@ -1,0 +1,60 @@
+"""The documents: examples run, figures are those of the stored run, links lead somewhere, names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import maskops
+from tools import readme
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore::maskops.BackendFallbackWarning")
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_of_the_readme_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+    assert "FAIL" not in capsys.readouterr().out
+
+
+def test_figures_of_the_readme_are_those_of_the_stored_run() -> None:
+    assert readme.main(["--check"]) == 0, "run python -m tools.readme"
+
+
+def test_figures_are_written_from_the_json() -> None:
+    rows = [
+        {"name": "padded", "habit": True, "ours": False, "timing": {}, "tokens_per_second": 1500.0, "speedup": 0.5},
+        {"name": "ours", "habit": False, "ours": True, "timing": None, "problem": "WRONG: 3 times torch's error"},
+    ]
+    result = {
+        "machine": {"device": "a CPU", "threads": 2, "instruction_set": "maskops avx2", "torch": "2.13.0"},
+        "documents": {"source": "docstrings", "tokenizer": "words"},
+        "settings": {"dtype": "float32", "layers": 2, "width": 256, "vocabulary": 4096},
+        "waste": [{"batch_size": 8, "fill": 0.25}],
+        "tables": [{"job": job, "backward": True, "rows": rows} for job in ("attention", "step")]
+        + [{"job": "loss", "backward": True, "rows": rows[:1]}],
+    }
+    written = readme.figures(result)
+    assert "| padded (what people do) | 1.5 (0.50x) | 1.5 (0.50x) | 1.5 (0.50x) |" in written
+    assert "| **ours** | WRONG |  | WRONG |" in written
+    assert "75% of all positions are padding" in written
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_that_the_documents_use_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path in set(re.findall(r"\bmaskops((?:\.[a-z]\w*)+)", re.sub(r"```sh.*?```", "", text, flags=re.DOTALL))):
+        found: object = maskops
+        for name in path.strip(".").split("."):
+            assert hasattr(found, name), f"{document} names maskops{path}"
+            found = getattr(found, name)
