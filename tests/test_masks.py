@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+import maskops
 from maskops import masks
 from maskops.ops.plan import registration
 
@@ -703,3 +704,12 @@ def test_more_prefix_lengths_than_documents_are_legal(path):
     """Capacity-padded lengths: ids cannot tell how many sequences there are without a sync."""
     mask = masks.prefix(ints(1, 2, 7, 7)) & masks.documents(ints(0, 0, 1, 1, -1))
     assert mask.spans(5, 5).end[0, 0].tolist() == [1, 1, 4, 4, 0]
+
+
+def test_values_on_other_devices_are_read_only_under_validate():
+    """Reading them would wait for the device."""
+    device = torch.device("cuda")
+    assert not masks._values_can_be_read([], device)
+    with maskops.validate():
+        assert masks._values_can_be_read([], device)
+        assert not masks._values_can_be_read([], torch.device("meta"))

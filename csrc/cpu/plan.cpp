@@ -618,7 +618,7 @@ class WorkList {
       first = first_.data();
       last = last_.data();
     }
-    find_segments(first, last);
+    find_segments(first, last, segments_);
     write_key_valid(b, start, end, layouts);
     choose_items();
     for (const Item& item : items_) write(b, item, start, end, first, last);
@@ -644,8 +644,9 @@ class WorkList {
     }
   }
 
-  void find_segments(const int32_t* first, const int32_t* last) {
-    segments_.clear();
+  // Runs of rows whose intervals overlap from one non-empty row to the next; their union is their hull.
+  void find_segments(const int32_t* first, const int32_t* last, std::vector<Segment>& segments) const {
+    segments.clear();
     Segment segment{0, 0, INT32_MAX, 0};
     int32_t before_first = 0, before_last = INT32_MAX;  // overlaps everything: the first hull begins no segment
     int64_t before = -1;                                // the last row that sees a key
@@ -674,7 +675,7 @@ class WorkList {
         if (to <= from) continue;
         if (from >= before_last || before_first >= to) {
           segment.end = i;
-          segments_.push_back(segment);
+          segments.push_back(segment);
           segment = {i, 0, from, to};
         }
         segment.low = std::min(segment.low, from);
@@ -685,7 +686,7 @@ class WorkList {
       }
     }
     segment.end = q_len_;
-    if (q_len_ > 0) segments_.push_back(segment);
+    if (q_len_ > 0) segments.push_back(segment);
   }
 
   // The greedy of spans.py: long segments alone, short ones together while rows and keys permit.
@@ -719,7 +720,6 @@ class WorkList {
   void write_key_valid(int64_t b, const int32_t* start, const int32_t* end, const Layouts& layouts) {
     uint8_t* const valid = result_.key_valid + b * k_len_;
     if (n_spans_ == 1) {
-      // The rows of a segment overlap one another, so that their union is its hull.
       std::memset(valid, 0, static_cast<size_t>(k_len_));
       for (const Segment& segment : segments_) {
         if (segment.high > segment.low) {
@@ -744,24 +744,13 @@ class WorkList {
   // valid[j] = whether some span of some row covers key j.
   void write_union(const int32_t* start, const int32_t* end, uint8_t* valid) {
     steps_.assign(static_cast<size_t>(k_len_) + 1, 0);
-    const auto cover = [&](int32_t from, int32_t to) {
-      if (to <= from) return;
-      steps_[static_cast<size_t>(from)]++;
-      steps_[static_cast<size_t>(to)]--;
-    };
-    for (int64_t span = 0; span < n_spans_; span++, start += plane_, end += plane_) {
-      int32_t from = 0, to = 0;  // union of the rows so far, as long as it is one interval
-      for (int64_t i = 0; i < q_len_; i++) {
-        if (end[i] <= start[i]) continue;
-        if (start[i] > to || end[i] < from) {
-          cover(from, to);
-          from = start[i];
-          to = end[i];
-        }
-        from = std::min(from, start[i]);
-        to = std::max(to, end[i]);
+    for (int64_t span = 0; span < n_spans_; span++) {
+      find_segments(start + span * plane_, end + span * plane_, covered_);
+      for (const Segment& segment : covered_) {
+        if (segment.high <= segment.low) continue;
+        steps_[static_cast<size_t>(segment.low)]++;
+        steps_[static_cast<size_t>(segment.high)]--;
       }
-      cover(from, to);
     }
     int32_t depth = 0;
     for (int64_t j = 0; j < k_len_; j++) {
@@ -818,7 +807,8 @@ class WorkList {
   std::vector<int32_t> first_, last_;  // hulls of the rows, where there are several spans
   std::vector<int32_t> steps_;         // +1 where an interval of seen keys begins, -1 where it ends
   std::vector<int32_t> valid_before_;  // valid keys before each key; empty where there are no holes
-  std::vector<Segment> segments_;
+  std::vector<Segment> segments_;      // of the hulls of the rows
+  std::vector<Segment> covered_;       // of one span
   std::vector<Item> items_;
 };
 
