@@ -41,7 +41,7 @@ _library.define(
 )
 
 
-@torch.library.register_fake("maskops::cross_entropy_forward", lib=_library)
+@torch.library.register_fake("maskops::cross_entropy_forward", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     logits: Tensor,
     target: Tensor,
@@ -62,7 +62,7 @@ def _(
     return per_row(), per_row(), per_row(), per_row(entropy), per_row(argmax, torch.int64), per_row(smoothing)
 
 
-@torch.library.register_fake("maskops::cross_entropy_backward", lib=_library)
+@torch.library.register_fake("maskops::cross_entropy_backward", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     grad_loss: Tensor,
     grad_lse: Tensor,
@@ -83,7 +83,7 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("maskops::cross_entropy_backward_", lib=_library)
+@torch.library.register_fake("maskops::cross_entropy_backward_", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     grad_loss: Tensor,
     grad_lse: Tensor,
@@ -152,16 +152,21 @@ class _CrossEntropy(torch.autograd.Function):
         logits, *saved = ctx.saved_tensors
         nothing = logits.new_empty(0, dtype=torch.float32)
         incoming = [nothing if grad is None else grad for grad in grads[:4]]
+        grad: Tensor
+        if torch.is_grad_enabled():
+            # create_graph=True: somebody may differentiate the gradient, and is told.
+            grad = _Backward.apply(*incoming, logits, *saved, *ctx.numbers)  # type: ignore[no-untyped-call]
+            return grad, *[None] * 9
         # Compiled code gets the functional operator: what is saved belongs to the compiler there. Rows that overlap in
         # memory cannot hold a gradient each.
         distinct = logits.stride(0) >= logits.shape[1] or logits.shape[0] <= 1
-        if ctx.inplace_backward and distinct and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            buffer = logits.detach()
-            torch.ops.maskops.cross_entropy_backward_(*incoming, buffer, *saved, *ctx.numbers)
+        if ctx.inplace_backward and distinct and not torch.compiler.is_compiling():
+            grad = logits.detach()
+            torch.ops.maskops.cross_entropy_backward_(*incoming, grad, *saved, *ctx.numbers)
             # Whoever else saved the logits for a backward pass of its own gets autograd's error, not a wrong gradient.
-            torch.autograd.graph.increment_version(buffer)
-            return buffer, *[None] * 9
-        grad: Tensor = _Backward.apply(*incoming, logits, *saved, *ctx.numbers)  # type: ignore[no-untyped-call]
+            torch.autograd.graph.increment_version(grad)
+        else:
+            grad = torch.ops.maskops.cross_entropy_backward(*incoming, logits, *saved, *ctx.numbers)
         return grad, *[None] * 9
 
 
