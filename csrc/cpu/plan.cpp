@@ -554,11 +554,12 @@ class Evaluator {
         int32_t* const end_b = start_b + block_rows;
         for (int64_t i = 0; i < count; i++) {
           const int32_t sa = start_a[i], sb = start_b[i], ea = end_a[i], eb = end_b[i];
-          const bool swap = (sb < sa) | ((sb == sa) & (eb < ea));
-          start_a[i] = swap ? sb : sa;
-          start_b[i] = swap ? sa : sb;
-          end_a[i] = swap ? eb : ea;
-          end_b[i] = swap ? ea : eb;
+          const int32_t swap = -static_cast<int32_t>((sb < sa) | ((sb == sa) & (eb < ea)));
+          const int32_t start_change = (sa ^ sb) & swap, end_change = (ea ^ eb) & swap;
+          start_a[i] = sa ^ start_change;
+          start_b[i] = sb ^ start_change;
+          end_a[i] = ea ^ end_change;
+          end_b[i] = eb ^ end_change;
         }
       }
     }
@@ -637,9 +638,9 @@ class WorkList {
     int32_t *const first = first_.data(), *const last = last_.data();
     for (int64_t span = 0; span < n_spans_; span++, start += plane_, end += plane_) {
       for (int64_t i = 0; i < q_len_; i++) {
-        const bool live = end[i] > start[i];
-        first[i] = std::min(first[i], live ? start[i] : INT32_MAX);
-        last[i] = std::max(last[i], live ? end[i] : 0);
+        const int32_t dead = end[i] > start[i] ? 0 : INT32_MAX;
+        first[i] = std::min(first[i], start[i] | dead);
+        last[i] = std::max(last[i], end[i] & ~dead);
       }
     }
   }
