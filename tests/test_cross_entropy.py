@@ -433,6 +433,17 @@ def test_incoming_gradients_of_skipped_rows_are_never_read(backend: str) -> None
     assert bool(grads.isfinite().all()) and bool((grads[target == IGNORE] == 0).all())
 
 
+def test_rows_without_an_incoming_gradient_are_not_read_in_backward() -> None:
+    needs_extension()
+    logits, target = problem((4,), 40)
+    logits[1] = math.nan
+    logits.requires_grad_()
+    with maskops.use_backend("cpu", fallback="error"):
+        losses = maskops.cross_entropy(logits, target.clamp(min=0), reduction="none")
+    (grad,) = torch.autograd.grad(losses[0] + losses[2], logits)
+    assert bool((grad[[1, 3]] == 0).all()) and bool((grad[[0, 2]] != 0).all())
+
+
 def test_tokens_after_the_last_sequence_are_never_read(backend: str) -> None:
     logits, target = problem((10,), 20)
     target = target.clamp(min=0)
@@ -563,6 +574,7 @@ def test_strided_logits(backend: str, dtype: torch.dtype) -> None:
     check_case(wide.transpose(0, 1)[..., :30], target.transpose(0, 1))  # no single stride
     check_case(wide[..., :30].transpose(0, 2).contiguous().transpose(0, 2), target)  # columns apart
     check_case(wide[:1, :1, :30].expand(4, 6, 30), target)
+    check_case(wide[0, :3, :30], target[0, ::2])  # labels apart
 
 
 def test_strided_logits_are_not_copied() -> None:
