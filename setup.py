@@ -80,7 +80,7 @@ class NinjaBuild(build_ext):
             sys.exit(f"MASKOPS_BUILD must be auto, require or skip, got {mode!r}")
         output = Path(self.get_ext_fullpath("maskops._native")).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        report = {"compiler": None, "reason": None}
+        report: dict[str, str | None] = {"compiler": None, "reason": None}
         try:
             if mode == "skip":
                 raise RuntimeError("the build was told to leave it out (MASKOPS_BUILD=skip)")

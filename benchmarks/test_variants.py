@@ -1,5 +1,9 @@
 """pytest-benchmark cases: `python -m pytest benchmarks`. The variants and cases are those of the engine and the kit."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
@@ -7,6 +11,9 @@ from maskops import testing
 from maskops.cli.bench.jobs import JOBS, Job, Settings
 from maskops.cli.bench.sweep import cut_documents, lengths_with_fill
 from maskops.cli.bench.variants import Variant, chosen
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install torch-maskops[bench]")
 
@@ -32,13 +39,13 @@ CASES = [case for case in testing.cases("attention") if not testing.refusals("cp
 
 
 @pytest.mark.parametrize(("job", "variant"), WORK)
-def test_variant(benchmark, job: Job, variant: Variant) -> None:
+def test_variant(benchmark: BenchmarkFixture, job: Job, variant: Variant) -> None:
     benchmark.group = job.title
     benchmark(job.work(variant, DOCUMENTS, SETTINGS, True).run)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(benchmark, case: testing.Case) -> None:
+def test_case(benchmark: BenchmarkFixture, case: testing.Case) -> None:
     mask = case.mask("cpu")
     q = torch.randn(case.batch, case.heads, case.q_len, case.head_dim, dtype=case.dtype)
     k = torch.randn(case.batch, case.kv_heads, case.k_len, case.head_dim, dtype=case.dtype)

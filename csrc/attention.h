@@ -18,7 +18,8 @@ struct Spans {
   const int32_t* start;
   const int32_t* end;
   const uint8_t* key_valid;
-  const int32_t* tiles;  // (n_tiles, tile_width): batch, first row, rows, cost, then lo, full_lo, full_hi, hi of each span
+  // (n_tiles, tile_width): batch, first row, rows, cost, then lo, full_lo, full_hi, hi of each span
+  const int32_t* tiles;
   int64_t span_stride, batch_stride, key_valid_batch_stride;  // batch strides are 0 where one plan serves every batch
   int32_t n_spans, n_tiles, tile_width, plan_batch;
 };

@@ -81,8 +81,16 @@ AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v
                                double softcap) {
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v must have 4 dimensions");
   require(q.dtype() == k.dtype() && q.dtype() == v.dtype(), "attention: q, k and v must have one dtype");
-  AttentionShape shape{element_of(q), q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3),
-                       static_cast<float>(softmax_scale), static_cast<float>(softcap)};
+  AttentionShape shape{element_of(q),
+                       q.size(0),
+                       q.size(1),
+                       k.size(1),
+                       q.size(2),
+                       k.size(2),
+                       q.size(3),
+                       v.size(3),
+                       static_cast<float>(softmax_scale),
+                       static_cast<float>(softcap)};
   require(k.size(0) == shape.batch && v.size(0) == shape.batch, "attention: q, k and v must have one batch size");
   require(k.size(3) == shape.head_dim, "attention: q and k must have one head dimension");
   require(v.size(1) == shape.kv_heads && v.size(2) == shape.k_len, "attention: k and v must have the same rows");
@@ -117,9 +125,16 @@ Spans spans_of(const AttentionShape& shape, const Tensor& start, const Tensor& e
               (tiles.size(0) <= 1 || tiles.stride(0) == tiles.size(1)) && start.stride(0) == end.stride(0) &&
               start.stride(1) == end.stride(1),
           "attention: the spans must be contiguous");
-  Spans spans{start.data<int32_t>(), end.data<int32_t>(), key_valid.data<uint8_t>(), tiles.data<int32_t>(),
-              start.stride(0), plan_batch == 1 ? 0 : start.stride(1), plan_batch == 1 ? 0 : key_valid.stride(0),
-              static_cast<int32_t>(n_spans), *tile_count.data<int32_t>(), static_cast<int32_t>(tiles.size(1)),
+  Spans spans{start.data<int32_t>(),
+              end.data<int32_t>(),
+              key_valid.data<uint8_t>(),
+              tiles.data<int32_t>(),
+              start.stride(0),
+              plan_batch == 1 ? 0 : start.stride(1),
+              plan_batch == 1 ? 0 : key_valid.stride(0),
+              static_cast<int32_t>(n_spans),
+              *tile_count.data<int32_t>(),
+              static_cast<int32_t>(tiles.size(1)),
               static_cast<int32_t>(plan_batch)};
   require(0 <= spans.n_tiles && spans.n_tiles <= tiles.size(0), "attention: tile_count exceeds the work list");
   int32_t batch = 0, row = 0;  // the list must cover every row once, in order: each row's output is written by its tile
@@ -138,10 +153,9 @@ Spans spans_of(const AttentionShape& shape, const Tensor& start, const Tensor& e
   return spans;
 }
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                 const Tensor& start, const Tensor& end, const Tensor& key_valid,
-                                                 const Tensor& tiles, const Tensor& tile_count, double softmax_scale,
-                                                 double softcap) {
+std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& start,
+                                                 const Tensor& end, const Tensor& key_valid, const Tensor& tiles,
+                                                 const Tensor& tile_count, double softmax_scale, double softcap) {
   const AttentionShape shape = attention_shape(q, k, v, softmax_scale, softcap);
   const Spans spans = spans_of(shape, start, end, key_valid, tiles, tile_count);
   Tensor out = empty_in_order_of(q, shape.value_dim);
@@ -153,10 +167,12 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& 
   return {std::move(out), std::move(lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const Tensor& start, const Tensor& end, const Tensor& key_valid,
-    const Tensor& tiles, const Tensor& tile_count, double softmax_scale, double softcap) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out, const Tensor& grad_lse,
+                                                          const Tensor& q, const Tensor& k, const Tensor& v,
+                                                          const Tensor& out, const Tensor& lse, const Tensor& start,
+                                                          const Tensor& end, const Tensor& key_valid,
+                                                          const Tensor& tiles, const Tensor& tile_count,
+                                                          double softmax_scale, double softcap) {
   const AttentionShape shape = attention_shape(q, k, v, softmax_scale, softcap);
   const Spans spans = spans_of(shape, start, end, key_valid, tiles, tile_count);
   for (const Tensor* tensor : {&grad_out, &out}) {
@@ -168,9 +184,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   const int64_t rows = shape.batch * shape.heads * shape.q_len;
   const auto dense = [&](const Tensor& tensor) {
     return tensor.dtype() == DType::float32 && tensor.numel() == rows && tensor.dim() == 3 &&
-           (rows == 0 || ((shape.q_len == 1 || tensor.stride(2) == 1) &&
-                          (shape.heads == 1 || tensor.stride(1) == shape.q_len) &&
-                          (shape.batch == 1 || tensor.stride(0) == shape.heads * shape.q_len)));
+           (rows == 0 ||
+            ((shape.q_len == 1 || tensor.stride(2) == 1) && (shape.heads == 1 || tensor.stride(1) == shape.q_len) &&
+             (shape.batch == 1 || tensor.stride(0) == shape.heads * shape.q_len)));
   };
   require(dense(lse) && (grad_lse.numel() == 0 || dense(grad_lse)),
           "attention: lse and its gradient must be contiguous float32 (batch, heads, q_len)");
@@ -178,16 +194,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   Tensor grad_k = empty_in_order_of(k, shape.head_dim);
   Tensor grad_v = empty_in_order_of(v, shape.value_dim);
   if (shape.batch > 0 && shape.kv_heads > 0) {
-    attention_backward({shape, spans, rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(grad_out),
-                        rows_of(grad_q), rows_of(grad_k), rows_of(grad_v), lse.data<float>(),
-                        grad_lse.data_or_null<float>()},
-                       torch_threads());
+    attention_backward(
+        {shape, spans, rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(grad_out), rows_of(grad_q),
+         rows_of(grad_k), rows_of(grad_v), lse.data<float>(), grad_lse.data_or_null<float>()},
+        torch_threads());
   }
   return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
 }
 
-// A label per row, -1 in rows to skip. Reads the target, so that a label outside the vocabulary is an error and never an
-// address. The message is that of check_labels in rows.py.
+// A label per row, -1 in rows to skip. Reads the target, so that a label outside the vocabulary is an error and never
+// an address. The message is that of check_labels in rows.py.
 template <class T>
 std::vector<int32_t> labels_of(const Tensor& target, int64_t vocabulary, int64_t ignore_index) {
   const T* values = target.data_or_null<const T>();
@@ -196,11 +212,10 @@ std::vector<int32_t> labels_of(const Tensor& target, int64_t vocabulary, int64_t
   for (int64_t row = 0; row < n_rows; row++) {
     const int64_t label = values[row * stride];
     if (label != ignore_index && (label < 0 || label >= vocabulary)) {
-      throw std::invalid_argument("target: the label that row " + std::to_string(row) +
-                                  " of the logits is scored against is " + std::to_string(label) +
-                                  ", outside the vocabulary of " + std::to_string(vocabulary) +
-                                  ". Rows to skip hold ignore_index (" + std::to_string(ignore_index) +
-                                  ") or are masked");
+      throw std::invalid_argument(
+          "target: the label that row " + std::to_string(row) + " of the logits is scored against is " +
+          std::to_string(label) + ", outside the vocabulary of " + std::to_string(vocabulary) +
+          ". Rows to skip hold ignore_index (" + std::to_string(ignore_index) + ") or are masked");
     }
     labels[static_cast<size_t>(row)] = label == ignore_index ? -1 : static_cast<int32_t>(label);
   }
@@ -222,9 +237,16 @@ struct LabelledRows {
             "cross_entropy: target must be int32 or int64");
     labels = target.dtype() == DType::int32 ? labels_of<int32_t>(target, logits.size(1), ignore_index)
                                             : labels_of<int64_t>(target, logits.size(1), ignore_index);
-    rows = {logits.data(),   element_of(logits), logits.size(0), logits.size(1),
-            logits.stride(0), labels.data(),      label_smoothing, z_loss,
-            static_cast<float>(softcap), static_cast<float>(logit_scale)};
+    rows = {logits.data(),
+            element_of(logits),
+            logits.size(0),
+            logits.size(1),
+            logits.stride(0),
+            labels.data(),
+            label_smoothing,
+            z_loss,
+            static_cast<float>(softcap),
+            static_cast<float>(logit_scale)};
   }
 };
 
@@ -239,10 +261,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward
   Tensor logprobs = per_row(true, DType::float32), uncertainty = per_row(entropy, DType::float32);
   Tensor highest = per_row(argmax, DType::int64), columns = per_row(label_smoothing != 0.0, DType::float32);
   if (labelled.rows.n_rows > 0) {
-    cross_entropy_forward({labelled.rows, loss.data<float>(), lse.data<float>(), logprobs.data<float>(),
-                           uncertainty.data_or_null<float>(), highest.data_or_null<int64_t>(),
-                           columns.data_or_null<float>()},
-                          torch_threads());
+    cross_entropy_forward(
+        {labelled.rows, loss.data<float>(), lse.data<float>(), logprobs.data<float>(),
+         uncertainty.data_or_null<float>(), highest.data_or_null<int64_t>(), columns.data_or_null<float>()},
+        torch_threads());
   }
   return {std::move(loss),        std::move(lse),     std::move(logprobs),
           std::move(uncertainty), std::move(highest), std::move(columns)};
@@ -328,8 +350,8 @@ PlanOperand plan_operand(const Tensor& tensor) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> build_plan_cpu(
     const std::string& program, const Tensor& operand0, const Tensor& operand1, const Tensor& operand2,
-    const Tensor& operand3, const Tensor& operand4, const Tensor& operand5, int64_t batch, int64_t q_len,
-    int64_t k_len, bool grad, bool positions) {
+    const Tensor& operand3, const Tensor& operand4, const Tensor& operand5, int64_t batch, int64_t q_len, int64_t k_len,
+    bool grad, bool positions) {
   PlanRequest request{parse_plan(program), {}, batch, q_len, k_len};
   const Tensor* operands[plan_operands] = {&operand0, &operand1, &operand2, &operand3, &operand4, &operand5};
   for (int index = 0; index < plan_operands; index++) request.operands[index] = plan_operand(*operands[index]);
@@ -346,8 +368,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> build_plan_cp
   build_plan(request, {start.data<int32_t>(), end.data<int32_t>(), key_valid.data<uint8_t>(), tiles.data<int32_t>(),
                        tile_count.data<int32_t>(), grad ? key_tiles.data<int32_t>() : nullptr,
                        positions ? where.data<int32_t>() : nullptr});
-  return {std::move(start), std::move(end), std::move(key_valid), std::move(tiles), std::move(tile_count),
-          std::move(key_tiles), std::move(where)};
+  return {std::move(start),      std::move(end),       std::move(key_valid), std::move(tiles),
+          std::move(tile_count), std::move(key_tiles), std::move(where)};
 }
 
 const bool registered = [] {

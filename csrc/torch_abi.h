@@ -53,7 +53,14 @@ inline void check_torch(AOTITorchError error, const char* what) {
 
 // The values of torch::headeronly::ScalarType; they are part of torch's serialization format and do not change.
 enum class DType : int32_t {
-  uint8 = 0, int32 = 3, int64 = 4, float16 = 5, float32 = 6, float64 = 7, boolean = 11, bfloat16 = 15
+  uint8 = 0,
+  int32 = 3,
+  int64 = 4,
+  float16 = 5,
+  float32 = 6,
+  float64 = 7,
+  boolean = 11,
+  bfloat16 = 15
 };
 
 // An owning reference to a CPU tensor.
@@ -75,8 +82,7 @@ class Tensor {
   static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype) {
     constexpr int32_t cpu = 0;
     AtenTensorHandle handle;
-    MASKOPS_CHECK_TORCH(
-        aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), cpu, 0, &handle));
+    MASKOPS_CHECK_TORCH(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), cpu, 0, &handle));
     return Tensor(handle);
   }
   template <size_t N>

@@ -75,8 +75,8 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
           const int32_t* item = tile_at(p.spans, longest_first[i]);
           const int32_t lanes = item[2] * group;
           for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
-            tasks.push_back({static_cast<int32_t>(batch), head, item[1], item[2], lane,
-                             std::min(lanes, lane + BLOCK_LANES)});
+            tasks.push_back(
+                {static_cast<int32_t>(batch), head, item[1], item[2], lane, std::min(lanes, lane + BLOCK_LANES)});
           }
         }
       }
@@ -212,8 +212,15 @@ void attention_backward(const AttentionBackward& p, const Threads& threads) {
         const bool shared = bounds.size() > 2;
         const auto first = static_cast<int64_t>(tasks.size());
         for (size_t part = 0; part + 1 < bounds.size(); part++) {
-          BackwardTask task{batch, head, bounds[part], bounds[part + 1], component.key_begin, component.key_end,
-                            component.key_begin, component.key_end, nullptr};
+          BackwardTask task{batch,
+                            head,
+                            bounds[part],
+                            bounds[part + 1],
+                            component.key_begin,
+                            component.key_end,
+                            component.key_begin,
+                            component.key_end,
+                            nullptr};
           int64_t cost = 0;
           if (shared) {  // only the keys that these tiles see: half of them under a causal mask
             task.key_begin = component.key_end;

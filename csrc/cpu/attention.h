@@ -24,7 +24,8 @@ struct LaneBlock {
 // One task of the backward pass owns the key rows [key_begin, key_end) of a (batch, key head) for a run of tiles.
 struct BackwardTask {
   int32_t batch, kv_head, tile_begin, tile_end, key_begin, key_end;
-  // Keys before key_begin that belong to nobody and get a gradient of zero, from zero_begin on; likewise up to zero_end.
+  // Keys before key_begin that belong to nobody and get a gradient of zero, from zero_begin on; likewise up to
+  // zero_end.
   int32_t zero_begin, zero_end;
   // Where several tasks own the same keys: their sums, (key_end - key_begin) x padded widths, added up afterwards in a
   // fixed order. nullptr where the task owns its keys alone and writes the gradients itself.

@@ -1,6 +1,6 @@
-// Headers of an instruction-set translation unit (isa_*.cpp). They come before the target pragma, so that nothing of the
-// standard library is compiled for an instruction set that the machine may lack: the linker keeps one copy of an inline
-// function for the whole library. For the same reason the .inc files use no template of the standard library.
+// Headers of an instruction-set translation unit (isa_*.cpp). They come before the target pragma, so that nothing of
+// the standard library is compiled for an instruction set that the machine may lack: the linker keeps one copy of an
+// inline function for the whole library. For the same reason the .inc files use no template of the standard library.
 #pragma once
 
 #include <math.h>

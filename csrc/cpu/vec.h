@@ -254,7 +254,8 @@ static ALWAYS_INLINE void stream_fence() {
 // rows[i][j] <-> rows[j][i] of a W x W block in registers.
 static ALWAYS_INLINE void transpose(vf rows[W]) {
 #if defined(__x86_64__) && VECTOR_BYTES == 64
-  // Four rounds of a perfect shuffle: interleaving row i with row i + W/2 moves one bit of the row number into the lane.
+  // Four rounds of a perfect shuffle: interleaving row i with row i + W/2 moves one bit of the row number into the
+  // lane.
   const vi low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   const vi high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 #pragma GCC unroll 4
