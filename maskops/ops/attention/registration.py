@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd import forward_ad
 
 from maskops.spans import RowSpans
 
@@ -116,9 +116,13 @@ class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.maskops.attention_backward(*args)
         return grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Nothing is kept; torch.func asks for the method."""
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> None:
@@ -129,27 +133,20 @@ class _Backward(torch.autograd.Function):
 
 
 class _SpanAttention(torch.autograd.Function):
+    # Arguments: q, k, v, start, end, key_valid, tiles, tile_count, softmax_scale, softcap.
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        start: Tensor,
-        end: Tensor,
-        key_valid: Tensor,
-        tiles: Tensor,
-        tile_count: Tensor,
-        softmax_scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor]:
-        plan = (start, end, key_valid, tiles, tile_count)
-        out, lse = torch.ops.maskops.attention_forward(q, k, v, *plan, softmax_scale, softcap)
-        ctx.save_for_backward(q, k, v, out, lse, *plan)
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = torch.ops.maskops.attention_forward(*args)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *plan, softmax_scale, softcap = inputs
+        ctx.save_for_backward(q, k, v, *output, *plan)
         ctx.set_materialize_grads(False)
         ctx.softmax_scale = softmax_scale
         ctx.softcap = softcap
-        return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -160,7 +157,11 @@ class _SpanAttention(torch.autograd.Function):
             grad_out = grad_out.contiguous()
         grad_lse = lse.new_empty(0) if grad_lse is None else grad_lse.contiguous()
         arguments = (grad_out, grad_lse, q, k, v, out, lse, *plan, ctx.softmax_scale, ctx.softcap)
-        dq, dk, dv = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            # create_graph=True: somebody may differentiate the gradients, and is told.
+            dq, dk, dv = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            dq, dk, dv = torch.ops.maskops.attention_backward(*arguments)
         return dq, dk, dv, None, None, None, None, None, None, None
 
 
@@ -178,11 +179,18 @@ def span_attention(
     Returns:
         out (B, Hq, Sq, Dv) in q's dimension order, lse (B, Hq, Sq) float32.
     """
+    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not needs_grad and forward_ad._current_level < 0:
+        # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
+        # the function says that it has none, where the operator would drop the tangents without a word.
+        outputs: tuple[Tensor, Tensor] = torch.ops.maskops.attention_forward(q, k, v, *plan, softmax_scale, softcap)
+        return outputs
     # Dynamo rejects the same tensor given twice to an autograd.Function; a view is another tensor.
     if v is q or v is k:
         v = v.view_as(v)
     if k is q:
         k = k.view_as(k)
     return _SpanAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
-        q, k, v, spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count, softmax_scale, softcap
+        q, k, v, *plan, softmax_scale, softcap
     )
