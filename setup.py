@@ -61,6 +61,8 @@ def ninja_graph(output: Path, build: Path) -> str:
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):
         objects.append(build / source.relative_to(ROOT).with_suffix(".o"))
         lines.append(f"build {objects[-1]}: compile {source.resolve()}")
+    if not objects:
+        raise RuntimeError("csrc holds no C++ source: this source distribution is incomplete")
     names = " ".join(map(str, objects))
     lines += [f"build {output}: link {names}{'' if mac else f' | {stub}'}", f"  objects = {names}"]
     if not mac:
