@@ -17,6 +17,7 @@ _THEIRS = "#7b8794"
 _HABIT = "#cf8a7a"
 _OURS = ("#2f6fb0", "#0b3d6e")
 _BEST = "#3e4c59"
+_COLUMNS = (("attention", "attention alone"), ("loss", "cross-entropy alone"), ("step", "training step"))
 
 
 def available() -> str | None:
@@ -35,22 +36,17 @@ def draw(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(14.4, 5.4), dpi=125, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        2,
-        3,
-        width_ratios=(1.25, 1.0, 1.15),
-        height_ratios=(0.36, 0.64),
-        left=0.16,
-        right=0.985,
-        top=0.83,
-        bottom=0.15,
-        wspace=0.24,
-        hspace=0.42,
+    left, middle, right = 0.11, 0.545, 0.765
+    columns = figure.add_gridspec(1, 3, left=left, right=middle - 0.02, top=0.76, bottom=0.13, wspace=0.06)
+    _speeds([figure.add_subplot(columns[0, column]) for column in range(3)], report)
+    batch = figure.add_gridspec(
+        2, 1, left=middle, right=right - 0.045, top=0.84, bottom=0.15, hspace=0.5, height_ratios=(0.34, 0.66)
     )
-    _speeds(figure.add_subplot(grid[:, 0]), report)
-    _padded_batch(figure.add_subplot(grid[0, 1]), report.picture)
-    _spans(figure.add_subplot(grid[1, 1]), report.picture)
-    _fill_factor(figure.add_subplot(grid[:, 2]), report)
+    _padded_batch(figure.add_subplot(batch[0]), report.picture)
+    _spans(figure.add_subplot(batch[1]), report.picture)
+    _fill_factor(
+        figure.add_subplot(figure.add_gridspec(1, 1, left=right, right=0.985, top=0.76, bottom=0.15)[0]), report
+    )
     machine, settings = report.machine, report.settings
     figure.text(
         0.012, 0.945, "Training on real text without computing the padding", fontsize=15, weight="bold", color=_INK
@@ -75,10 +71,23 @@ def _bare(axes: "Axes", *, keep: Sequence[str] = ()) -> None:
     axes.tick_params(length=0, colors=_INK, labelsize=8.5)
 
 
-def _title(axes: "Axes", text: str, note: str = "") -> None:
+def _title(axes: "Axes", text: str, note: str = "", above: float = 0.0) -> None:
+    """A heading with a note of any number of lines below it, `above` points over the axes."""
     lines = note.count("\n") + 1 if note else 0
-    axes.set_title(text, loc="left", fontsize=10.5, color=_INK, weight="bold", pad=8 + 12 * lines)
-    axes.annotate(note, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=_THEIRS)
+    for words, height, size, colour, weight in (
+        (text, above + 8 + 12 * lines, 10.5, _INK, "bold"),
+        (note, above + 6, 8, _THEIRS, "normal"),
+    ):
+        axes.annotate(
+            words,
+            (0, 1),
+            (0, height),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=size,
+            color=colour,
+            weight=weight,
+        )
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
@@ -86,39 +95,60 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
     return {row.name: next(ours) if row.ours else _HABIT if row.habit else _THEIRS for row in rows}
 
 
-def _speeds(axes: "Axes", report: Report) -> None:
-    table = report.table("step", True)
-    rows = list(reversed(table.rows))
-    colours = _colours(table.rows)
-    longest = max((row.tokens_per_second or 0.0 for row in rows), default=0.0) or 1.0
-    for height, row in enumerate(rows):
-        if row.tokens_per_second is None:
-            axes.text(0, height, f" {(row.problem or '').split(':')[0]}", va="center", fontsize=8.5, color=_HABIT)
-            continue
-        axes.barh(height, row.tokens_per_second, color=colours[row.name], height=0.66)
-        speedup = "" if row.speedup is None else f"  {row.speedup:.2f}×"
-        best = "  best of torch" if row.name == table.baseline else ""
-        axes.text(
-            row.tokens_per_second + 0.015 * longest,
-            height,
-            f"{row.tokens_per_second:,.0f}{speedup}{best}",
-            va="center",
-            fontsize=8.5,
-            color=_INK,
-            weight="bold" if row.ours else "normal",
-        )
-    axes.set_yticks(range(len(rows)), [_folded(row) for row in rows])
-    axes.set_xlim(0, 1.42 * longest)
-    axes.set_xticks([])
-    _bare(axes, keep=("left",))
-    fill = next((waste.fill for waste in report.waste if waste.layout.startswith("random")), None)
-    filled = "" if fill is None else f"; random batches are {1 - fill:.0%} padding"
-    _title(axes, "Training step, real tokens per second", f"× of the best variant without maskops{filled}")
+def _speeds(panels: "Sequence[Axes]", report: Report) -> None:
+    """One column of bars a job; the rows are the variants of the training step."""
+    names = [row.name for row in report.table("step", True).rows]
+    colours = _colours(report.table("step", True).rows)
+    for axes, (job, title) in zip(panels, _COLUMNS, strict=True):
+        table = report.table(job, True)
+        found = {row.name: row for row in table.rows}
+        longest = max((row.tokens_per_second or 0.0 for row in table.rows), default=0.0) or 1.0
+        for height, name in enumerate(reversed(names)):
+            row = found.get(name)
+            if row is None:
+                continue
+            speed = row.tokens_per_second
+            text = _number(speed) if speed is not None else (row.problem or "").split(":")[0]
+            if speed is not None:
+                axes.barh(height, speed, color=colours[name], height=0.62)
+                text += "" if row.speedup is None else f"  {row.speedup:.2f}×"
+            axes.text(
+                (speed or 0.0) + 0.03 * longest,
+                height,
+                text,
+                va="center",
+                fontsize=8.5,
+                color=_INK if speed is not None else _HABIT,
+                weight="bold" if row.ours else "normal",
+            )
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlim(0, 1.75 * longest)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        _bare(axes, keep=("left",))
+        axes.set_title(title, loc="left", fontsize=8.5, color=_INK, pad=5)
+    rows = list(reversed(report.table("step", True).rows))
+    panels[0].set_yticks(range(len(rows)), [_folded(row) for row in rows])
+    waste = next((waste for waste in report.waste if waste.layout.startswith("random")), None)
+    filled = "" if waste is None else f"; random batches of {waste.batch_size} are {1 - waste.fill:.0%} padding"
+    _title(
+        panels[0], "Real tokens per second, forward and backward", f"× of the best without maskops{filled}", above=14
+    )
+
+
+def _number(speed: float) -> str:
+    return f"{speed / 1000:.1f} k" if speed < 99_950 else f"{speed / 1000:.0f} k"
 
 
 def _folded(row: Row) -> str:
-    """The label in two lines: after the comma, or before what explains it."""
-    return f"{row.name}\n({HABIT})" if row.habit else row.name.replace(", ", ",\n")
+    """The label in two lines, broken at the blank nearest to its middle."""
+    if row.habit:
+        return f"{row.name}\n({HABIT})"
+    if len(row.name) <= 18:
+        return row.name
+    blanks = [place for place, letter in enumerate(row.name) if letter == " "]
+    middle = min(blanks, key=lambda place: abs(place - len(row.name) / 2))
+    return f"{row.name[:middle]}\n{row.name[middle + 1 :]}"
 
 
 def _padded_batch(axes: "Axes", lengths: Sequence[int]) -> None:
@@ -132,7 +162,7 @@ def _padded_batch(axes: "Axes", lengths: Sequence[int]) -> None:
     axes.set_xticks([0, longest])
     _bare(axes)
     filled = sum(lengths) / (longest * len(lengths))
-    _title(axes, f"One batch of {len(lengths)} documents: {1 - filled:.0%} padding")
+    _title(axes, f"A padded batch: {1 - filled:.0%} padding")
 
 
 def _spans(axes: "Axes", lengths: Sequence[int]) -> None:
@@ -153,7 +183,7 @@ def _spans(axes: "Axes", lengths: Sequence[int]) -> None:
     axes.set_xlabel("keys", fontsize=8.5, color=_INK, labelpad=-6)
     axes.set_ylabel("query rows", fontsize=8.5, color=_INK, labelpad=-14)
     _bare(axes, keep=("left", "bottom"))
-    _title(axes, "The same, packed: each row's span")
+    _title(axes, "The same, packed: its spans")
     axes.annotate(
         f"{pairs / 1e3:,.0f} k pairs\ninstead of\n{padded / 1e3:,.0f} k",
         (1.0, 0.97),
