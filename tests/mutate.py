@@ -18,8 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ("tests/test_attention.py",)
-LOSS = ("tests/test_cross_entropy.py",)
+LOSS = ("tests/test_cross_entropy.py", "tests/test_cross_entropy_errors.py")
 PLAN = ("tests/test_plan.py",)
+VALUES = ("tests/test_masks.py",)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ FORWARD = "csrc/cpu/attention_forward.inc"
 BACKWARD = "csrc/cpu/attention_backward.inc"
 SCHEDULE = "csrc/cpu/attention.cpp"
 VECTORS = "csrc/cpu/vec.h"
+PLANNER = "csrc/cpu/plan.cpp"
+CROSS_ENTROPY = "csrc/cpu/cross_entropy.inc"
+OPERATORS = "csrc/ops.cpp"
 
 MUTATIONS = (
     Mutation("window starts one key late", FORWARD, "(position >= load_int(start", "(position > load_int(start"),
@@ -125,6 +129,160 @@ MUTATIONS = (
     Mutation("exponential of -inf is not 0", VECTORS, "x = vmax(splat(-127.0f), x);", "x = vmax(splat(-126.0f), x);"),
     Mutation("bfloat16 rounded towards zero", VECTORS, "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
     Mutation("tanh keeps its sign for the far half", VECTORS, "x < (vf){} ? -far : far", "far"),
+    Mutation(
+        "plan: diagonal one key late", PLANNER, "top[i] = diag_[i] + offset;", "top[i] = diag_[i] + offset + 1;", PLAN
+    ),
+    Mutation("plan: chunks of a negative position", PLANNER, " - (position % offset < 0)", "", PLAN),
+    Mutation("plan: prefix from key 0", PLANNER, "top[i] = k_start_[i] + offset;", "top[i] = offset;", PLAN),
+    Mutation(
+        "plan: top-left aligned", PLANNER, "current.k_end - current.q_end", "current.k_start - current.q_start", PLAN
+    ),
+    Mutation("plan: spans not clipped to one another", PLANNER, "start[i] = std::max(start[i], before[i]);", "", PLAN),
+    Mutation("plan: holes stay valid", PLANNER, "valid[j] &= bits[j] != 0;", "(void)bits[j];", PLAN),
+    Mutation(
+        "plan: rows at holes see keys",
+        PLANNER,
+        "const int32_t keep = bits[first + i] != 0 ? -1 : 0;",
+        "const int32_t keep = -1; (void)bits;",
+        PLAN,
+    ),
+    Mutation("plan: full range over a hole", PLANNER, "if (!partial && !valid_before_.empty())", "if (false)", PLAN),
+    Mutation("plan: row missing from a span", PLANNER, "bool partial = mixed != 0 ||", "bool partial =", PLAN),
+    Mutation(
+        "plan: item over 128 rows",
+        PLANNER,
+        "next.end - head.begin > tile_rows",
+        "next.end - head.begin > 2 * tile_rows",
+        PLAN,
+    ),
+    Mutation("plan: keys of an item unlimited", PLANNER, "new_high - new_low > 2 * tile_rows", "false", PLAN),
+    Mutation(
+        "plan: ordinals restart in each batch element",
+        PLANNER,
+        "layout, b, ids_counted_[index]",
+        "layout, b, ids_counted_[index] = 0",
+        PLAN,
+    ),
+    Mutation(
+        "plan: ragged last key tile never whole",
+        PLANNER,
+        "reaches_last = end[i] >= k_len_",
+        "reaches_last = false",
+        PLAN,
+    ),
+    Mutation(
+        "plan: gap among the rows of a key tile",
+        PLANNER,
+        "covering > 0 && covering == bounds[2] - bounds[1]",
+        "covering > 0",
+        PLAN,
+    ),
+    Mutation(
+        "plan: cost loses its high half", PLANNER, "(static_cast<int64_t>(cost_high) << 16)", "0 * cost_high", PLAN
+    ),
+    Mutation("plan: a document may return", PLANNER, "if (lookup.count(id) != 0)", "if (false)", VALUES),
+    Mutation(
+        "loss: moments keep the old reference",
+        CROSS_ENTROPY,
+        "alpha * (s.moments[0] + delta * s.sums[0])",
+        "alpha * s.moments[0]",
+        LOSS,
+    ),
+    Mutation("loss: a sum not rescaled", CROSS_ENTROPY, "    s.sums[1] *= alpha;\n", "", LOSS),
+    Mutation(
+        "loss: every lane raised",
+        CROSS_ENTROPY,
+        "above ? top + splat(CE_HEADROOM) : s.reference",
+        "top + splat(CE_HEADROOM)",
+        LOSS,
+    ),
+    Mutation(
+        "loss: another column left out",
+        CROSS_ENTROPY,
+        "splat_int((int32_t)target - v * W) ?",
+        "splat_int((int32_t)target + 1 - v * W) ?",
+        LOSS,
+    ),
+    Mutation(
+        "loss: the exponential of -inf is not 0",
+        CROSS_ENTROPY,
+        "constexpr float CE_UNDERFLOW = -88.0f",
+        "constexpr float CE_UNDERFLOW = -80.0f",
+        LOSS,
+    ),
+    Mutation(
+        "loss: a NaN clamped away",
+        CROSS_ENTROPY,
+        "return vmax(splat(CE_UNDERFLOW), d);",
+        "return vmax(d, splat(CE_UNDERFLOW));",
+        LOSS,
+    ),
+    Mutation(
+        "loss: cancellation near p = 1",
+        CROSS_ENTROPY,
+        "nll = log1p(others * factor);",
+        "nll = log((float)(1.0 + others * factor));",
+        LOSS,
+    ),
+    Mutation(
+        "loss: cancellation of the target's gradient",
+        CROSS_ENTROPY,
+        "of_nll * expm1(logprob)",
+        "of_nll * ((float)probability - 1.0f)",
+        LOSS,
+    ),
+    Mutation("loss: the exponential overflows", CROSS_ENTROPY, "if (gap <= 700.0)", "if (gap <= 1e30)", LOSS),
+    Mutation(
+        "loss: softcap lifts padding", CROSS_ENTROPY, "scaled == splat(-INFINITY) ? scaled : capped", "capped", LOSS
+    ),
+    Mutation(
+        "loss: banned columns counted",
+        CROSS_ENTROPY,
+        "const vi finite = z[v] > splat(-INFINITY);",
+        "const vi finite = z[v] >= splat(-INFINITY);",
+        LOSS,
+    ),
+    Mutation(
+        "loss: smoothing gradient on banned columns",
+        CROSS_ENTROPY,
+        "z > splat(-INFINITY) ? splat(c.constant)",
+        "z >= splat(-INFINITY) ? splat(c.constant)",
+        LOSS,
+    ),
+    Mutation(
+        "loss: last of equal columns",
+        CROSS_ENTROPY,
+        "s.highest_block[lane] < begin",
+        "s.highest_block[lane] >= 0",
+        LOSS,
+    ),
+    Mutation("loss: skipped rows not written", CROSS_ENTROPY, "    memset(g, 0, n * sizeof(T));\n", "", LOSS),
+    Mutation(
+        "loss: streaming stores unaligned", CROSS_ENTROPY, "begin = smaller(begin, vocabulary);", "begin = 0;", LOSS
+    ),
+    Mutation(
+        "loss: sign of the gradient of logprobs",
+        CROSS_ENTROPY,
+        "grad_loss - grad_logprobs",
+        "grad_loss + grad_logprobs",
+        LOSS,
+    ),
+    Mutation(
+        "loss: entropy forgotten in its gradient",
+        CROSS_ENTROPY,
+        "splat(c.entropy) * (d + splat(c.offset))",
+        "splat(c.entropy) * d",
+        LOSS,
+    ),
+    Mutation("loss: z loss gradient halved", CROSS_ENTROPY, "2.0 * p.rows.z_loss * lse", "p.rows.z_loss * lse", LOSS),
+    Mutation(
+        "loss: label outside the vocabulary",
+        OPERATORS,
+        "label < 0 || label >= vocabulary",
+        "label < 0 || label > vocabulary",
+        LOSS,
+    ),
+    Mutation("loss: labels taken as adjacent", OPERATORS, "values[row * stride]", "values[row]", LOSS),
 )
 
 

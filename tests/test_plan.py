@@ -73,6 +73,13 @@ def test_offsets_beyond_every_length_mean_unbounded(offset):
         check_same(pattern, 7, 130)
 
 
+def test_costs_beyond_16_and_31_bits():
+    check_same(masks.causal(), 130, 70_000)
+    spans = masks.full().spans(128, 2**24, grad=False)
+    assert int(spans.cost()) == 2**31, "the sum is 64 bits wide"
+    assert spans.tiles[0, :4].tolist() == [0, 0, 128, 2**31 - 1], "the column of the work list saturates"
+
+
 def test_more_operands_than_the_operator_has_take_the_torch_path():
     mask = masks.causal()
     for number in range(registration.MAX_OPERANDS + 1):
