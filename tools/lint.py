@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,13 +20,19 @@ def cpp_sources() -> list[str]:
 def commands(fix: bool) -> dict[str, list[str]]:
     """What is run, by the name of the tool; ruff and mypy through the interpreter that runs this."""
     python = [sys.executable, "-m"]
-    clang_format = Path(sysconfig.get_path("scripts")) / "clang-format"
     return {
         "ruff check": [*python, "ruff", "check", *(["--fix"] if fix else []), "."],
         "ruff format": [*python, "ruff", "format", *([] if fix else ["--check"]), "."],
         "mypy": [*python, "mypy"],
-        "clang-format": [str(clang_format), *(["-i"] if fix else ["--dry-run", "-Werror"]), *cpp_sources()],
+        "clang-format": [str(clang_format()), *(["-i"] if fix else ["--dry-run", "-Werror"]), *cpp_sources()],
     }
+
+
+def clang_format() -> Path:
+    """The program inside the package: the script beside it may belong to the Python that this environment builds on."""
+    package = importlib.util.find_spec("clang_format")
+    folder = Path(package.origin).parent if package is not None and package.origin is not None else Path()
+    return folder / "data" / "bin" / "clang-format"
 
 
 def installed(command: list[str]) -> bool:
