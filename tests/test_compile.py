@@ -134,7 +134,7 @@ def test_lengths_do_not_recompile(backend: str) -> None:
         return maskops.varlen_attention(x, x, x, offsets, mask=masks.causal(), backend=backend)
 
     run = compiled(step, dynamic=True)
-    for total in (20, 33, 57, 130, 300):
+    for total in (20, 57, 300):
         x = torch.randn(total, 2, 8, requires_grad=True)
         offsets = torch.tensor([0, total // 3, total // 2, total - 1])
         out = run(x, offsets)

@@ -217,6 +217,13 @@ def _mask_cases() -> Iterator[Case]:
         ),
     )
     yield Case(
+        "padding with long holes",
+        "rows that see nothing between rows that do, as many as fill a vector of a kernel",
+        heads=8,
+        kv_heads=1,
+        mask=lambda d: masks.causal() & masks.padding((torch.arange(72, device=d) % 12 < 3).expand(2, 72)),
+    )
+    yield Case(
         "cache, one query",
         "decoding: one row, keys filled to different lengths",
         q_len=1,
