@@ -671,6 +671,20 @@ def test_double_backward_is_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp loads its decompositions
+def test_functional_gradients(backend: str) -> None:
+    logits, target = problem((6,), 50)
+    expected = torch.autograd.grad(maskops.cross_entropy(logits.requires_grad_(), target), logits)[0]
+    logits = logits.detach()
+    assert torch.equal(torch.func.grad(maskops.cross_entropy)(logits, target), expected)
+    if backend == "cpu":  # never a tangent of 0 that nobody computed
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            torch.func.jvp(lambda x: maskops.cross_entropy(x, target), (logits,), (logits,))
+    else:
+        _, tangent = torch.func.jvp(lambda x: maskops.cross_entropy(x, target), (logits,), (logits,))
+        torch.testing.assert_close(tangent, (expected * logits).sum(), rtol=1e-4, atol=1e-5)
+
+
 def test_no_gradient_asked(backend: str) -> None:
     logits, target = problem((6,), 50)
     assert not maskops.cross_entropy(logits, target).requires_grad

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd import forward_ad
 
 from maskops.ops.cross_entropy.rows import Scoring
 
@@ -108,9 +108,13 @@ class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *args: Any) -> Tensor:
+    def forward(*args: Any) -> Tensor:
         grad: Tensor = torch.ops.maskops.cross_entropy_backward(*args)
         return grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept; torch.func asks for the method."""
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> None:
@@ -122,30 +126,23 @@ class _Backward(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
+    # Arguments: logits, target, ignore_index, label_smoothing, z_loss, softcap, logit_scale, entropy, argmax,
+    # inplace_backward. The context is set up apart from the forward pass, which torch.func asks for.
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        softcap: float,
-        logit_scale: float,
-        entropy: bool,
-        argmax: bool,
-        inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-        loss, lse, logprobs, uncertainty, highest, columns = torch.ops.maskops.cross_entropy_forward(
-            logits, target, *numbers, entropy, argmax
-        )
-        ctx.save_for_backward(logits, target, lse, logprobs, uncertainty, columns)
-        ctx.mark_non_differentiable(highest)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = torch.ops.maskops.cross_entropy_forward(*args[:-1])
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, *numbers, _entropy, _argmax, inplace_backward = inputs
+        _loss, lse, logprobs, entropy, argmax, columns = output
+        ctx.save_for_backward(logits, target, lse, logprobs, entropy, columns)
+        ctx.mark_non_differentiable(argmax, columns)
         ctx.set_materialize_grads(False)
-        ctx.numbers = numbers
+        ctx.numbers = tuple(numbers)
         ctx.inplace_backward = inplace_backward
-        return loss, lse, logprobs, uncertainty, highest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,8 +183,12 @@ def row_losses(
     Returns:
         loss, lse, logprobs, entropy, argmax: one value per row; the last two are empty where they were not asked for.
     """
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return torch.ops.maskops.cross_entropy_forward(logits, labels, *scoring)[:5]  # type: ignore[no-any-return]
-    return _CrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-        logits, labels, *scoring, inplace_backward
-    )
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if not needs_grad and forward_ad._current_level < 0:
+        # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
+        # the function says that it has none, where the operator would drop the tangents without a word.
+        results = torch.ops.maskops.cross_entropy_forward(logits, labels, *scoring)
+    else:
+        results = _CrossEntropy.apply(logits, labels, *scoring, inplace_backward)  # type: ignore[no-untyped-call]
+    loss, lse, logprobs, entropy, argmax, _columns = results
+    return loss, lse, logprobs, entropy, argmax
