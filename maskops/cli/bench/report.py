@@ -164,6 +164,12 @@ def _heading(report: Report) -> str:
         ("peaks", peaks),
         ("model", model),
         ("tokenizer", str(report.documents["tokenizer"])),
+        (
+            "columns",
+            "tokens/s: real tokens, padding not counted, median of interleaved rounds; ±: half the distance of the",
+        ),
+        ("", "quartiles; speed-up: over the best variant without maskops; error: largest of any output or gradient"),
+        ("", "against float64, 1 = plain torch's own and a few roundings; above 2 a row prints WRONG and no speed"),
         ("command", f"{machine.command} ({report.mode} run, {report.seconds:.0f} s)"),
     ]
     return "\n".join(["maskops bench text", *aligned(lines, left=2)])
