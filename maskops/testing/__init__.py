@@ -1,12 +1,15 @@
 """Public testing kit: cases, and checks of any attention function against a float64 oracle.
 
-from maskops import testing
+Example::
 
-def mine(q, k, v, allowed, *, softmax_scale):
-    return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=softmax_scale, enable_gqa=True)
+    from torch.nn.functional import scaled_dot_product_attention
+    from maskops import testing
 
-for case in testing.cases("attention"):
-    testing.check(mine, case, parts=("numbers", "readout", "invariances")).raise_if_failed()
+    def mine(q, k, v, allowed, *, softmax_scale):
+        return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=softmax_scale, enable_gqa=True)
+
+    for case in testing.cases("attention"):
+        print(testing.check(mine, case))
 """
 
 from maskops.testing.cases import Case, cases
