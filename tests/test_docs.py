@@ -37,7 +37,12 @@ def test_figures_are_written_from_the_json() -> None:
         "tables": [{"job": job, "backward": True, "rows": rows} for job in ("attention", "step")]
         + [{"job": "loss", "backward": True, "rows": rows[:1]}],
     }
-    written = readme.figures(result)
+    kernels = {
+        "machine": {"threads": 2},
+        "rows": [{"name": "attention", "torch": [0.25, 0.5, 0.5], "maskops": [0.125, 0.25, 0.5], "ratio": 2.0}],
+    }
+    written = readme.figures(result, kernels)
+    assert "| attention | 500.0 | 250.0 | 2.00x |" in written
     assert "| padded (what people do) | 1.5 (0.50x) | 1.5 (0.50x) | 1.5 (0.50x) |" in written
     assert "| **ours** | WRONG |  | WRONG |" in written
     assert "75% of all positions are padding" in written
