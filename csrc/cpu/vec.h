@@ -84,37 +84,46 @@ static ALWAYS_INLINE float horizontal_max(vf v) {
   return result;
 }
 
-// 2^x for x <= 127 with a relative error below 1.8e-7 (minimax polynomial of degree 5 on [-1/2, 1/2] that is exactly 1
-// at 0). Exactly 0 for x <= -127, -inf included: there the fraction is 0, the polynomial 1.0 and its exponent bits
-// cancel. A NaN gives NaN.
-static ALWAYS_INLINE vf exp2_lanes(vf x) {
-  const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
-  x = vmax(splat(-127.0f), x);
-  vf t = x + shift;
-  vf f = x - (t - shift);
+// 2^f for |f| <= 1/2, exactly 1 at 0: the minimax polynomial of degree 5 under that condition, relative error 1.8e-7.
+static ALWAYS_INLINE vf exp2_of_fraction(vf f) {
   vf p = splat(1.326472731307149e-3f);
   p = p * f + splat(9.671512991189957e-3f);
   p = p * f + splat(5.550733581185341e-2f);
   p = p * f + splat(2.4022242426872253e-1f);
   p = p * f + splat(6.931470036506653e-1f);
-  p = p * f + splat(1.0f);
-  return (vf)((vi)p + ((vi)t << 23));
+  return p * f + splat(1.0f);
 }
 
-// tanh with a relative error of a few 1e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel.
+// 2^x for x <= 127 with a relative error below 1.8e-7. Exactly 0 for x <= -127, -inf included: there the fraction is 0,
+// the polynomial 1.0 and its exponent bits cancel. A NaN gives NaN.
+static ALWAYS_INLINE vf exp2_lanes(vf x) {
+  const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  x = vmax(splat(-127.0f), x);
+  vf t = x + shift;
+  return (vf)((vi)exp2_of_fraction(x - (t - shift)) + ((vi)t << 23));
+}
+
+// tanh with a relative error of a few 1e-7: an odd polynomial (minimax on [0, 0.625]) near 0, where
+// (1 - e^-2x) / (1 + e^-2x) would cancel.
 static ALWAYS_INLINE vf tanh_lanes(vf x) {
   const vf magnitude = vmax(x, -x);
   const vf square = x * x;
-  vf p = splat(-5.70498872745e-3f);
-  p = p * square + splat(2.06390887954e-2f);
-  p = p * square + splat(-5.37397155531e-2f);
-  p = p * square + splat(1.33314422036e-1f);
-  p = p * square + splat(-3.33332819422e-1f);
-  const vf near_zero = x + x * square * p;
+  vf p = splat(-5.704979412257671e-3f);
+  p = p * square + splat(2.0639080554246902e-2f);
+  p = p * square + splat(-5.373971164226532e-2f);
+  p = p * square + splat(1.3331441581249237e-1f);
+  p = p * square + splat(-3.333328068256378e-1f);
+  const vf near_zero = x + x * (square * p);
   const vf e = exp2_lanes(magnitude * splat(-2.0f * LOG2E));
   const vf far = (splat(1.0f) - e) / (splat(1.0f) + e);
   const vf signed_far = x < (vf){} ? -far : far;
   return magnitude < splat(0.625f) ? near_zero : signed_far;
+}
+// The derivative of tanh, with a small relative error everywhere: 1 - tanh^2 would cancel.
+static ALWAYS_INLINE vf tanh_slope_lanes(vf x) {
+  const vf e = exp2_lanes(vmax(x, -x) * splat(-2.0f * LOG2E));
+  const vf half = splat(2.0f) / (splat(1.0f) + e);
+  return e * (half * half);
 }
 
 // Element types in memory. Arithmetic is always float32.
