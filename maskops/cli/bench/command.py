@@ -91,7 +91,7 @@ QUICK = Plan(
     sweep_longest=160,
     sweep_budget=2.5,
     compiled=False,
-    limit=75.0,
+    limit=60.0,
 )
 
 FULL = Plan(
@@ -99,9 +99,9 @@ FULL = Plan(
     read_seconds=60.0,
     min_length=16,
     max_length=1024,
-    micro_batches=8,
-    batch_size=16,
-    vocabulary=16384,
+    micro_batches=6,
+    batch_size=12,
+    vocabulary=8192,
     width=256,
     heads=4,
     layers=4,
