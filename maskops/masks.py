@@ -1,6 +1,6 @@
-"""The algebra of masks: what each mask means, and how it becomes spans of keys.
+"""Masks: what each of them means, how they combine, and how they become spans of keys.
 
-This is the only module that knows what causal, a window, padding or a document is. A mask is a combination of
+A mask is a combination of
 
 * layouts, which say where the sequences lie: ``padding``, ``key_padding``, ``documents``;
 * patterns, which speak of positions inside a sequence: ``full``, ``causal``, ``sliding_window``, ``prefix``,
@@ -13,8 +13,10 @@ intersect; without a layout the whole row of the batch is one sequence whose ord
 outside every sequence see nothing. Patterns are evaluated inside the sequence, bottom-right aligned: query row ``i``
 stands at key ``diag = k_end - q_end + i``, so that the last query sees the last key.
 
-A mask is kept in normal form, a union of spans whose two ends are a maximum and a minimum of simple terms, so that
-``causal() & sliding_window(w, 0)`` and ``causal() | prefix(n)`` are one span per row and no kernel ever knows a name.
+The meaning of every mask is stated here, by the function that makes it, and the lowering of a ``Mask`` puts the two
+halves together: its layouts become sequences (``layouts.py``, where padding and documents are read), its patterns are
+a union of spans with symbolic ends (``bounds.py``, where no mask has a name), and both become a ``RowSpans``
+(``spans.py``), so that no kernel ever knows a name.
 """
 
 from __future__ import annotations
@@ -22,13 +24,26 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TextIO, TypeVar
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
+from maskops.bounds import (
+    FIRST,
+    LAST,
+    Bound,
+    Conjunct,
+    Conjuncts,
+    Extremum,
+    Term,
+    intersection,
+    renumbered,
+    span_program,
+    union,
+)
+from maskops.layouts import Layout, check_shapes, check_values, first_true, resolve, values_can_be_read
 from maskops.ops.plan import registration
 from maskops.spans import RowSpans, build_row_spans
 
@@ -47,291 +62,6 @@ __all__ = [
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LONGEST = 2**31 - 1
-
-
-# ---- expressions -----------------------------------------------------------------------------------------------------
-
-
-class Term(NamedTuple):
-    """One symbolic end of a span, a key index per query row.
-
-    ``first`` and ``last``: the ends of the row's sequence. ``diag``: diag + value. ``prefix``: k_start + value.
-    ``prefix_of``: k_start + (operand number ``value``)[ordinal]. ``chunk_start``, ``chunk_end``: ends of the row's
-    chunk of ``value`` keys.
-    """
-
-    kind: str
-    value: int
-
-
-class Extremum(NamedTuple):
-    """Maximum or minimum (``pick``) of two or more bounds."""
-
-    pick: str
-    parts: tuple[Bound, ...]
-
-
-Bound = Term | Extremum
-FIRST = Term("first", 0)
-LAST = Term("last", 0)
-
-
-class Conjunct(NamedTuple):
-    """Keys ``max(start, k_start) <= j < min(end, k_end)`` that every dense operand (by number) allows as well."""
-
-    start: Bound
-    end: Bound
-    dense: tuple[int, ...]
-
-
-Conjuncts = tuple[Conjunct, ...]
-_Function = TypeVar("_Function", bound=Callable[..., object])
-
-
-def _cached(function: _Function) -> _Function:
-    """Remember results of a function of hashable constants, except while torch.compile traces it.
-
-    Tracing through a cache is refused or warned about by torch; the plain function traces as constants.
-    """
-    remembered = functools.lru_cache(maxsize=512)(function)
-
-    @functools.wraps(function)
-    def call(*args: object) -> object:
-        return function(*args) if torch.compiler.is_compiling() else remembered(*args)
-
-    return call  # type: ignore[return-value]
-
-
-def _sort_key(bound: Bound) -> tuple[object, ...]:
-    return tuple(bound)
-
-
-def _extremum(pick: str, bounds: tuple[Bound, ...]) -> Bound:
-    """Simplified maximum or minimum; every bound is later clipped to its sequence, so FIRST is the least of all."""
-    neutral, absorbing = (FIRST, LAST) if pick == "max" else (LAST, FIRST)
-    better = max if pick == "max" else min
-    flat: list[Bound] = []
-    for bound in bounds:
-        for part in bound.parts if isinstance(bound, Extremum) and bound.pick == pick else (bound,):
-            if part == absorbing:
-                return absorbing
-            if part != neutral and part not in flat:
-                flat.append(part)
-    kept = [part for part in flat if not (isinstance(part, Term) and part.kind in ("diag", "prefix"))]
-    for kind in ("diag", "prefix"):
-        values = [part.value for part in flat if isinstance(part, Term) and part.kind == kind]
-        if values:
-            kept.append(Term(kind, better(values)))
-    if not kept:
-        return neutral
-    if len(kept) == 1:
-        return kept[0]
-    return Extremum(pick, tuple(sorted(kept, key=_sort_key)))
-
-
-@_cached
-def _intersection(left: Conjuncts, right: Conjuncts) -> Conjuncts:
-    products = [
-        Conjunct(
-            _extremum("max", (a.start, b.start)),
-            _extremum("min", (a.end, b.end)),
-            a.dense + tuple(index for index in b.dense if index not in a.dense),
-        )
-        for a in left
-        for b in right
-    ]
-    return _merged(tuple(products))
-
-
-@_cached
-def _union(left: Conjuncts, right: Conjuncts) -> Conjuncts:
-    return _merged(left + right)
-
-
-def _merged(conjuncts: Conjuncts) -> Conjuncts:
-    """Merge spans that share a symbolic end: their union is then one span, also where one of them is empty."""
-    merged: list[Conjunct] = []
-    for conjunct in conjuncts:
-        at = 0
-        while at < len(merged):
-            other = merged[at]
-            if other.dense == conjunct.dense and other.start == conjunct.start:
-                conjunct = Conjunct(other.start, _extremum("max", (other.end, conjunct.end)), other.dense)
-            elif other.dense == conjunct.dense and other.end == conjunct.end:
-                conjunct = Conjunct(_extremum("min", (other.start, conjunct.start)), other.end, other.dense)
-            else:
-                at += 1
-                continue
-            # The merged span may now share an end with one that was passed before.
-            del merged[at]
-            at = 0
-        merged.append(conjunct)
-    return tuple(merged)
-
-
-def _renumber_bound(bound: Bound, numbers: tuple[int, ...]) -> Bound:
-    if isinstance(bound, Extremum):
-        return Extremum(bound.pick, tuple(sorted((_renumber_bound(p, numbers) for p in bound.parts), key=_sort_key)))
-    return Term(bound.kind, numbers[bound.value]) if bound.kind == "prefix_of" else bound
-
-
-@_cached
-def _renumbered(conjuncts: Conjuncts, numbers: tuple[int, ...]) -> Conjuncts:
-    return tuple(
-        Conjunct(_renumber_bound(c.start, numbers), _renumber_bound(c.end, numbers), tuple(numbers[i] for i in c.dense))
-        for c in conjuncts
-    )
-
-
-@_cached
-def _postfix(bound: Bound) -> str:
-    if isinstance(bound, Term):
-        return bound.kind if bound.kind in ("first", "last") else f"{bound.kind} {bound.value}"
-    text = _postfix(bound.parts[0])
-    for part in bound.parts[1:]:
-        text += f" {_postfix(part)} {bound.pick}"
-    return text
-
-
-@_cached
-def _span_program(conjuncts: Conjuncts) -> str:
-    return " ".join([f"span {_postfix(c.start)} {_postfix(c.end)}" for c in conjuncts])
-
-
-# ---- layouts ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the sequences lie. ``kind`` says how ``tensor`` (and ``keys`` or ``length``) is read."""
-
-    kind: str
-    """padding_right | padding_left | padding_mask | key_lengths | key_length | key_mask | cu_seqlens | ids"""
-    tensor: Tensor | None = None
-    keys: Tensor | None = None
-    length: int = 0
-
-    @property
-    def is_documents(self) -> bool:
-        """Whether the layout counts sequences by itself (its ordinals win over the batch index)."""
-        return self.kind in ("cu_seqlens", "ids")
-
-    def batch(self) -> int:
-        """Batch elements that the tensor describes; 1 broadcasts."""
-        if self.tensor is None or self.kind == "cu_seqlens" or (self.kind == "ids" and self.tensor.dim() == 1):
-            return 1
-        return self.tensor.shape[0]
-
-    def tensors(self) -> tuple[tuple[str, Tensor], ...]:
-        """The tensors with the names of their arguments."""
-        if self.tensor is None:
-            return ()
-        if self.kind == "cu_seqlens":
-            named = (("documents: cu_seqlens", self.tensor),)
-            return named if self.keys is None else (*named, ("documents: cu_seqlens_k", self.keys))
-        names = {
-            "padding_right": "padding: lengths",
-            "padding_left": "padding: lengths",
-            "padding_mask": "padding: mask",
-            "key_lengths": "key_padding: lengths",
-            "key_mask": "key_padding: mask",
-            "ids": "documents: ids",
-        }
-        return ((names[self.kind], self.tensor),)
-
-
-class _Sequences(NamedTuple):
-    """Per query row (all int64, broadcastable to (batch, q_len)): the sequence it lies in; holes bool or None."""
-
-    q_start: Tensor
-    q_end: Tensor
-    k_start: Tensor
-    k_end: Tensor
-    ordinal: Tensor
-    row_holes: Tensor | None = None
-    key_holes: Tensor | None = None
-
-
-def _hull_of_mask(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First and one past the last 1 of each row of a (batch, length) mask, (batch, 1) each, and the holes."""
-    batch, length = mask.shape
-    valid = mask != 0
-    if length == 0:
-        nothing = torch.zeros(batch, 1, dtype=torch.int64, device=mask.device)
-        return nothing, nothing, ~valid
-    position = torch.arange(length, device=mask.device)
-    last = torch.where(valid, position + 1, 0).amax(1, keepdim=True)
-    first = torch.minimum(torch.where(valid, position, length).amin(1, keepdim=True), last)
-    return first, last, ~valid
-
-
-def _sequences_of_cu_seqlens(cu_q: Tensor, cu_k: Tensor, q_len: int, k_len: int) -> _Sequences:
-    n_sequences = cu_q.shape[0] - 1
-    row = torch.arange(q_len, device=cu_q.device).unsqueeze(0)
-    if n_sequences == 0:
-        nothing = torch.zeros_like(row)
-        return _Sequences(nothing, nothing, nothing, nothing, nothing)
-    cu_q, cu_k = cu_q.to(torch.int64).contiguous(), cu_k.to(torch.int64)
-    # right=True skips sequences of no rows, also those of a cu_seqlens padded with its last value.
-    index = torch.searchsorted(cu_q, row, right=True) - 1
-    inside = (index >= 0) & (index < n_sequences)
-    index = index.clamp(0, n_sequences - 1)
-    # Clamps only matter for values that validation would refuse; they keep every span inside its tensors.
-    q_end = cu_q[index + 1].clamp(0, q_len)
-    k_start = cu_k[index].clamp(0, k_len)
-    k_end = torch.maximum(cu_k[index + 1].clamp(0, k_len), k_start)
-    q_start, q_end, k_start, k_end = (
-        torch.where(inside, x, 0) for x in (cu_q[index].clamp(0, q_len), q_end, k_start, k_end)
-    )
-    return _Sequences(q_start, q_end, k_start, k_end, index)
-
-
-def _sequences_of_ids(ids: Tensor, batch: int) -> _Sequences:
-    ids = (ids.unsqueeze(0) if ids.dim() == 1 else ids).to(torch.int64)
-    rows, length = (batch if ids.shape[0] == 1 else ids.shape[0]), ids.shape[1]
-    ids = ids.expand(rows, length)
-    if length == 0 or rows == 0:
-        nothing = torch.zeros_like(ids)
-        return _Sequences(nothing, nothing, nothing, nothing, nothing)
-    position = torch.arange(length, device=ids.device).expand(rows, length)
-    begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-    start = torch.where(begins, position, 0).cummax(1).values
-    next_begin = torch.where(begins, position, length)[:, 1:].flip(1)
-    if length > 1:
-        next_begin = next_begin.cummin(1).values
-    end = torch.nn.functional.pad(next_begin.flip(1), (0, 1), value=length)
-    inside = ids >= 0
-    ordinal = (begins & inside).flatten().to(torch.int64).cumsum(0).view(rows, length) - 1
-    start, end = torch.where(inside, start, 0), torch.where(inside, end, 0)
-    return _Sequences(start, end, start, end, ordinal)
-
-
-def _sequences_of(layout: Layout, batch: int, q_len: int, k_len: int, device: torch.device) -> _Sequences:
-    """The sequences that one layout describes; the ordinal is only meaningful for documents."""
-
-    def whole(value: int) -> Tensor:
-        return torch.full((1, 1), value, dtype=torch.int64, device=device)
-
-    zero = whole(0)
-    tensor = layout.tensor
-    if tensor is None:
-        return _Sequences(zero, whole(q_len), zero, whole(layout.length), zero)
-    if layout.kind == "cu_seqlens":
-        return _sequences_of_cu_seqlens(tensor, tensor if layout.keys is None else layout.keys, q_len, k_len)
-    if layout.kind == "ids":
-        return _sequences_of_ids(tensor, batch)
-    if layout.kind == "padding_mask":
-        first, last, holes = _hull_of_mask(tensor)
-        return _Sequences(first, last, first, last, zero, holes, holes)
-    if layout.kind == "key_mask":
-        first, last, holes = _hull_of_mask(tensor)
-        return _Sequences(zero, whole(q_len), first, last, zero, None, holes)
-    lengths = tensor.to(torch.int64).clamp(0, k_len).unsqueeze(1)
-    if layout.kind == "key_lengths":
-        return _Sequences(zero, whole(q_len), zero, lengths, zero)
-    if layout.kind == "padding_left":
-        return _Sequences(k_len - lengths, whole(q_len), k_len - lengths, whole(k_len), zero)
-    return _Sequences(zero, lengths, zero, lengths, zero)
 
 
 # ---- the mask --------------------------------------------------------------------------------------------------------
@@ -366,7 +96,7 @@ class Mask:
                 known = [len(operands)]
                 operands.append(tensor)
             numbers.append(known[0])
-        return tuple(operands), _renumbered(other.conjuncts, tuple(numbers))
+        return tuple(operands), renumbered(other.conjuncts, tuple(numbers))
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
@@ -375,7 +105,7 @@ class Mask:
         return Mask(
             f"{_bracketed(self.text, '|')} & {_bracketed(other.text, '|')}",
             self.layouts + other.layouts,
-            _intersection(self.conjuncts, conjuncts),
+            intersection(self.conjuncts, conjuncts),
             operands,
         )
 
@@ -389,7 +119,7 @@ class Mask:
                     "(a | b) & padding(lengths)"
                 )
         operands, conjuncts = self._joined(other)
-        return Mask(f"{self.text} | {other.text}", (), _union(self.conjuncts, conjuncts), operands)
+        return Mask(f"{self.text} | {other.text}", (), union(self.conjuncts, conjuncts), operands)
 
     @property
     def n_spans(self) -> int:
@@ -493,7 +223,7 @@ class Mask:
                 keys = len(operands)
                 operands.append(layout.keys)
             layouts.append(f"cu_seqlens {number} {keys} {int(layout.keys is not None)}")
-        return " ".join([*layouts, _span_program(self.conjuncts)]), operands
+        return " ".join([*layouts, span_program(self.conjuncts)]), operands
 
     def _check_structure(
         self, q_len: int, k_len: int, batch: int | None, device: torch.device | str | None, positions: bool
@@ -516,7 +246,7 @@ class Mask:
         sizes: list[tuple[str, int]] = []
         packed = None
         for layout in self.layouts:
-            _check_layout(layout, q_len, k_len)
+            check_shapes(layout, q_len, k_len)
             if layout.kind == "cu_seqlens":
                 packed = layout
             elif layout.tensor is not None:
@@ -567,12 +297,30 @@ class Mask:
         prefixes = [tensor for number, tensor in enumerate(self.operands) if number not in dense_numbers]
         return prefixes, [self.operands[number] for number in sorted(dense_numbers)]
 
+    def _check_values(self, q_len: int, k_len: int, batch: int, device: torch.device) -> None:
+        """The checks that read values, where they may be read; the C++ op makes the same ones with the same words."""
+        prefixes, _ = self._operands_by_use()
+        tensors = [tensor for layout in self.layouts for _, tensor in layout.tensors()] + prefixes
+        if not tensors or not values_can_be_read(tensors, device):
+            return
+        n_sequences = check_values(self.layouts, q_len, k_len, batch)
+        has_cu_seqlens_first = next((x.kind == "cu_seqlens" for x in self.layouts if x.is_documents), False)
+        for tensor in prefixes:
+            flat = tensor.reshape(-1)
+            at = first_true(flat < 0)
+            if at is not None:
+                raise ValueError(f"prefix: lengths[{at[0]}]={int(flat[at])} is negative")
+            if n_sequences is not None and not has_cu_seqlens_first and 1 != flat.shape[0] < n_sequences:
+                raise ValueError(
+                    f"prefix: lengths has {flat.shape[0]} elements, documents(ids) holds {n_sequences} sequences"
+                )
+
     def _spans_by_torch(
         self, q_len: int, k_len: int, batch: int, device: torch.device, grad: bool, positions: bool
     ) -> RowSpans:
         """The meaning of a mask, in plain torch operations without a sync."""
-        _check_values(self, q_len, k_len, batch, device)
-        sequences = self._resolve(batch, q_len, k_len, device)
+        self._check_values(q_len, k_len, batch, device)
+        sequences = resolve(self.layouts, batch, q_len, k_len, device)
         shape = (batch, q_len)
         row = torch.arange(q_len, device=device)
         inside = ((row >= sequences.q_start) & (row < sequences.q_end)).expand(shape)
@@ -621,24 +369,6 @@ class Mask:
             where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
         return build_row_spans(start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, positions=where)
 
-    def _resolve(self, batch: int, q_len: int, k_len: int, device: torch.device) -> _Sequences:
-        """The sequence of each row: layouts intersected, ordinals from the first documents layout."""
-        every = Layout("key_length", length=k_len)
-        parts = [_sequences_of(layout, batch, q_len, k_len, device) for layout in self.layouts or (every,)]
-        counting = [part for part, layout in zip(parts, self.layouts, strict=False) if layout.is_documents]
-        ordinal = counting[0].ordinal if counting else torch.arange(batch, device=device).unsqueeze(1)
-        row_holes = [part.row_holes for part in parts if part.row_holes is not None]
-        key_holes = [part.key_holes for part in parts if part.key_holes is not None]
-        return _Sequences(
-            functools.reduce(torch.maximum, [part.q_start for part in parts]),
-            functools.reduce(torch.minimum, [part.q_end for part in parts]),
-            functools.reduce(torch.maximum, [part.k_start for part in parts]),
-            functools.reduce(torch.minimum, [part.k_end for part in parts]),
-            ordinal,
-            functools.reduce(torch.logical_or, row_holes) if row_holes else None,
-            functools.reduce(torch.logical_or, key_holes) if key_holes else None,
-        )
-
     def _dense_spans(
         self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -680,137 +410,7 @@ def _disjoint(start: Tensor, end: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
     return torch.stack(starts), torch.stack(ends)
 
 
-# ---- validation ------------------------------------------------------------------------------------------------------
-
-
-def _check_layout(layout: Layout, q_len: int, k_len: int) -> None:
-    tensor = layout.tensor
-    if layout.kind.startswith("padding") and q_len != k_len:
-        raise ValueError(
-            f"padding: queries and keys share their lengths, but q_len={q_len} and k_len={k_len}: to mask keys only "
-            "use masks.key_padding(...)"
-        )
-    if tensor is None:
-        if layout.length > k_len:
-            raise ValueError(f"key_padding: lengths={layout.length} is more than k_len={k_len}")
-    elif layout.kind in ("padding_mask", "key_mask"):
-        if tensor.shape[1] != k_len:
-            name = layout.tensors()[0][0]
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (batch, {k_len}) for k_len={k_len}")
-    elif layout.kind == "ids":
-        if q_len != k_len or tensor.shape[-1] != q_len:
-            raise ValueError(
-                f"documents: ids has shape {tuple(tensor.shape)}, so q_len and k_len must both be {tensor.shape[-1]}, "
-                f"got q_len={q_len} and k_len={k_len}: for other lengths use documents(cu_seqlens=..., "
-                "cu_seqlens_k=...)"
-            )
-    elif layout.keys is None and layout.kind == "cu_seqlens" and q_len != k_len:
-        raise ValueError(
-            f"documents: cu_seqlens describes queries and keys, but q_len={q_len} and k_len={k_len}: give cu_seqlens_k "
-            "for the keys"
-        )
-
-
-def _values_can_be_read(tensors: list[Tensor], device: torch.device) -> bool:
-    """Whether values may be checked: never while tracing, never where it would sync unless asked to."""
-    if torch.compiler.is_compiling() or device.type == "meta":
-        return False
-    # Fake tensors and tensors of function transforms are subclasses.
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
-        return False
-    if device.type == "cpu":
-        return True
-    from maskops.backend import validating
-
-    return validating()
-
-
-def _first(bad: Tensor) -> tuple[int, ...] | None:
-    """Index of the first True, row by row."""
-    found = bad.nonzero()
-    return tuple(int(x) for x in found[0]) if found.shape[0] else None
-
-
-def _check_values(mask: Mask, q_len: int, k_len: int, batch: int, device: torch.device) -> None:
-    """The checks that read values; the C++ op makes the same ones with the same words."""
-    prefixes, _ = mask._operands_by_use()
-    tensors = [tensor for layout in mask.layouts for _, tensor in layout.tensors()] + prefixes
-    if not tensors or not _values_can_be_read(tensors, device):
-        return
-    n_sequences = None
-    for layout in mask.layouts:
-        if layout.kind == "cu_seqlens" and layout.tensor is not None:
-            _check_cu_seqlens("cu_seqlens", layout.tensor, "q_len", q_len)
-            if layout.keys is not None:
-                _check_cu_seqlens("cu_seqlens_k", layout.keys, "k_len", k_len)
-        elif layout.kind == "ids" and layout.tensor is not None:
-            count = _check_ids(layout.tensor, batch)
-            n_sequences = count if n_sequences is None else n_sequences
-        elif layout.kind in ("padding_mask", "key_mask"):
-            for name, tensor in layout.tensors():
-                at = _first((tensor != 0) & (tensor != 1))
-                if at is not None:
-                    raise ValueError(
-                        f"{name}[{at[0]}, {at[1]}]={int(tensor[at])}: a mask holds 0 and 1; for document ids use "
-                        "masks.documents(ids)"
-                    )
-        else:
-            for name, tensor in layout.tensors():
-                at = _first((tensor < 0) | (tensor > k_len))
-                if at is not None:
-                    found = int(tensor[at])
-                    fault = "is negative" if found < 0 else f"is more than k_len={k_len}"
-                    raise ValueError(f"{name}[{at[0]}]={found} {fault}")
-    has_cu_seqlens_first = next((x.kind == "cu_seqlens" for x in mask.layouts if x.is_documents), False)
-    for tensor in prefixes:
-        flat = tensor.reshape(-1)
-        at = _first(flat < 0)
-        if at is not None:
-            raise ValueError(f"prefix: lengths[{at[0]}]={int(flat[at])} is negative")
-        if n_sequences is not None and not has_cu_seqlens_first and 1 != flat.shape[0] < n_sequences:
-            raise ValueError(
-                f"prefix: lengths has {flat.shape[0]} elements, documents(ids) holds {n_sequences} sequences"
-            )
-
-
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total_name: str, total: int) -> None:
-    if int(cu_seqlens[0]) != 0:
-        raise ValueError(f"documents: {name}[0]={int(cu_seqlens[0])}: must be 0")
-    at = _first(cu_seqlens[1:] < cu_seqlens[:-1])
-    if at is not None:
-        i = at[0]
-        raise ValueError(
-            f"documents: {name}[{i + 1}]={int(cu_seqlens[i + 1])} < {name}[{i}]={int(cu_seqlens[i])}: cumulative "
-            "lengths never decrease"
-        )
-    if int(cu_seqlens[-1]) > total:
-        raise ValueError(f"documents: {name}[-1]={int(cu_seqlens[-1])} is more than {total_name}={total}")
-
-
-def _check_ids(ids: Tensor, batch: int) -> int:
-    """Check document ids; how many sequences they hold over the whole batch."""
-    rows = ids.unsqueeze(0) if ids.dim() == 1 else ids
-
-    def name(row: int, column: int) -> str:
-        return f"ids[{column}]" if ids.dim() == 1 else f"ids[{row}, {column}]"
-
-    count = 0
-    for row, values in enumerate(rows.tolist()):
-        finished: set[int] = set()
-        for column, value in enumerate(values):
-            if value < -1:
-                raise ValueError(f"documents: {name(row, column)}={value} is negative (only -1 marks padding)")
-            if column and value == values[column - 1]:
-                continue
-            if value >= 0:
-                if value in finished:
-                    raise ValueError(
-                        f"documents: {name(row, column)}={value} returns after {name(row, column - 1)}="
-                        f"{values[column - 1]}: the rows of a document must be contiguous"
-                    )
-                finished.add(value)
-        count += len(finished)
-    return count * (batch if rows.shape[0] == 1 else 1)
+# ---- the masks -------------------------------------------------------------------------------------------------------
 
 
 def _check_integers(name: str, value: object, dims: tuple[int, ...], meaning: str, *, mask: bool = False) -> Tensor:
@@ -825,9 +425,6 @@ def _check_integers(name: str, value: object, dims: tuple[int, ...], meaning: st
         kinds = "bool or integers" if mask else "integers"
         raise TypeError(f"{name} has dtype {value.dtype}, expected {kinds} {meaning}")
     return value
-
-
-# ---- the masks -------------------------------------------------------------------------------------------------------
 
 
 def full() -> Mask:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskops import masks
+from maskops.layouts import values_can_be_read
 
 __all__ = [
     "PackedBatch",
@@ -32,7 +33,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def _values_can_be_read(tensor: Tensor) -> bool:
     """Whether a check may look at values: on the CPU always, elsewhere only under maskops.validate()."""
-    return masks._values_can_be_read([tensor], tensor.device)
+    return values_can_be_read([tensor], tensor.device)
 
 
 def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...] | None = None) -> None:

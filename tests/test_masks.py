@@ -8,6 +8,7 @@ import torch
 
 import maskops
 from maskops import masks
+from maskops.layouts import values_can_be_read
 from maskops.ops.plan import registration
 
 # ---- the definition --------------------------------------------------------------------------------------------------
@@ -709,7 +710,7 @@ def test_more_prefix_lengths_than_documents_are_legal(path):
 def test_values_on_other_devices_are_read_only_under_validate():
     """Reading them would wait for the device."""
     device = torch.device("cuda")
-    assert not masks._values_can_be_read([], device)
+    assert not values_can_be_read([], device)
     with maskops.validate():
-        assert masks._values_can_be_read([], device)
-        assert not masks._values_can_be_read([], torch.device("meta"))
+        assert values_can_be_read([], device)
+        assert not values_can_be_read([], torch.device("meta"))

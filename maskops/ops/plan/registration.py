@@ -8,7 +8,8 @@ span ``span`` and two bounds, start and end, in postfix order over the values of
     first | last | diag OFFSET | prefix LENGTH | prefix_of N | chunk_start SIZE | chunk_end SIZE | max | min
 
 ``causal() & sliding_window(256, 0) & documents(cu_seqlens=cu)`` is ``cu_seqlens 0 0 0 span diag -256 diag 1``. What the
-words mean is written in ``masks.py``, which makes the programs and is the meaning the operator is tested against.
+words mean is written in ``layouts.py`` and ``bounds.py``; ``masks.py`` makes the programs, and its torch path is the
+meaning the operator is tested against.
 """
 
 from __future__ import annotations
