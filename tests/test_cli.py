@@ -345,6 +345,16 @@ def test_timing_is_interleaved_and_compares_round_by_round() -> None:
     assert own.median == 2.0 and own.spread == 0.25
 
 
+def test_a_busy_machine_and_a_single_round_are_said(report: Report) -> None:
+    quiet = dataclasses.replace(report, machine=dataclasses.replace(report.machine, load=0.1))
+    assert "BUSY" not in render(quiet) and "n=1" not in render(quiet)
+    busy = dataclasses.replace(report, machine=dataclasses.replace(report.machine, load=1.5))
+    assert "other programs kept 1.5 processors busy" in render(busy)
+    row = dataclasses.replace(report.tables[0].rows[0], timing=timing.Timing((1.0,)))
+    table = dataclasses.replace(report.tables[0], rows=(row, *report.tables[0].rows[1:]))
+    assert "n=1" in render(dataclasses.replace(quiet, tables=(table, *report.tables[1:])))
+
+
 def test_progress_draws_on_a_terminal_only() -> None:
     shown, hidden = io.StringIO(), io.StringIO()
     with progress.Progress(2.0, shown, enabled=True) as bar:

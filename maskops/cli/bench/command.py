@@ -200,7 +200,7 @@ def execute(
         rows: The variants.
         text: The documents; read as the plan says by default.
     """
-    started = time.perf_counter()
+    started, load = time.perf_counter(), machine.load_average()
     settings = Settings(
         batch_size=plan.batch_size,
         vocabulary=plan.vocabulary,
@@ -225,7 +225,7 @@ def execute(
                 seconds=plan.read_seconds,
             )
         progress.stage("measuring the machine's peaks")
-        host = machine.describe(device, dtype)
+        host = machine.describe(device, dtype, load)
         documents = text.documents[: plan.micro_batches * plan.batch_size]
         tables = _tables(plan, rows, text.documents, documents, settings, progress, pace)
         step = next(table for table in tables if table.job == _STEP.name and table.backward)

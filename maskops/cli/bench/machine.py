@@ -32,7 +32,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what a run was made."""
+    """Where and with what a run was made. `load`: processors that other programs kept busy just before."""
 
     device: str
     threads: int
@@ -44,12 +44,19 @@ class Machine:
     commit: str
     platform: str
     huge_pages: bool
+    load: float
     command: str
     peaks: Peaks
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Collects all of it; measuring the peaks takes about a second."""
+def describe(device: torch.device, dtype: torch.dtype, load: float) -> Machine:
+    """Collects all of it; measuring the peaks takes about a second.
+
+    Args:
+        device: Where the work is done.
+        dtype: Of the matrix product that shows the peak.
+        load: `load_average()` before this process did anything.
+    """
     return Machine(
         device=device_name(device),
         threads=torch.get_num_threads(),
@@ -61,9 +68,15 @@ def describe(device: torch.device, dtype: torch.dtype) -> Machine:
         commit=commit(),
         platform=f"{platform.system()} {platform.machine()}",
         huge_pages=huge_pages(),
+        load=load,
         command=" ".join(["python -m maskops", *sys.argv[1:]]),
         peaks=peaks(device, dtype),
     )
+
+
+def load_average() -> float:
+    """Processors that were busy in the last minute; 0 where the system does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def device_name(device: torch.device) -> str:

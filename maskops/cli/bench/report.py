@@ -16,6 +16,9 @@ SCHEMA = 1
 
 HABIT = "what people do"
 
+_BUSY = 0.5
+"""Load average above which speeds say more about other programs than about this one."""
+
 
 @dataclass(frozen=True)
 class Waste:
@@ -172,6 +175,8 @@ def _heading(report: Report) -> str:
         ("", "against float64, 1 = plain torch's own and a few roundings; above 2 a row prints WRONG and no speed"),
         ("command", f"{machine.command} ({report.mode} run, {report.seconds:.0f} s)"),
     ]
+    if machine.load > _BUSY:
+        lines.insert(1, ("BUSY", f"other programs kept {machine.load:.1f} processors busy: do not trust these speeds"))
     return "\n".join(["maskops bench text", *aligned(lines, left=2)])
 
 
@@ -201,7 +206,8 @@ def _speed(row: Row) -> list[str]:
     if row.timing is None or row.tokens_per_second is None:
         return ["-", "-", "-"]
     speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
-    return [f"{row.tokens_per_second:,.0f}", f"{row.timing.spread:.0%}", speedup]
+    spread = f"{row.timing.spread:.0%}" if len(row.timing.seconds) > 1 else "n=1"
+    return [f"{row.tokens_per_second:,.0f}", spread, speedup]
 
 
 def _job(tables: Sequence[Table]) -> str:
