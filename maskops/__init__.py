@@ -5,6 +5,8 @@ import warnings
 
 import torch
 
+from maskops.origin import reinstall_command
+
 __version__ = "0.1.0"
 
 _OLDEST_TORCH = (2, 10)
@@ -24,7 +26,7 @@ def _warn_about_namesake() -> None:
     if any(file.parts[0] == "maskops" for file in files):
         warnings.warn(
             "another distribution, called maskops, has installed its files into the folder of torch-maskops. Repair "
-            "with: pip uninstall -y maskops && pip install --force-reinstall --no-deps torch-maskops",
+            f"with: pip uninstall -y maskops && {reinstall_command()}",
             stacklevel=3,
         )
 

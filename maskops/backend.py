@@ -125,6 +125,10 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+# Names of the design that no kernel of this release answers to: a user who writes one reads why, not "unknown".
+NOT_YET = {"triton": "this release has no Triton kernels", "cuda": "this release has no CUDA kernels"}
+
+
 def _constant_when_compiling(function: _Function) -> _Function:
     """Makes Dynamo run the function while it traces, and keep the answer: it cannot trace a context variable."""
     return cast(_Function, torch.compiler.assume_constant_result(function))
@@ -142,7 +146,8 @@ _warned: set[tuple[str, str]] = set()
 
 def _known(name: str, where: str) -> str:
     if name != AUTO and name not in BACKENDS:
-        raise ValueError(f"{where} is {name!r}: expected one of {', '.join(map(repr, (AUTO, *BACKENDS)))}")
+        why = f"{NOT_YET[name]}, " if name in NOT_YET else ""
+        raise ValueError(f"{where} is {name!r}: {why}expected one of {', '.join(map(repr, (AUTO, *BACKENDS)))}")
     return name
 
 
@@ -305,4 +310,4 @@ def validating() -> bool:
 
 def backends() -> dict[str, str]:
     """Maps every backend's name to ``"available"``, or to the reason why it cannot run here."""
-    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}
+    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()} | NOT_YET

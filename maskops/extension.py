@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import json
-import sys
 from pathlib import Path
 
 import torch
 
+from maskops.origin import reinstall_command
+
 _LIBRARY = Path(__file__).with_name("_native.so")
 _REPORT = Path(__file__).with_name("_build_report.json")
-REBUILD_COMMAND = f"{Path(sys.executable).name} -m pip install --force-reinstall --no-deps --no-cache-dir torch-maskops"
 
 
 def _why_not_built() -> str:
@@ -20,7 +20,7 @@ def _why_not_built() -> str:
         reported = json.loads(_REPORT.read_text()).get("reason")
         if reported:
             reason = f"the C++ extension was not built: {reported}"
-    return f"{reason}; rebuild with: {REBUILD_COMMAND}"
+    return f"{reason}; rebuild with: {reinstall_command()}"
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:

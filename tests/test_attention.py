@@ -128,6 +128,17 @@ def forward_backward(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, backend:
     return [out.detach(), lse.detach(), *grads]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [5, 48])
+def test_results_are_rounded_to_nearest(width: int, dtype: torch.dtype) -> None:
+    """The mean of the values of two keys with equal scores is exact in float32, so it has one right rounding."""
+    v = torch.randn(1, 1, 2, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k = torch.zeros(1, 1, 40, 4, dtype=dtype), torch.zeros(1, 1, 2, 4, dtype=dtype)
+    expected = v.float().mean(2, keepdim=True).to(dtype).expand(1, 1, 40, width)
+    for backend in fast_backends():
+        assert torch.equal(maskops.attention(q, k, v, backend=backend), expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_gradients_at_every_offset_of_a_window(side: str) -> None:
     """Kernels run the keys that a whole tile sees without mask code; here that range takes every offset in a tile."""

@@ -5,12 +5,13 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import maskops
-from maskops import backend
+from maskops import backend, origin
 from maskops.backend import BACKENDS, Call, choose
 
 
@@ -109,7 +110,7 @@ def test_fallback_as_an_error() -> None:
 @pytest.mark.usefixtures("without_extension")
 def test_without_the_extension() -> None:
     reason = "the C++ extension was not built: no compiler"
-    assert maskops.backends() == {"cpu": reason, "reference": "available"}
+    assert maskops.backends() == {"cpu": reason, "reference": "available", **backend.NOT_YET}
     with pytest.warns(maskops.BackendFallbackWarning, match=f"cpu: {re.escape(reason)}"):
         assert pick() == "reference"
     with pytest.raises(ValueError, match=re.escape(reason)):
@@ -204,9 +205,30 @@ def namesake(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("namesake")
 def test_namesake_is_detected() -> None:
-    repair = "pip uninstall -y maskops && pip install --force-reinstall --no-deps torch-maskops"
+    repair = f"pip uninstall -y maskops && {origin.reinstall_command()}"
     with pytest.warns(UserWarning, match=re.escape(repair)):
         maskops._warn_about_namesake()
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "requirement"),
+    [
+        (None, "torch-maskops"),
+        ('{"url": "file:///a/check%20out", "dir_info": {}}', "'/a/check out'"),
+        ('{"url": "file:///checkout", "dir_info": {"editable": true}}', "--editable /checkout"),
+        ('{"url": "ssh://host/maskops.git"}', "ssh://host/maskops.git"),
+    ],
+)
+def test_repairs_install_from_where_the_package_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct_url: str | None, requirement: str
+) -> None:
+    info = tmp_path / "torch_maskops-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch-maskops\nVersion: 0.1.0\n")
+    if direct_url is not None:
+        (info / "direct_url.json").write_text(direct_url)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert origin.reinstall_command().endswith(f"--no-cache-dir {requirement}")
 
 
 def test_no_namesake_no_warning() -> None:
@@ -228,7 +250,14 @@ def test_old_torch_is_refused() -> None:
 def test_imports_without(missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None\nimport maskops; print(sorted(maskops.backends()))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert result.stdout.strip() == "['cpu', 'reference']", result.stderr
+    assert result.stdout.strip() == "['cpu', 'cuda', 'reference', 'triton']", result.stderr
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_of_a_later_release_says_so(name: str) -> None:
+    assert maskops.backends()[name].startswith("this release has no ")
+    with pytest.raises(ValueError, match=f"^backend is '{name}': this release has no .* kernels, expected one of"):
+        pick(requested=name)
 
 
 def test_public_names() -> None:

@@ -1,6 +1,7 @@
 """`python -m maskops info`: what runs here, and if something does not, why not and what repairs it."""
 
 import argparse
+import importlib.metadata
 import platform
 
 import torch
@@ -22,12 +23,20 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def describe() -> str:
     """Backends with their reasons, the extension, versions and threads, as aligned text."""
     reason = extension.reason()
     lines = [
         ("maskops", maskops.__version__),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"),
+        ("triton", _triton()),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("threads", str(torch.get_num_threads())),
         *((f"backend {name}", state) for name, state in maskops.backends().items()),
