@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskops import masks
+from maskops.checks import INTEGERS, check_mask_values, check_tensor
 from maskops.layouts import values_can_be_read
 
 __all__ = [
@@ -28,8 +29,6 @@ __all__ = [
 IGNORE_INDEX = -100
 """Label of tokens that have no target."""
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
 
 def _values_can_be_read(tensor: Tensor) -> bool:
     """Whether a check may look at values: on the CPU always, elsewhere only under maskops.validate()."""
@@ -37,13 +36,14 @@ def _values_can_be_read(tensor: Tensor) -> bool:
 
 
 def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a tensor (batch, length), got {type(mask).__name__}")
+    check_tensor(name, mask, "(batch, length)")
     if mask.dim() != 2 or (shape is not None and tuple(mask.shape) != shape):
         expected = "(batch, length)" if shape is None else str(shape)
         raise ValueError(f"{name} has shape {tuple(mask.shape)}, expected {expected}")
-    if mask.dtype != torch.bool and mask.dtype not in _INTEGERS:
+    if mask.dtype != torch.bool and mask.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {mask.dtype}, expected bool or 0/1 integers, 1 = a real token")
+    if _values_can_be_read(mask):
+        check_mask_values(name, mask)
 
 
 def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
@@ -52,9 +52,10 @@ def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
     Args:
         lengths: integers (n_sequences,); zeros are legal.
     """
+    check_tensor("lengths", lengths, "(n_sequences,)")
     if lengths.dim() != 1:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected (n_sequences,)")
-    if lengths.dtype not in _INTEGERS:
+    if lengths.dtype not in INTEGERS:
         raise TypeError(f"lengths has dtype {lengths.dtype}, expected integers")
     if _values_can_be_read(lengths):
         negative = (lengths < 0).nonzero()
@@ -92,12 +93,13 @@ def cu_seqlens_from_position_ids(position_ids: Tensor, *, capacity: int | None =
         ValueError: more than one row; on the CPU or under ``maskops.validate()`` also positions that jump forwards,
             which could be a new sequence or a gap in one, and more sequences than ``capacity``.
     """
+    check_tensor("position_ids", position_ids, "(L,) or (1, L)")
     if position_ids.dim() not in (1, 2) or (position_ids.dim() == 2 and position_ids.shape[0] != 1):
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}, expected (L,) or (1, L): cu_seqlens describes one "
             "packed row; flatten the batch first"
         )
-    if position_ids.dtype not in _INTEGERS:
+    if position_ids.dtype not in INTEGERS:
         raise TypeError(f"position_ids has dtype {position_ids.dtype}, expected integers")
     positions = position_ids.reshape(-1).to(torch.int64)
     length = positions.shape[0]
@@ -144,7 +146,13 @@ def unpad_input(
     Returns:
         hidden (total, ...), indices int64 (total,) into ``batch * length``, cu_seqlens int32 (batch + 1,),
         max_seqlen_in_batch int, seqused int32 (batch,).
+
+    Raises:
+        TypeError: a type or dtype is wrong.
+        ValueError: a shape is wrong; on the CPU or under ``maskops.validate()`` also masks with other values than 0 and
+            1, such as document ids, and tokens that do not fit ``capacity``.
     """
+    check_tensor("hidden_states", hidden_states, "(batch, length, ...)")
     if hidden_states.dim() < 2:
         raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, expected (batch, length, ...)")
     batch, length = hidden_states.shape[:2]
@@ -183,21 +191,34 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Args:
         hidden_states: (total, ...).
-        indices: int64 (total,) as ``unpad_input`` returns them; ``batch * seqlen`` drops the token.
+        indices: int64 or int32 (total,) as ``unpad_input`` returns them; ``batch * seqlen`` drops the token. On the
+            CPU a ValueError names one that lies outside.
         batch: batch of the result.
         seqlen: length of the result.
 
     Returns:
         (batch, seqlen, ...).
     """
+    check_tensor("hidden_states", hidden_states, "(total, ...)")
+    check_tensor("indices", indices, "(total,)")
     if indices.dim() != 1 or hidden_states.dim() < 1 or indices.shape[0] != hidden_states.shape[0]:
         raise ValueError(
             f"indices has shape {tuple(indices.shape)}, hidden_states {tuple(hidden_states.shape)}: expected (total,) "
             "and (total, ...)"
         )
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices has dtype {indices.dtype}, expected int64 or int32")
     tokens = batch * seqlen
+    if indices.device.type == "cpu" and _values_can_be_read(indices):
+        outside = ((indices < 0) | (indices > tokens)).nonzero()
+        if outside.shape[0]:
+            at = int(outside[0, 0])
+            raise ValueError(
+                f"indices[{at}]={int(indices[at])}: expected 0 to {tokens}, batch * seqlen, for batch={batch} and "
+                f"seqlen={seqlen}"
+            )
     rest = hidden_states.shape[1:]
-    output = hidden_states.new_zeros(tokens + 1, *rest).index_copy(0, indices, hidden_states)
+    output = hidden_states.new_zeros(tokens + 1, *rest).index_copy(0, indices.to(torch.int64), hidden_states)
     return output[:tokens].reshape(batch, seqlen, *rest)
 
 
@@ -233,6 +254,7 @@ class PackedBatch:
             capacity: length of the row, the total by default.
 
         Raises:
+            TypeError: token ids or labels that are not integers.
             ValueError: labels that do not match the sequences, or more tokens than ``capacity``.
         """
         tokens = [_token_ids(f"sequences[{number}]", sequence) for number, sequence in enumerate(sequences)]
@@ -334,10 +356,15 @@ class PackedBatch:
 
 
 def _token_ids(name: str, sequence: Tensor | Sequence[int]) -> Tensor:
-    tensor = sequence if isinstance(sequence, Tensor) else torch.tensor(list(sequence), dtype=torch.int64)
+    if isinstance(sequence, Tensor):
+        tensor = sequence
+    else:
+        # Without a dtype, so that floats are seen and not truncated; of an empty list torch would make floats.
+        items = list(sequence)
+        tensor = torch.tensor(items) if items else torch.zeros(0, dtype=torch.int64)
     if tensor.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (length,)")
-    if tensor.dtype not in _INTEGERS:
+    if tensor.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
     return tensor.to(torch.int64)
 

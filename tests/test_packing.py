@@ -179,6 +179,63 @@ def test_empty_batches():
             assert pad_input(packed, indices, *shape[:2]).shape == shape
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_masks_that_hold_document_ids_are_refused(dtype):
+    """1, 1, 2, 2 would merge two documents without a word."""
+    hidden, ids = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 0], [1, 1, 2, 2]], dtype=dtype)
+    hint = r"\[1, 2\]=2: a mask holds 0 and 1; for document ids use masks.documents\(ids\)$"
+    ones = torch.ones(2, 4, dtype=dtype)
+    for capacity in (None, 8):
+        with pytest.raises(ValueError, match="^attention_mask" + hint):
+            unpad_input(hidden, ids, capacity=capacity)
+        with pytest.raises(ValueError, match="^unused_mask" + hint):
+            unpad_input(hidden, ones, ids, capacity=capacity)
+    with pytest.raises(ValueError, match="^attention_mask" + hint):
+        cu_seqlens_from_mask(ids)
+    with pytest.raises(ValueError, match=r"^attention_mask\[0, 0\]=-1: a mask holds 0 and 1"):
+        cu_seqlens_from_mask(-ones.long())
+    # Fake tensors have no values to read, and compiled code reads none.
+    with FakeTensorMode() as mode:
+        unpad_input(mode.from_tensor(hidden), mode.from_tensor(ids), capacity=8)
+    compiled = torch.compile(lambda x, m: unpad_input(x, m, capacity=8)[2], fullgraph=True, backend="aot_eager")
+    assert compiled(hidden, ids).tolist() == [0, 3, 7]
+
+
+@pytest.mark.parametrize("capacity", [None, 5])
+def test_pad_takes_indices_of_32_bits(capacity):
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [0, 1, 0]])
+    packed, indices, *_ = unpad_input(hidden, mask, capacity=capacity)
+    expected = hidden * mask[..., None]
+    assert torch.equal(pad_input(packed, indices.int(), 2, 3), expected)
+    assert torch.equal(pad_input(packed, indices, 2, 3), expected)
+
+
+def test_pad_refusals():
+    packed = torch.randn(3, 2)
+    for dtype in (torch.float32, torch.int16, torch.bool):
+        with pytest.raises(TypeError, match=f"^indices has dtype {dtype}, expected int64 or int32$"):
+            pad_input(packed, torch.zeros(3, dtype=dtype), 2, 3)
+    for dtype in (torch.int32, torch.int64):
+        text = r"=%d: expected 0 to 6, batch \* seqlen, for batch=2 and seqlen=3$"
+        with pytest.raises(ValueError, match=r"^indices\[2\]" + text % 7):
+            pad_input(packed, torch.tensor([0, 6, 7], dtype=dtype), 2, 3)
+        with pytest.raises(ValueError, match=r"^indices\[1\]" + text % -1):
+            pad_input(packed, torch.tensor([0, -1, 7], dtype=dtype), 2, 3)
+    with pytest.raises(TypeError, match=r"^indices: expected a tensor \(total,\), got list$"):
+        pad_input(packed, [0, 1, 2], 2, 3)
+    with pytest.raises(TypeError, match=r"^hidden_states: expected a tensor \(total, ...\), got list$"):
+        pad_input([1.0], torch.zeros(1).long(), 2, 3)
+
+
+def test_lists_are_named():
+    with pytest.raises(TypeError, match=r"^lengths: expected a tensor \(n_sequences,\), got list$"):
+        cu_seqlens_from_lengths([1, 2])
+    with pytest.raises(TypeError, match=r"^position_ids: expected a tensor \(L,\) or \(1, L\), got list$"):
+        cu_seqlens_from_position_ids([0, 1])
+    with pytest.raises(TypeError, match=r"^hidden_states: expected a tensor \(batch, length, ...\), got list$"):
+        unpad_input([[1.0]], torch.ones(1, 1).int())
+
+
 def test_unpad_refusals():
     hidden = torch.randn(2, 3, 4)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\), expected \(2, 3\)"):
@@ -261,6 +318,10 @@ def test_packed_batch_refusals():
         PackedBatch.from_sequences(SEQUENCES, [[1, 2, 3]])
     with pytest.raises(TypeError, match=r"sequences\[1\] has dtype torch.float32, expected integers"):
         PackedBatch.from_sequences([[1], torch.ones(2)])
+    with pytest.raises(TypeError, match=r"sequences\[1\] has dtype torch.float32, expected integers"):
+        PackedBatch.from_sequences([[1], [1.7, 2.2]])
+    with pytest.raises(TypeError, match=r"labels\[0\] has dtype torch.float32, expected integers"):
+        PackedBatch.from_sequences([[1, 2]], [[1, 2.5]])
     with pytest.raises(ValueError, match=r"sequences\[0\] has shape \(1, 2\), expected \(length,\)"):
         PackedBatch.from_sequences([torch.ones(1, 2).int()])
     with pytest.raises(ValueError, match=r"packed has shape \(5,\), expected \(6, ...\)"):
