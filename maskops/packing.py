@@ -362,6 +362,8 @@ def _token_ids(name: str, sequence: Tensor | Sequence[int]) -> Tensor:
         # Without a dtype, so that floats are seen and not truncated; of an empty list torch would make floats.
         items = list(sequence)
         tensor = torch.tensor(items) if items else torch.zeros(0, dtype=torch.int64)
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            tensor = tensor.to(torch.int64)  # also the uint16 in which token ids are often stored
     if tensor.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (length,)")
     if tensor.dtype not in INTEGERS:

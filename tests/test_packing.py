@@ -1,5 +1,6 @@
 """Packing and unpacking, against plain Python loops."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -326,3 +327,9 @@ def test_packed_batch_refusals():
         PackedBatch.from_sequences([torch.ones(1, 2).int()])
     with pytest.raises(ValueError, match=r"packed has shape \(5,\), expected \(6, ...\)"):
         PackedBatch.from_sequences(SEQUENCES).to_padded(torch.zeros(5))
+
+
+def test_token_ids_of_arrays():
+    for dtype in ("uint16", "int32", "int64"):
+        batch = PackedBatch.from_sequences([np.array([5, 60000], dtype=dtype), np.array([], dtype=dtype)])
+        assert batch.input_ids.tolist() == [5, 60000] and batch.input_ids.dtype == torch.int64
