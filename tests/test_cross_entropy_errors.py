@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskops
 from maskops import extension
@@ -85,6 +86,29 @@ BAD_TENSORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
         "losses of reduction='none'",
         {"token_weights": torch.ones(2, 3, requires_grad=True)},
     ),
+    (TypeError, "logits: expected a tensor (..., V), got list", {"logits": LOGITS.tolist()}),
+    (TypeError, "target: expected a tensor of int64 or int32 labels, got list", {"target": TARGET.tolist()}),
+    (
+        TypeError,
+        "mask: expected a tensor of bool or 0/1 integers, where True (1) keeps a token, got list",
+        {"mask": [[True] * 3] * 2},
+    ),
+    (
+        TypeError,
+        "token_weights: expected a tensor of one number per target, got float",
+        {"token_weights": 0.5},
+    ),
+    (
+        ValueError,
+        "mask[0, 2]=2: a mask holds 0 and 1; for document ids use masks.documents(ids)",
+        {"mask": torch.tensor([[1, 1, 2], [0, 3, 1]])},
+    ),
+    (ValueError, "mask[1, 0]=-1: a mask holds 0 and 1", {"mask": torch.tensor([[1, 1, 0], [-1, 0, 0]]).short()}),
+    (
+        ValueError,
+        "mask=2: a mask holds 0 and 1",
+        {"logits": LOGITS[0, 0], "target": TARGET[0, 0], "mask": torch.tensor(2)},
+    ),
 ]
 
 BAD_NUMBERS: list[tuple[type[Exception], str, dict[str, Any]]] = [
@@ -99,6 +123,14 @@ BAD_NUMBERS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "z_loss is -1.0: expected a finite number >= 0", {"z_loss": -1.0}),
     (ValueError, "softcap is -2.0: expected a finite number >= 0, where 0 means none", {"softcap": -2.0}),
     (ValueError, "logit_scale is 0.0: expected a finite number > 0", {"logit_scale": 0.0}),
+    (TypeError, "label_smoothing is 'a': expected a number in [0, 1]", {"label_smoothing": "a"}),
+    (TypeError, "z_loss is None: expected a finite number >= 0", {"z_loss": None}),
+    (TypeError, "softcap is [1.0]: expected a finite number >= 0, where 0 means none", {"softcap": [1.0]}),
+    (
+        TypeError,
+        "logit_scale is a tensor (logit_scale.item() is a number): expected a finite number > 0",
+        {"logit_scale": torch.ones((), requires_grad=True)},
+    ),
     (ValueError, "logit_scale is inf: expected a finite number > 0", {"logit_scale": float("inf")}),
     (
         ValueError,
@@ -125,7 +157,8 @@ BAD_NUMBERS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "num_items is -1: expected a number >= 0", {"num_items": -1}),
 ]
 
-BAD_OFFSETS: list[tuple[type[Exception], str, Tensor]] = [
+BAD_OFFSETS: list[tuple[type[Exception], str, Any]] = [
+    (TypeError, "cu_seqlens: expected a tensor (n_sequences + 1,) of int32 or int64, got list", [0, 4]),
     (TypeError, "cu_seqlens has dtype float32: expected int32 or int64", torch.tensor([0.0, 6.0])),
     (ValueError, "cu_seqlens has shape (1, 2): expected (n_sequences + 1,)", torch.tensor([[0, 6]])),
     (ValueError, "cu_seqlens has shape (0,): expected (n_sequences + 1,)", torch.empty(0, dtype=torch.int64)),
@@ -147,9 +180,31 @@ def test_bad_arguments(error: type[Exception], message: str, arguments: dict[str
 
 
 @pytest.mark.parametrize("error, message, offsets", BAD_OFFSETS)
-def test_bad_offsets(error: type[Exception], message: str, offsets: Tensor) -> None:
+def test_bad_offsets(error: type[Exception], message: str, offsets: Any) -> None:
     with pytest.raises(error, match="^" + re.escape(message) + "$"):
         maskops.cross_entropy(LOGITS, TARGET, cu_seqlens=offsets)
+
+
+def test_values_of_a_mask_are_not_read_while_tracing() -> None:
+    """Any integer but 0 keeps a token there, as documented for devices: nothing waits for a value."""
+    mask = torch.tensor([[2, 1, 1], [0, 1, 0]])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda m: maskops.cross_entropy(LOGITS, TARGET, mask=m), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(mask), maskops.cross_entropy(LOGITS, TARGET, mask=mask != 0))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(LOGITS), mode.from_tensor(TARGET)
+        assert maskops.cross_entropy(*fake, mask=mode.from_tensor(mask)).shape == ()
+
+
+def test_numbers_of_other_kinds_are_taken() -> None:
+    expected = maskops.cross_entropy(LOGITS, TARGET, z_loss=0.5, softcap=2.0)
+    assert torch.equal(maskops.cross_entropy(LOGITS, TARGET, z_loss=Fraction(1, 2), softcap=2), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, z: maskops.cross_entropy(x, TARGET, z_loss=z), fullgraph=True, backend="eager", dynamic=True
+    )
+    for z_loss in (0.5, 0.25):
+        assert torch.equal(compiled(LOGITS, z_loss), maskops.cross_entropy(LOGITS, TARGET, z_loss=z_loss))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

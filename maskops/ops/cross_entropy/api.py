@@ -1,20 +1,22 @@
 """``maskops.cross_entropy``: what it takes, what it refuses, and which backend computes it."""
 
 import math
+import numbers
 from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
 from maskops import backend
+from maskops.checks import INTEGERS, check_mask_values, check_tensor
+from maskops.layouts import values_can_be_read
 from maskops.ops.cross_entropy import reference, registration
-from maskops.ops.cross_entropy.rows import Scoring, check_labels, reduce_rows, select_rows, values_readable
+from maskops.ops.cross_entropy.rows import Scoring, check_labels, reduce_rows, select_rows
 
 Reduction = Literal["mean", "sum", "none", "sequence_mean"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
-_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LABELS = (torch.int64, torch.int32)
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -49,11 +51,13 @@ def _check_per_token(name: str, value: Tensor, target: Tensor) -> None:
 
 
 def _check_tensors(logits: Tensor, target: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
+    check_tensor("logits", logits, "(..., V)")
+    check_tensor("target", target, "of int64 or int32 labels")
     if logits.dtype not in _FLOATS:
         raise TypeError(f"logits has dtype {_dtype_name(logits)}: expected float32, bfloat16, float16 or float64")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (..., V) with at least one column")
-    if target.dtype not in _INTEGERS:
+    if target.dtype not in _LABELS:
         hint = ": class probabilities are not taken, only labels" if target.is_floating_point() else ""
         raise TypeError(f"target has dtype {_dtype_name(target)}: expected int64 or int32{hint}")
     if target.shape != logits.shape[:-1]:
@@ -67,13 +71,17 @@ def _check_tensors(logits: Tensor, target: Tensor, mask: Tensor | None, token_we
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device}, logits on {logits.device}: put them on one device")
     if mask is not None:
-        if mask.dtype not in _MASKS:
+        check_tensor("mask", mask, "of bool or 0/1 integers, where True (1) keeps a token")
+        if mask.dtype != torch.bool and mask.dtype not in INTEGERS:
             raise TypeError(
                 f"mask has dtype {_dtype_name(mask)}: expected bool or integers, where True (1) keeps a token; weights "
                 f"go into token_weights"
             )
         _check_per_token("mask", mask, target)
+        if values_can_be_read([mask], mask.device):
+            check_mask_values("mask", mask)
     if token_weights is not None:
+        check_tensor("token_weights", token_weights, "of one number per target")
         if token_weights.dtype == torch.bool or token_weights.is_complex():
             raise TypeError(
                 f"token_weights has dtype {_dtype_name(token_weights)}: expected numbers; a bool tensor goes into mask"
@@ -86,6 +94,13 @@ def _check_tensors(logits: Tensor, target: Tensor, mask: Tensor | None, token_we
         _check_per_token("token_weights", token_weights, target)
 
 
+def _check_number(name: str, number: object, expected: str) -> None:
+    # A tensor would cost a sync, and its gradient would be lost.
+    if not isinstance(number, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        came = f"a tensor ({name}.item() is a number)" if isinstance(number, Tensor) else repr(number)
+        raise TypeError(f"{name} is {came}: expected {expected}")
+
+
 def _check_numbers(
     target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, logit_scale: float
 ) -> None:
@@ -93,6 +108,10 @@ def _check_numbers(
         raise TypeError(f"ignore_index is {ignore_index!r}: expected an int")
     if target.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
         raise ValueError(f"ignore_index is {ignore_index}: it does not fit target's dtype, int32")
+    _check_number("label_smoothing", label_smoothing, "a number in [0, 1]")
+    _check_number("z_loss", z_loss, "a finite number >= 0")
+    _check_number("softcap", softcap, "a finite number >= 0, where 0 means none")
+    _check_number("logit_scale", logit_scale, "a finite number > 0")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}: expected a number in [0, 1]")
     if not 0.0 <= z_loss < math.inf:
@@ -130,13 +149,14 @@ def _check_reduction(
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, target: Tensor) -> None:
-    if cu_seqlens.dtype not in _INTEGERS:
+    check_tensor("cu_seqlens", cu_seqlens, "(n_sequences + 1,) of int32 or int64")
+    if cu_seqlens.dtype not in _LABELS:
         raise TypeError(f"cu_seqlens has dtype {_dtype_name(cu_seqlens)}: expected int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected (n_sequences + 1,)")
     if cu_seqlens.device != target.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, target on {target.device}: put them on one device")
-    if not values_readable(cu_seqlens):
+    if not values_can_be_read([cu_seqlens], cu_seqlens.device):
         return
     total = target.numel()
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
@@ -266,11 +286,12 @@ def cross_entropy(
         (argmax: -1).
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, device or number is wrong, or ``cu_seqlens`` is not ascending from 0 or ends beyond the
-            tokens, or the label of a kept token is outside the vocabulary. Values are checked on the CPU, and on other
-            devices under ``maskops.validate()``; where they are not, no memory outside of the tensors is touched.
-            Compiled code checks labels, not the values of ``cu_seqlens``.
+        TypeError: a type or dtype is wrong.
+        ValueError: a shape, device or number is wrong, or ``mask`` holds other values than 0 and 1, or ``cu_seqlens``
+            is not ascending from 0 or ends beyond the tokens, or the label of a kept token is outside the vocabulary.
+            Values are checked on the CPU, and on other devices under ``maskops.validate()``; where they are not, no
+            memory outside of the tensors is touched. Compiled code checks labels, not the values of ``mask`` and
+            ``cu_seqlens``.
 
     The kernels have no double backward; ``maskops.use_backend("reference")`` has.
 
@@ -311,7 +332,7 @@ def cross_entropy(
         argmax=return_argmax,
     )
     if chosen == backend.REFERENCE:
-        if values_readable(rows.labels):
+        if values_can_be_read([rows.labels], rows.labels.device):
             check_labels(rows.labels, matrix.shape[1], ignore_index)
         results = reference.row_losses(matrix, rows.labels, scoring)
     else:

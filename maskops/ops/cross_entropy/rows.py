@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-
-from maskops.backend import validating
 
 # Sums are cut into pieces of a fixed size, because torch cuts a long one by the number of threads.
 _PIECE = 4096
@@ -47,13 +44,6 @@ class Rows(NamedTuple):
     kept: Tensor
     sequence: Tensor | None
     n_sequences: int
-
-
-def values_readable(tensor: Tensor) -> bool:
-    """Whether values may be checked here: on the CPU, under ``maskops.validate()`` elsewhere, never in a trace."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta:
-        return False
-    return tensor.device.type == "cpu" or validating()
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
