@@ -151,6 +151,28 @@ def test_wrong_lse_is_a_finding() -> None:
     assert {"lse", "lse split and merged"} <= {finding.name for finding in report.findings if not finding.passed}
 
 
+def test_an_lse_without_a_gradient_is_a_finding() -> None:
+    def detached(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = testing.plain_attention(q, k, v, allowed, softmax_scale=softmax_scale)
+        return out, lse.detach()
+
+    def without(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, softmax_scale: float) -> tuple[Tensor, None]:
+        return testing.plain_attention(q, k, v, allowed, softmax_scale=softmax_scale)[0], None
+
+    def forward_only(*arguments: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return testing.plain_attention(*arguments, softmax_scale=softmax_scale)
+
+    report = testing.check(detached, CASES["causal"])
+    assert {finding.name for finding in report.findings if not finding.passed} == {"gradient of lse"}
+    assert "FAIL gradient of lse: out carries a gradient, lse none, so none was checked" in str(report)
+    report = testing.check(testing.plain_attention, CASES["causal"], parts=("numbers",))
+    assert report.passed and "ok   gradient of lse: it carries one" in str(report)
+    for fn in (without, forward_only):
+        report = testing.check(fn, CASES["causal"], parts=("numbers",))
+        assert report.passed and "gradient of lse" not in str(report)
+
+
 def test_budget() -> None:
     oracle = torch.tensor([1.0, 2.0], dtype=torch.float64)
     eps = torch.finfo(torch.float32).eps

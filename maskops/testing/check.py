@@ -310,7 +310,14 @@ def _compare(prefix: str, case: Case, result: _Result, problem: _Problem) -> Ite
 
 
 def _check_numbers(fn: Function, case: Case, problem: _Problem) -> Iterator[Finding]:
-    yield from _compare("", case, _run(fn, case, problem), problem)
+    result = _run(fn, case, problem)
+    yield from _compare("", case, result, problem)
+    if "lse" in result.tensors and "dq" in result.tensors:
+        # Whoever merges by a detached lse loses part of the gradient, and nothing else here would notice.
+        detail = (
+            "it carries one" if result.lse_has_gradient else "out carries a gradient, lse none, so none was checked"
+        )
+        yield Finding("gradient of lse", result.lse_has_gradient, detail)
 
 
 def _check_poison(fn: Function, case: Case, problem: _Problem) -> Iterator[Finding]:
@@ -478,7 +485,8 @@ def check(fn: Function, case: Case, *, parts: Collection[str] = PARTS, device: t
 
     Args:
         fn: called as ``fn(q, k, v, allowed, *, softmax_scale)`` (see the module); gradients are checked where its
-            output carries one. Cases with features give it those as further keywords.
+            output carries one. An lse that is returned must then carry one too; none need be returned. Cases with
+            features give it those as further keywords.
         case: one of ``maskops.testing.cases()``.
         parts: which checks to make.
 
