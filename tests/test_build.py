@@ -165,7 +165,7 @@ def test_an_older_torch_stops_the_build(tmp_path: Path) -> None:
 
 @needs_extension
 def test_the_wheel_is_for_every_python(tmp_path: Path) -> None:
-    """Tag py3-none-<platform>, with the binary and the build report inside."""
+    """Tag py3-none-<platform>, with the binary, the build report and the marker of types inside."""
     copy = tmp_path / "copy"
     ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "__pycache__", "*.egg-info", "results")
     shutil.copytree(ROOT, copy, ignore=ignore)
@@ -176,6 +176,7 @@ def test_the_wheel_is_for_every_python(tmp_path: Path) -> None:
     assert re.fullmatch(r"torch_maskops-[\d.]+-py3-none-.+\.whl", wheel.name), wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "maskops/_native.so" in names and "maskops/_build_report.json" in names and "maskops/masks.py" in names
+    assert "maskops/py.typed" in names  # without it a type checker ignores the annotations
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
 
 
