@@ -77,6 +77,11 @@ void advise_huge_pages(const Tensor& tensor, int64_t element_bytes) {
 #endif
 }
 
+// Without elements any stride will do; torch's contiguous() leaves it as it is.
+bool last_is_contiguous(const Tensor& tensor) {
+  return tensor.numel() == 0 || tensor.size(3) <= 1 || tensor.stride(3) == 1;
+}
+
 AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
                                double softcap) {
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v must have 4 dimensions");
@@ -97,7 +102,7 @@ AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v
   require(shape.heads == 0 || (shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0),
           "attention: the heads of k and v must divide those of q");
   for (const Tensor* tensor : {&q, &k, &v}) {
-    require(tensor->size(3) <= 1 || tensor->stride(3) == 1, "attention: the last dimension must be contiguous");
+    require(last_is_contiguous(*tensor), "attention: the last dimension must be contiguous");
   }
   return shape;
 }
@@ -177,9 +182,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out
   const Spans spans = spans_of(shape, start, end, key_valid, tiles, tile_count);
   for (const Tensor* tensor : {&grad_out, &out}) {
     require(tensor->dim() == 4 && tensor->dtype() == q.dtype() && tensor->size(0) == shape.batch &&
-                tensor->size(1) == shape.heads && tensor->size(2) == shape.q_len &&
-                tensor->size(3) == shape.value_dim && (shape.value_dim <= 1 || tensor->stride(3) == 1),
-            "attention: out and its gradient must have the shape of the output");
+                tensor->size(1) == shape.heads && tensor->size(2) == shape.q_len && tensor->size(3) == shape.value_dim,
+            "attention: out and its gradient must have the shape and dtype of the output");
+    require(last_is_contiguous(*tensor), "attention: the last dimension of out and its gradient must be contiguous");
   }
   const int64_t rows = shape.batch * shape.heads * shape.q_len;
   const auto dense = [&](const Tensor& tensor) {

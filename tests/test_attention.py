@@ -343,6 +343,29 @@ def test_autocast(backend: str) -> None:
     assert grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(0, 2, 8, 5), (2, 2, 8, 0)])
+def test_empty_views_of_any_stride(backend: str, size: tuple[int, ...]) -> None:
+    """contiguous() leaves them as they are, for there is nothing to copy."""
+    q = torch.randn(size).transpose(2, 3).requires_grad_()
+    out = maskops.attention(q, q, q, backend=backend)
+    (grad,) = torch.autograd.grad(out, q, torch.randn(size).transpose(2, 3))
+    assert out.shape == grad.shape == q.shape
+
+
+def test_strides_that_the_kernel_cannot_read_are_named() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    spans = masks.full().spans(5, 5)
+    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count)
+    out, lse = torch.ops.maskops.attention_forward(q, q, q, *plan, 1.0, 0.0)
+    for grad_out, text in (
+        (torch.randn(1, 2, 8, 5).transpose(2, 3), "the last dimension of out and its gradient must be contiguous"),
+        (torch.randn(1, 2, 5, 7), "out and its gradient must have the shape and dtype of the output"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            torch.ops.maskops.attention_backward(grad_out, torch.empty(0), q, q, q, out, lse, *plan, 1.0, 0.0)
+
+
 def test_scale() -> None:
     q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
     for backend in ["reference", *fast_backends()]:
