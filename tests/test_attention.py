@@ -366,6 +366,25 @@ def test_strides_that_the_kernel_cannot_read_are_named() -> None:
             torch.ops.maskops.attention_backward(grad_out, torch.empty(0), q, q, q, out, lse, *plan, 1.0, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore::maskops.BackendFallbackWarning")
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_meta_tensors_get_shapes_and_strides(backend: str | None) -> None:
+    q, k, v = (torch.randn(2, 7, heads, dim).transpose(1, 2) for heads, dim in ((4, 8), (2, 8), (2, 3)))
+    lengths = torch.tensor([7, 3])
+    eager = maskops.attention(q, k, v, masks.padding(lengths) & masks.causal(), return_lse=True)
+    leaves = [x.to("meta").requires_grad_() for x in (q, k, v)]
+    assert leaves[0].stride() == q.stride()
+    mask = masks.padding(lengths.to("meta")) & masks.causal()
+    outputs = maskops.attention(*leaves, mask, return_lse=True, backend=backend)
+    for x, expected in zip(outputs, eager, strict=True):
+        assert x.is_meta and x.shape == expected.shape and x.dtype == expected.dtype
+        assert x.stride() == expected.stride()
+    grads = torch.autograd.grad(outputs[0].sum(), leaves)
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+    x, offsets = torch.empty(7, 4, 8, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
+    assert maskops.varlen_attention(x, x, x, offsets, backend=backend).shape == x.shape
+
+
 def test_scale() -> None:
     q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
     for backend in ["reference", *fast_backends()]:

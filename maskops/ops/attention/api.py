@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
@@ -281,7 +282,7 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
             raise TypeError(f"{name} is {x.dtype}: expected float32, bfloat16, float16 or float64")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
-    if torch.is_autocast_enabled(q.device.type):
+    if _has_autocast(q.device) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if q.dtype not in _DTYPES:
@@ -289,6 +290,11 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one dtype")
     return q, k, v
+
+
+def _has_autocast(device: torch.device) -> bool:
+    """Whether autocast knows the type of the device; of meta and others it does not want to be asked."""
+    return torch.amp.is_autocast_available(device.type)
 
 
 def _check_heads_and_lengths(
@@ -452,7 +458,7 @@ def _attention(
         q.dtype,
         tuple(feature for feature, is_used in used.items() if is_used),
         requested=backend,
-        reference_bytes=None if torch.compiler.is_compiling() else lambda: _reference_bytes(q, spans),
+        reference_bytes=None if torch.compiler.is_compiling() or q.is_meta else lambda: _reference_bytes(q, spans),
     )
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -460,7 +466,7 @@ def _attention(
         return registration.span_attention(q, k, v, spans, scale, float(softcap))
     # Drawn from torch's generator, so that manual_seed and fork_rng reach it; a tensor, so that it costs no sync.
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device) if dropout_p > 0 else None
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False) if _has_autocast(device) else contextlib.nullcontext():
         out, lse = reference.attention(
             q,
             k,
