@@ -160,8 +160,9 @@ class Mask:
         plan_batch, on_device = self._check_structure(q_len, k_len, batch, device, positions)
         if on_device.type == "cpu" and not self.is_dense:
             program, operands = self._program(on_device)
-            lowers = len(operands) <= registration.MAX_OPERANDS and max(q_len, k_len) < registration.MAX_LENGTH
-            if lowers and registration.available():
+            # Of lengths that are traced the operator decides itself, when it runs.
+            is_short = all(not _is_known(x) or x < registration.MAX_LENGTH for x in (q_len, k_len))
+            if is_short and len(operands) <= registration.MAX_OPERANDS and registration.available():
                 return registration.build_plan(program, operands, plan_batch, q_len, k_len, grad, positions)
         return self._spans_by_torch(q_len, k_len, plan_batch, on_device, grad, positions)
 
@@ -230,7 +231,7 @@ class Mask:
     ) -> tuple[int, torch.device]:
         """Check shapes and devices; the batch of the plan and the device it is built on."""
         for name, length in (("q_len", q_len), ("k_len", k_len)):
-            if not 0 <= length <= _LONGEST:
+            if _is_known(length) and not 0 <= length <= _LONGEST:
                 raise ValueError(f"{name}={length}: expected 0 to {_LONGEST}")
         named = [pair for layout in self.layouts for pair in layout.tensors()]
         prefixes, dense_masks = self._operands_by_use()
@@ -388,6 +389,11 @@ class Mask:
         high = torch.where(seen, key + 1, 0).amax(-1)
         low = torch.minimum(torch.where(seen, key, k_len).amin(-1), high)
         return low.unsqueeze(0), high.unsqueeze(0), exact
+
+
+def _is_known(length: int | torch.SymInt) -> bool:
+    """Whether a length may be compared: comparing one that is traced would bound it for all calls to come."""
+    return not isinstance(length, torch.SymInt) and not torch.compiler.is_compiling()
 
 
 def _bracketed(text: str, sign: str) -> str:

@@ -229,3 +229,17 @@ def test_export(backend: str) -> None:
     x, lengths = torch.randn(2, 2, 9, 4), torch.tensor([9, 3])
     program = torch.export.export(Layer(), (x, lengths))
     assert torch.allclose(program.module()(x, lengths), Layer()(x, lengths), atol=1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_open_dimensions(backend: str, strict: bool) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, offsets: Tensor) -> Any:
+            return maskops.varlen_attention(x, x, x, offsets, mask=masks.causal(), backend=backend)
+
+    x, offsets = torch.randn(20, 2, 8), torch.tensor([0, 5, 20])
+    sizes = {"x": {0: torch.export.Dim("total")}, "offsets": {0: torch.export.Dim("one_more_than_sequences")}}
+    module = torch.export.export(Layer(), (x, offsets), dynamic_shapes=sizes, strict=strict).module()
+    for total, cuts in ((20, [0, 5, 20]), (33, [0, 3, 3, 9, 30]), (7, [0, 7])):
+        x, offsets = torch.randn(total, 2, 8), torch.tensor(cuts)
+        assert torch.allclose(module(x, offsets), Layer()(x, offsets), atol=1e-6)
