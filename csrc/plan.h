@@ -23,13 +23,23 @@ struct PlanOperand {
   int64_t sizes[2];
 };
 
+// What errors call the arguments of the function that made a layout, the twin of CuSeqlensNames in maskops/layouts.py.
+struct CuSeqlensNames {
+  const char* owner;
+  const char* queries;
+  const char* keys;
+  const char* q_total[2];  // around the number
+  const char* k_total[2];
+};
+
 struct PlanLayout {
   enum class Kind { padding_right, padding_left, padding_mask, key_lengths, key_length, key_mask, cu_seqlens, ids };
   Kind kind;
   int operand = -1;
   int key_operand = -1;  // of cu_seqlens: the same as operand where the keys have no cu_seqlens of their own
   bool keys_given = false;
-  int64_t length = 0;  // of key_length
+  const CuSeqlensNames* names = nullptr;  // of cu_seqlens
+  int64_t length = 0;                     // of key_length
 };
 
 struct PlanStep {

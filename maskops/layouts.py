@@ -18,6 +18,40 @@ from torch import Tensor
 from maskops.backend import validating
 
 
+class CuSeqlensNames(NamedTuple):
+    """What errors call the arguments of the function that made a layout of cumulative lengths."""
+
+    program_word: str
+    """The word of a ``build_plan`` program by which the C++ op knows these names."""
+    owner: str
+    queries: str
+    keys: str
+    q_total: str
+    """Format of the number of rows that the cumulative lengths must not exceed."""
+    k_total: str
+    fix_of_batch: str
+
+
+DOCUMENTS = CuSeqlensNames(
+    "cu_seqlens",
+    "documents: ",
+    "cu_seqlens",
+    "cu_seqlens_k",
+    "q_len={}",
+    "k_len={}",
+    "pack with shape (1, ..., total, ...) or give documents(ids)",
+)
+VARLEN = CuSeqlensNames(
+    "varlen",
+    "",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "the {} rows of q",
+    "the {} rows of k",
+    "give a mask that holds inside each sequence, such as masks.causal()",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where the sequences lie. ``kind`` says how ``tensor`` (and ``keys`` or ``length``) is read."""
@@ -27,6 +61,8 @@ class Layout:
     tensor: Tensor | None = None
     keys: Tensor | None = None
     length: int = 0
+    names: CuSeqlensNames = DOCUMENTS
+    """Of cu_seqlens."""
 
     @property
     def is_documents(self) -> bool:
@@ -44,8 +80,9 @@ class Layout:
         if self.tensor is None:
             return ()
         if self.kind == "cu_seqlens":
-            named = (("documents: cu_seqlens", self.tensor),)
-            return named if self.keys is None else (*named, ("documents: cu_seqlens_k", self.keys))
+            owner = self.names.owner
+            named = ((f"{owner}{self.names.queries}", self.tensor),)
+            return named if self.keys is None else (*named, (f"{owner}{self.names.keys}", self.keys))
         names = {
             "padding_right": "padding: lengths",
             "padding_left": "padding: lengths",
@@ -196,9 +233,10 @@ def check_shapes(layout: Layout, q_len: int, k_len: int) -> None:
                 "cu_seqlens_k=...)"
             )
     elif layout.keys is None and layout.kind == "cu_seqlens" and q_len != k_len:
+        names = layout.names
         raise ValueError(
-            f"documents: cu_seqlens describes queries and keys, but q_len={q_len} and k_len={k_len}: give cu_seqlens_k "
-            "for the keys"
+            f"{names.owner}{names.queries} describes queries and keys alike, which cannot hold for "
+            f"{names.q_total.format(q_len)} and {names.k_total.format(k_len)}: give {names.keys} for the keys"
         )
 
 
@@ -226,9 +264,10 @@ def check_values(layouts: tuple[Layout, ...], q_len: int, k_len: int, batch: int
     n_sequences = None
     for layout in layouts:
         if layout.kind == "cu_seqlens" and layout.tensor is not None:
-            _check_cu_seqlens("cu_seqlens", layout.tensor, "q_len", q_len)
+            names = layout.names
+            _check_cu_seqlens(names.owner, names.queries, layout.tensor, names.q_total, q_len)
             if layout.keys is not None:
-                _check_cu_seqlens("cu_seqlens_k", layout.keys, "k_len", k_len)
+                _check_cu_seqlens(names.owner, names.keys, layout.keys, names.k_total, k_len)
         elif layout.kind == "ids" and layout.tensor is not None:
             count = _check_ids(layout.tensor, batch)
             n_sequences = count if n_sequences is None else n_sequences
@@ -250,18 +289,18 @@ def check_values(layouts: tuple[Layout, ...], q_len: int, k_len: int, batch: int
     return n_sequences
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total_name: str, total: int) -> None:
+def _check_cu_seqlens(owner: str, name: str, cu_seqlens: Tensor, total_format: str, total: int) -> None:
     if int(cu_seqlens[0]) != 0:
-        raise ValueError(f"documents: {name}[0]={int(cu_seqlens[0])}: must be 0")
+        raise ValueError(f"{owner}{name}[0]={int(cu_seqlens[0])}: must be 0")
     at = first_true(cu_seqlens[1:] < cu_seqlens[:-1])
     if at is not None:
         i = at[0]
         raise ValueError(
-            f"documents: {name}[{i + 1}]={int(cu_seqlens[i + 1])} < {name}[{i}]={int(cu_seqlens[i])}: cumulative "
+            f"{owner}{name}[{i + 1}]={int(cu_seqlens[i + 1])} < {name}[{i}]={int(cu_seqlens[i])}: cumulative "
             "lengths never decrease"
         )
     if int(cu_seqlens[-1]) > total:
-        raise ValueError(f"documents: {name}[-1]={int(cu_seqlens[-1])} is more than {total_name}={total}")
+        raise ValueError(f"{owner}{name}[-1]={int(cu_seqlens[-1])} is more than {total_format.format(total)}")
 
 
 def _check_ids(ids: Tensor, batch: int) -> int:

@@ -43,7 +43,16 @@ from maskops.bounds import (
     span_program,
     union,
 )
-from maskops.layouts import Layout, check_shapes, check_values, first_true, resolve, values_can_be_read
+from maskops.layouts import (
+    DOCUMENTS,
+    CuSeqlensNames,
+    Layout,
+    check_shapes,
+    check_values,
+    first_true,
+    resolve,
+    values_can_be_read,
+)
 from maskops.ops.plan import registration
 from maskops.spans import RowSpans, build_row_spans
 
@@ -223,7 +232,7 @@ class Mask:
             if layout.keys is not None and layout.keys is not layout.tensor:
                 keys = len(operands)
                 operands.append(layout.keys)
-            layouts.append(f"cu_seqlens {number} {keys} {int(layout.keys is not None)}")
+            layouts.append(f"{layout.names.program_word} {number} {keys} {int(layout.keys is not None)}")
         return " ".join([*layouts, span_program(self.conjuncts)]), operands
 
     def _check_structure(
@@ -262,7 +271,8 @@ class Mask:
                 n_sequences = documents_layout.tensor.shape[0] - 1
                 if tensor.shape[0] != n_sequences:
                     raise ValueError(
-                        f"prefix: lengths has {tensor.shape[0]} elements, cu_seqlens describes {n_sequences} sequences"
+                        f"prefix: lengths has {tensor.shape[0]} elements, {documents_layout.names.queries} describes "
+                        f"{n_sequences} sequences"
                     )
         for tensor in dense_masks:
             if tensor.shape[2] != q_len or tensor.shape[3] != k_len:
@@ -282,9 +292,10 @@ class Mask:
         if packed is not None:
             wrong = f"that of {source} is {natural}" if natural != 1 else f"got {batch}"
             if natural != 1 or batch not in (None, 1):
+                names = packed.names
                 raise ValueError(
-                    f"documents: cu_seqlens describes one packed row, so the batch must be 1; {wrong}: pack with shape "
-                    "(1, ..., total, ...) or give documents(ids)"
+                    f"{names.owner}{names.queries} describes one packed row, so the batch must be 1; {wrong}: "
+                    f"{names.fix_of_batch}"
                 )
         if batch is not None and source and natural != batch:
             raise ValueError(f"{source} has batch {natural}, q has batch {batch}")
@@ -560,21 +571,32 @@ def documents(
             raise ValueError("documents: cu_seqlens_k goes with cu_seqlens, not with ids")
         tensor = _check_integers("documents: ids", ids, (1, 2), "(length,) or (batch, length)")
         return Mask("documents(ids)", layouts=(Layout("ids", tensor),))
-    queries = _check_integers("documents: cu_seqlens", cu_seqlens, (1,), "(n_sequences + 1,)")
-    named = [("cu_seqlens", queries)]
+    return packed_rows(cu_seqlens, cu_seqlens_k, DOCUMENTS)
+
+
+def packed_rows(cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, names: CuSeqlensNames) -> Mask:
+    """``documents`` of cumulative lengths for a function whose errors name its own arguments.
+
+    Args:
+        cu_seqlens: as in ``documents``.
+        cu_seqlens_k: as in ``documents``.
+        names: what the caller calls them.
+    """
+    queries = _check_integers(f"{names.owner}{names.queries}", cu_seqlens, (1,), "(n_sequences + 1,)")
+    named = [(names.queries, queries)]
     if cu_seqlens_k is not None:
-        keys = _check_integers("documents: cu_seqlens_k", cu_seqlens_k, (1,), "(n_sequences + 1,)")
-        named.append(("cu_seqlens_k", keys))
+        keys = _check_integers(f"{names.owner}{names.keys}", cu_seqlens_k, (1,), "(n_sequences + 1,)")
+        named.append((names.keys, keys))
         if keys.shape != queries.shape:
             raise ValueError(
-                f"documents: cu_seqlens has {queries.shape[0]} elements, cu_seqlens_k has {keys.shape[0]}: queries and "
-                "keys need the same number of sequences"
+                f"{names.owner}{names.queries} has {queries.shape[0]} elements, {names.keys} has {keys.shape[0]}: "
+                "queries and keys need the same number of sequences"
             )
     for name, tensor in named:
         if tensor.shape[0] == 0:
-            raise ValueError(f"documents: {name} is empty, expected (n_sequences + 1,), at least [0]")
+            raise ValueError(f"{names.owner}{name} is empty, expected (n_sequences + 1,), at least [0]")
     text = "documents(cu_seqlens)" if cu_seqlens_k is None else "documents(cu_seqlens, cu_seqlens_k)"
-    return Mask(text, layouts=(Layout("cu_seqlens", queries, cu_seqlens_k),))
+    return Mask(text, layouts=(Layout("cu_seqlens", queries, cu_seqlens_k, names=names),))
 
 
 def dense(mask: Tensor) -> Mask:

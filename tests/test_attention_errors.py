@@ -8,6 +8,7 @@ import torch
 
 import maskops
 from maskops import masks
+from maskops.ops.plan import registration
 
 
 def tensors(**changes: Any) -> dict[str, Any]:
@@ -251,7 +252,7 @@ VARLEN_ERRORS = [
     (
         {"cu_seqlens_k": torch.tensor([0, 7])},
         ValueError,
-        "documents: cu_seqlens has 3 elements, cu_seqlens_k has 2: queries and keys need the same number of sequences",
+        "cu_seqlens_q has 3 elements, cu_seqlens_k has 2: queries and keys need the same number of sequences",
     ),
     (
         {"mask": zeros(1, 7, dtype=torch.bool)},
@@ -264,30 +265,52 @@ VARLEN_ERRORS = [
         "alibi_slopes has shape (2, 4): packed sequences share one slope a head, (heads,)",
     ),
     (
+        {"q": zeros(6, 4, 8)},
+        ValueError,
+        "cu_seqlens_q describes queries and keys alike, which cannot hold for the 6 rows of q and the 7 rows of k: "
+        "give cu_seqlens_k for the keys",
+    ),
+    (
+        {"mask": masks.prefix(torch.tensor([1, 2, 3]))},
+        ValueError,
+        "prefix: lengths has 3 elements, cu_seqlens_q describes 2 sequences",
+    ),
+    (
         {"mask": masks.padding(torch.tensor([7, 7]))},
         ValueError,
-        "documents: cu_seqlens describes one packed row, so the batch must be 1",
+        "cu_seqlens_q describes one packed row, so the batch must be 1; that of padding: lengths is 2: give a mask "
+        "that holds inside each sequence, such as masks.causal()",
     ),
     # Values
     (
         {"cu_seqlens_q": torch.tensor([1, 3, 7])},
         ValueError,
-        "documents: cu_seqlens[0]=1: must be 0",
+        "cu_seqlens_q[0]=1: must be 0",
     ),
     (
         {"cu_seqlens_q": torch.tensor([0, 5, 3, 7])},
         ValueError,
-        "documents: cu_seqlens[2]=3 < cu_seqlens[1]=5: cumulative lengths never decrease",
+        "cu_seqlens_q[2]=3 < cu_seqlens_q[1]=5: cumulative lengths never decrease",
     ),
     (
         {"cu_seqlens_q": torch.tensor([0, 3, 8])},
         ValueError,
-        "documents: cu_seqlens[-1]=8 is more than q_len=7",
+        "cu_seqlens_q[-1]=8 is more than the 7 rows of q",
     ),
     (
         {"cu_seqlens_k": torch.tensor([0, 52, 40])},
         ValueError,
-        "documents: cu_seqlens_k[2]=40 < cu_seqlens_k[1]=52: cumulative lengths never decrease",
+        "cu_seqlens_k[2]=40 < cu_seqlens_k[1]=52: cumulative lengths never decrease",
+    ),
+    (
+        {"cu_seqlens_k": torch.tensor([2, 3, 7])},
+        ValueError,
+        "cu_seqlens_k[0]=2: must be 0",
+    ),
+    (
+        {"cu_seqlens_k": torch.tensor([0, 3, 8])},
+        ValueError,
+        "cu_seqlens_k[-1]=8 is more than the 7 rows of k",
     ),
 ]
 
@@ -298,10 +321,22 @@ def test_attention(changes: dict[str, Any], error: type[Exception], message: str
         maskops.attention(**tensors(**changes))
 
 
+@pytest.mark.parametrize("is_planned_by", ["the operator", "torch"])
 @pytest.mark.parametrize(
     ("changes", "error", "message"), VARLEN_ERRORS, ids=[message[:48] for _, _, message in VARLEN_ERRORS]
 )
-def test_varlen_attention(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_varlen_attention(
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    is_planned_by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if is_planned_by == "torch":
+        # The path of other devices, and of a process without the extension.
+        monkeypatch.setattr(registration, "available", lambda: False)
+    elif not registration.available():
+        pytest.skip("the C++ extension is not built, so there is no operator")
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         maskops.varlen_attention(**packed(**changes))
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import maskops
 from maskops import masks
 from maskops.ops.plan import registration
 from tests.test_spans import random_mask
@@ -98,10 +99,13 @@ def test_spans_go_through_the_operator(monkeypatch):
     (masks.causal() & (masks.sliding_window(2, 0) | masks.prefix(lengths)) & masks.padding(lengths)).spans(5, 5)
     (masks.chunked(4) & masks.documents(cu_seqlens=torch.tensor([0, 4]))).spans(5, 5)
     masks.dense(torch.ones(1, 1, 2, 2, dtype=torch.bool)).spans(2, 2)
+    x = torch.zeros(5, 1, 1)
+    maskops.varlen_attention(x, x, x, torch.tensor([0, 4]), torch.tensor([0, 5]), mask=masks.causal())
     assert calls == [
         "span first diag 1",
         "padding_right 1 span diag -2 diag 1 span first diag 1 prefix_of 0 min",
         "cu_seqlens 0 0 0 span chunk_start 4 chunk_end 4",
+        "varlen 0 1 1 span first diag 1",
     ]
 
 
@@ -166,5 +170,27 @@ def test_values_are_checked_by_a_compiled_graph():
         return masks.documents(cu_seqlens=cu).spans(8, 8)
 
     plan(torch.tensor([0, 3, 8]))
-    with pytest.raises(ValueError, match=r"cu_seqlens\[2\]=1 < cu_seqlens\[1\]=3"):
+    with pytest.raises(ValueError, match=r"^documents: cu_seqlens\[2\]=1 < cu_seqlens\[1\]=3"):
         plan(torch.tensor([0, 3, 1]))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(x, cu):
+        return maskops.varlen_attention(x, x, x, cu)
+
+    attend(torch.zeros(8, 1, 1), torch.tensor([0, 3, 8]))
+    with pytest.raises(ValueError, match=r"^cu_seqlens_q\[2\]=1 < cu_seqlens_q\[1\]=3"):
+        attend(torch.zeros(8, 1, 1), torch.tensor([0, 3, 1]))
+    with pytest.raises(ValueError, match=r"^cu_seqlens_q\[-1\]=9 is more than the 8 rows of q$"):
+        attend(torch.zeros(8, 1, 1), torch.tensor([0, 3, 9]))
+
+
+def test_the_operator_decides_about_lengths_that_were_traced():
+    """Comparing a traced length with the limit would refuse to trace one that is open."""
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def plan(x):
+        return masks.causal().spans(1, x.shape[0], grad=False).end
+
+    assert plan(torch.zeros(5)).item() == 5
+    with pytest.raises(ValueError, match="a length is negative or too large"):
+        plan(torch.zeros(1).expand(registration.MAX_LENGTH))

@@ -50,12 +50,21 @@ struct Words {
   }
 };
 
+constexpr CuSeqlensNames documents_names{"documents: ", "cu_seqlens", "cu_seqlens_k", {"q_len=", ""}, {"k_len=", ""}};
+constexpr CuSeqlensNames varlen_names{
+    "", "cu_seqlens_q", "cu_seqlens_k", {"the ", " rows of q"}, {"the ", " rows of k"}};
+
 bool parse_layout(std::string_view word, Words& words, PlanLayout& layout) {
   constexpr std::pair<std::string_view, Kind> names[] = {
-      {"padding_right", Kind::padding_right}, {"padding_left", Kind::padding_left},
-      {"padding_mask", Kind::padding_mask},   {"key_lengths", Kind::key_lengths},
-      {"key_length", Kind::key_length},       {"key_mask", Kind::key_mask},
-      {"cu_seqlens", Kind::cu_seqlens},       {"ids", Kind::ids},
+      {"padding_right", Kind::padding_right},
+      {"padding_left", Kind::padding_left},
+      {"padding_mask", Kind::padding_mask},
+      {"key_lengths", Kind::key_lengths},
+      {"key_length", Kind::key_length},
+      {"key_mask", Kind::key_mask},
+      {"cu_seqlens", Kind::cu_seqlens},
+      {"varlen", Kind::cu_seqlens},
+      {"ids", Kind::ids},
   };
   for (const auto& [name, kind] : names) {
     if (word != name) continue;
@@ -68,6 +77,7 @@ bool parse_layout(std::string_view word, Words& words, PlanLayout& layout) {
     if (kind == Kind::cu_seqlens) {
       layout.key_operand = words.operand();
       layout.keys_given = words.number() != 0;
+      layout.names = word == "varlen" ? &varlen_names : &documents_names;
     }
     return true;
   }
@@ -146,9 +156,10 @@ void check_mask(const char* name, const PlanOperand& operand) {
          "]=" + text_of(element(operand, bad)) + ": a mask holds 0 and 1; for document ids use masks.documents(ids)");
 }
 
-void check_cu_seqlens(const std::string& name, const PlanOperand& operand, const char* total_name, int64_t total) {
+void check_cu_seqlens(const std::string& owner, const std::string& name, const PlanOperand& operand,
+                      const char* const (&total_name)[2], int64_t total) {
   const int64_t last = count_of(operand) - 1;
-  const std::string prefix = "documents: " + name;
+  const std::string prefix = owner + name;
   if (element(operand, 0) != 0) refuse(prefix + "[0]=" + text_of(element(operand, 0)) + ": must be 0");
   for (int64_t i = 0; i < last; i++) {
     const int64_t before = element(operand, i), after = element(operand, i + 1);
@@ -158,7 +169,9 @@ void check_cu_seqlens(const std::string& name, const PlanOperand& operand, const
     }
   }
   const int64_t end = element(operand, last);
-  if (end > total) refuse(prefix + "[-1]=" + text_of(end) + " is more than " + total_name + "=" + text_of(total));
+  if (end > total) {
+    refuse(prefix + "[-1]=" + text_of(end) + " is more than " + total_name[0] + text_of(total) + total_name[1]);
+  }
 }
 
 // How many sequences the rows of ids hold.
@@ -240,8 +253,9 @@ void check_plan(const PlanRequest& request) {
         require(batch == 1 && queries.dim == 1 && keys.dim == 1 && queries.sizes[0] >= 1 &&
                     queries.sizes[0] == keys.sizes[0],
                 "cu_seqlens must be one packed row");
-        check_cu_seqlens("cu_seqlens", queries, "q_len", q_len);
-        if (layout.keys_given) check_cu_seqlens("cu_seqlens_k", keys, "k_len", k_len);
+        const CuSeqlensNames& names = *layout.names;
+        check_cu_seqlens(names.owner, names.queries, queries, names.q_total, q_len);
+        if (layout.keys_given) check_cu_seqlens(names.owner, names.keys, keys, names.k_total, k_len);
         require(layout.keys_given || q_len == k_len, "cu_seqlens without cu_seqlens_k needs q_len == k_len");
         if (n_sequences < 0) ids_decide = false;
         break;

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskops import backend as backends
 from maskops import masks
+from maskops.layouts import VARLEN
 from maskops.masks import Mask
 from maskops.ops.attention import reference, registration
 from maskops.spans import RowSpans
@@ -255,7 +256,7 @@ def varlen_attention(
         _check_offsets("cu_seqlens_q", cu_seqlens_q, q.device)
         if cu_seqlens_k is not None:
             _check_offsets("cu_seqlens_k", cu_seqlens_k, q.device)
-        plan = masks.documents(cu_seqlens=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        plan = masks.packed_rows(cu_seqlens_q, cu_seqlens_k, VARLEN)
         if mask is not None:
             plan = plan & mask
     if alibi_slopes is not None and alibi_slopes.dim() == 2:

@@ -4,8 +4,10 @@ The program is text, words separated by single spaces: first layouts, each with 
 span ``span`` and two bounds, start and end, in postfix order over the values of a row::
 
     padding_right N | padding_left N | padding_mask N | key_lengths N | key_length LENGTH | key_mask N | ids N
-    cu_seqlens N_QUERIES N_KEYS KEYS_GIVEN
+    cu_seqlens N_QUERIES N_KEYS KEYS_GIVEN | varlen N_QUERIES N_KEYS KEYS_GIVEN
     first | last | diag OFFSET | prefix LENGTH | prefix_of N | chunk_start SIZE | chunk_end SIZE | max | min
+
+``varlen`` is ``cu_seqlens`` whose errors name the arguments of ``varlen_attention``.
 
 ``causal() & sliding_window(256, 0) & documents(cu_seqlens=cu)`` is ``cu_seqlens 0 0 0 span diag -256 diag 1``. What the
 words mean is written in ``layouts.py`` and ``bounds.py``; ``masks.py`` makes the programs, and its torch path is the
