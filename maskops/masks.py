@@ -22,6 +22,7 @@ a union of spans with symbolic ends (``bounds.py``, where no mask has a name), a
 from __future__ import annotations
 
 import functools
+import numbers
 import operator
 import sys
 from dataclasses import dataclass
@@ -240,8 +241,13 @@ class Mask:
     ) -> tuple[int, torch.device]:
         """Check shapes and devices; the batch of the plan and the device it is built on."""
         for name, length in (("q_len", q_len), ("k_len", k_len)):
+            _check_length(name, length, "an int")
             if _is_known(length) and not 0 <= length <= _LONGEST:
                 raise ValueError(f"{name}={length}: expected 0 to {_LONGEST}")
+        if batch is not None:
+            _check_length("batch", batch, "an int or None")
+            if _is_known(batch) and batch < 0:
+                raise ValueError(f"batch={batch} is negative")
         named = [pair for layout in self.layouts for pair in layout.tensors()]
         prefixes, dense_masks = self._operands_by_use()
         named += [("prefix: lengths", tensor) for tensor in prefixes]
@@ -400,6 +406,11 @@ class Mask:
         high = torch.where(seen, key + 1, 0).amax(-1)
         low = torch.minimum(torch.where(seen, key, k_len).amin(-1), high)
         return low.unsqueeze(0), high.unsqueeze(0), exact
+
+
+def _check_length(name: str, length: object, expected: str) -> None:
+    if isinstance(length, bool) or not isinstance(length, (int, numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name} is {type(length).__name__}, expected {expected}")
 
 
 def _is_known(length: int | torch.SymInt) -> bool:

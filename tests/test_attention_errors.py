@@ -1,8 +1,10 @@
 """Every error of attention and varlen_attention, by its text."""
 
 import re
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,6 +153,16 @@ ERRORS = [
         ValueError,
         "key_padding: lengths has batch 3, q has batch 2",
     ),
+    (
+        {"mask": zeros(2, dtype=torch.int64)},
+        TypeError,
+        "mask has shape (2,): for padding use masks.padding(lengths)",
+    ),
+    (
+        {"mask": zeros(6, dtype=torch.bool)},
+        TypeError,
+        "mask has shape (6,): for padding use masks.padding(mask.unsqueeze(0))",
+    ),
     # Features
     ({"bias": 1.0}, TypeError, "bias is float: expected a floating tensor; for a bool mask use mask=masks.dense(...)"),
     (
@@ -264,6 +276,7 @@ VARLEN_ERRORS = [
         ValueError,
         "alibi_slopes has shape (2, 4): packed sequences share one slope a head, (heads,)",
     ),
+    ({"alibi_slopes": [0.1, 0.2]}, TypeError, "alibi_slopes is list: expected a floating tensor"),
     (
         {"q": zeros(6, 4, 8)},
         ValueError,
@@ -343,4 +356,9 @@ def test_varlen_attention(
 
 def test_the_arguments_are_right_without_the_mistakes() -> None:
     maskops.attention(**tensors())
+    # Scalars of numpy and fractions are numbers too.
+    exact = maskops.attention(**tensors(q=torch.ones(2, 4, 5, 8)), softmax_scale=0.5, softcap=3.0)
+    for number in (np.float32, np.float64, Fraction):
+        other = maskops.attention(**tensors(q=torch.ones(2, 4, 5, 8)), softmax_scale=number(0.5), softcap=number(3))
+        assert torch.equal(exact, other)
     maskops.varlen_attention(**packed())

@@ -243,3 +243,13 @@ def test_export_with_open_dimensions(backend: str, strict: bool) -> None:
     for total, cuts in ((20, [0, 5, 20]), (33, [0, 3, 3, 9, 30]), (7, [0, 7])):
         x, offsets = torch.randn(total, 2, 8), torch.tensor(cuts)
         assert torch.allclose(module(x, offsets), Layer()(x, offsets), atol=1e-6)
+
+
+def test_numbers_of_every_kind() -> None:
+    def step(x: Tensor, scale: float, softcap: float) -> Any:
+        return maskops.attention(x, x, x, softmax_scale=scale, softcap=softcap, dropout_p=0)
+
+    x = torch.randn(1, 2, 9, 4)
+    run = compiled(step)
+    for scale, softcap in ((1, 2), (0.5, 2.0), (0.25, 3.0)):
+        assert torch.allclose(run(x, scale, softcap), step(x, scale, softcap), atol=1e-6)

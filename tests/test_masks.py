@@ -573,6 +573,7 @@ def ints(*values):
 REFUSALS_OF_SHAPES = [
     (lambda: masks.causal(), (-1, 4), {}, "q_len=-1: expected 0 to"),
     (lambda: masks.causal(), (4, 2**31), {}, "k_len=2147483648: expected 0 to"),
+    (lambda: masks.causal(), (4, 4), {"batch": -1}, "batch=-1 is negative"),
     (
         lambda: masks.padding(ints(1, 2)),
         (2, 10),
@@ -636,6 +637,20 @@ REFUSALS_OF_SHAPES = [
 def test_shapes_that_do_not_fit(make, lengths, keywords, text, path):
     with pytest.raises(ValueError, match=text):
         make().spans(*lengths, **keywords)
+
+
+@pytest.mark.parametrize(
+    "lengths,keywords,text",
+    [
+        ((5.0, 5), {}, "q_len is float, expected an int"),
+        ((5, "5"), {}, "k_len is str, expected an int"),
+        ((5, True), {}, "k_len is bool, expected an int"),
+        ((5, 5), {"batch": 1.0}, "batch is float, expected an int or None"),
+    ],
+)
+def test_lengths_that_are_no_ints(lengths, keywords, text, path):
+    with pytest.raises(TypeError, match=f"^{text}$"):
+        masks.causal().spans(*lengths, **keywords)
 
 
 REFUSALS_OF_VALUES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -259,7 +260,7 @@ def varlen_attention(
         plan = masks.packed_rows(cu_seqlens_q, cu_seqlens_k, VARLEN)
         if mask is not None:
             plan = plan & mask
-    if alibi_slopes is not None and alibi_slopes.dim() == 2:
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2:
         raise ValueError(
             f"alibi_slopes has shape {tuple(alibi_slopes.shape)}: packed sequences share one slope a head, (heads,)"
         )
@@ -321,6 +322,9 @@ def _check_mask_type(mask: object, batch: int, q_len: int, k_len: int) -> None:
         raise TypeError(f"mask is a {mask.dtype} tensor with shape {shape}: to add it to the scores use bias=mask")
     if mask.dim() == 2 and (shape == (batch, k_len) or shape != (q_len, k_len)):
         raise TypeError(f"mask has shape {shape}: for padding use masks.padding(mask)")
+    if mask.dim() == 1:
+        fix = "masks.padding(mask.unsqueeze(0))" if mask.dtype == torch.bool else "masks.padding(lengths)"
+        raise TypeError(f"mask has shape {shape}: for padding use {fix}")
     wrapped = "mask" if mask.dim() == 4 else "mask[None, None]" if mask.dim() == 2 else "mask.unsqueeze(1)"
     raise TypeError(
         f"mask has shape {shape}: for one bool per query and key use masks.dense({wrapped}), (batch|1, heads|1, q_len, "
@@ -388,7 +392,7 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 def _check_numbers(softcap: float, softmax_scale: float | None, dropout_p: float) -> None:
     for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale), ("dropout_p", dropout_p)):
-        if not isinstance(number, int | float) and not (name == "softmax_scale" and number is None):
+        if not isinstance(number, numbers.Real) and not (name == "softmax_scale" and number is None):
             raise TypeError(f"{name} is a {type(number).__name__}: expected a float")
     if softmax_scale is not None and not -math.inf < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number")
