@@ -277,7 +277,8 @@ def use_backend(name: str = AUTO, fallback: Literal["warn", "error"] = "warn") -
         fallback: what to do where the call ends on the reference without having asked for it: ``"warn"`` (once per
             op and reason) or ``"error"``.
 
-    A compiled function keeps the backend that was in force when it was compiled.
+    A compiled function keeps the backend that was in force when it was compiled. Put the ``with`` block around the call
+    of a compiled function, not inside it: ``torch.compile(fullgraph=True)`` cannot trace the block.
     """
     if fallback not in ("warn", "error"):
         raise ValueError(f"fallback is {fallback!r}: expected 'warn' or 'error'")
