@@ -163,13 +163,13 @@ BAD_OFFSETS: list[tuple[type[Exception], str, Any]] = [
     (ValueError, "cu_seqlens has shape (1, 2): expected (n_sequences + 1,)", torch.tensor([[0, 6]])),
     (ValueError, "cu_seqlens has shape (0,): expected (n_sequences + 1,)", torch.empty(0, dtype=torch.int64)),
     (ValueError, "cu_seqlens is on meta, target on cpu: put them on one device", torch.tensor([0, 6]).to("meta")),
-    (ValueError, "cu_seqlens[0] is 1: expected 0, the offset of the first sequence", torch.tensor([1, 6])),
+    (ValueError, "cu_seqlens[0]=1: must be 0", torch.tensor([1, 6])),
     (
         ValueError,
-        "cu_seqlens decreases from 4 to 2 at index 2: expected the running sum of lengths",
+        "cu_seqlens[2]=2 < cu_seqlens[1]=4: cumulative lengths never decrease",
         torch.tensor([0, 4, 2, 6]),
     ),
-    (ValueError, "cu_seqlens[-1] is 7: expected at most 6, the number of targets", torch.tensor([0, 7])),
+    (ValueError, "cu_seqlens[-1]=7 is more than the 6 targets", torch.tensor([0, 7])),
 ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskops import backend
 from maskops.checks import INTEGERS, check_mask_values, check_tensor
-from maskops.layouts import values_can_be_read
+from maskops.layouts import DOCUMENTS, Layout, check_values, values_can_be_read
 from maskops.ops.cross_entropy import reference, registration
 from maskops.ops.cross_entropy.rows import Scoring, check_labels, reduce_rows, select_rows
 
@@ -17,6 +17,7 @@ Reduction = Literal["mean", "sum", "none", "sequence_mean"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LABELS = (torch.int64, torch.int32)
+_OFFSETS = DOCUMENTS._replace(owner="", q_total="the {} targets")
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -156,21 +157,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor, target: Tensor) -> None:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected (n_sequences + 1,)")
     if cu_seqlens.device != target.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, target on {target.device}: put them on one device")
-    if not values_can_be_read([cu_seqlens], cu_seqlens.device):
-        return
-    total = target.numel()
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0:
-        raise ValueError(f"cu_seqlens[0] is {first}: expected 0, the offset of the first sequence")
-    falling = cu_seqlens[1:] < cu_seqlens[:-1]
-    if bool(falling.any()):
-        at = int(falling.int().argmax())
-        raise ValueError(
-            f"cu_seqlens decreases from {int(cu_seqlens[at])} to {int(cu_seqlens[at + 1])} at index {at + 1}: expected "
-            f"the running sum of lengths"
-        )
-    if last > total:
-        raise ValueError(f"cu_seqlens[-1] is {last}: expected at most {total}, the number of targets")
+    if values_can_be_read([cu_seqlens], cu_seqlens.device):
+        total = target.numel()
+        check_values((Layout("cu_seqlens", cu_seqlens, names=_OFFSETS),), total, total, batch=1)
 
 
 @overload
