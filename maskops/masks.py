@@ -44,6 +44,7 @@ from maskops.bounds import (
     span_program,
     union,
 )
+from maskops.checks import INTEGERS as _INTEGERS
 from maskops.layouts import (
     DOCUMENTS,
     CuSeqlensNames,
@@ -70,7 +71,6 @@ __all__ = [
     "sliding_window",
 ]
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LONGEST = 2**31 - 1
 
 
