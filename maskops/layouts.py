@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from maskops.backend import validating
+from maskops.checks import check_mask_values
 
 
 class CuSeqlensNames(NamedTuple):
@@ -273,12 +274,7 @@ def check_values(layouts: tuple[Layout, ...], q_len: int, k_len: int, batch: int
             n_sequences = count if n_sequences is None else n_sequences
         elif layout.kind in ("padding_mask", "key_mask"):
             for name, tensor in layout.tensors():
-                at = first_true((tensor != 0) & (tensor != 1))
-                if at is not None:
-                    raise ValueError(
-                        f"{name}[{at[0]}, {at[1]}]={int(tensor[at])}: a mask holds 0 and 1; for document ids use "
-                        "masks.documents(ids)"
-                    )
+                check_mask_values(name, tensor)
         else:
             for name, tensor in layout.tensors():
                 at = first_true((tensor < 0) | (tensor > k_len))
