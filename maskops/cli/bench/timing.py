@@ -1,6 +1,7 @@
 """Interleaved timing: every round runs every variant once, so that a slow minute hits all of them alike."""
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,9 +103,9 @@ def interleave(
             if number >= min_rounds and time.perf_counter() - started > budget:
                 break
             begun = time.perf_counter()
-            # A rotating start: nobody always runs right after the same neighbour's cache and heap.
-            for index in range(len(runners)):
-                chosen = (index + number) % len(runners)
+            # In another order each round: nobody always inherits the cache and the heap of the same neighbour.
+            order = random.Random(number).sample(range(len(runners)), len(runners))
+            for chosen in order:
                 seconds[chosen].append(once(runners[chosen], device))
             if on_round is not None:
                 on_round(time.perf_counter() - begun)
