@@ -128,6 +128,26 @@ def forward_backward(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, backend:
     return [out.detach(), lse.detach(), *grads]
 
 
+@pytest.mark.parametrize("long", [5, 9, 17])
+def test_documents_that_pad_vectors_most(long: int) -> None:
+    """A document of one row, then one of a vector and a row: no lengths leave more lanes of the CPU's vectors unused."""
+    cu_seqlens = torch.tensor([0] + [1, long] * 30).cumsum(0)
+    total = int(cu_seqlens[-1])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, total, 7, generator=generator).requires_grad_() for _ in range(3))
+    mask = masks.documents(cu_seqlens=cu_seqlens)
+    expected = forward_backward(q, k, v, mask, "reference")
+    in_use = extension.instruction_set()
+    for name in extension.instruction_sets():
+        extension.select_instruction_set(name)
+        try:
+            results = forward_backward(q, k, v, mask, "cpu")
+        finally:
+            extension.select_instruction_set(str(in_use))
+        for ours, theirs in zip(results, expected, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [5, 48])
 def test_results_are_rounded_to_nearest(width: int, dtype: torch.dtype) -> None:
