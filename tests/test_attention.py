@@ -130,7 +130,7 @@ def forward_backward(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, backend:
 
 @pytest.mark.parametrize("long", [5, 9, 17])
 def test_documents_that_pad_vectors_most(long: int) -> None:
-    """A document of one row, then one of a vector and a row: no lengths leave more lanes of the CPU's vectors unused."""
+    """One row, then a vector and a row: nothing leaves more lanes of the CPU's vectors unused."""
     cu_seqlens = torch.tensor([0] + [1, long] * 30).cumsum(0)
     total = int(cu_seqlens[-1])
     generator = torch.Generator().manual_seed(0)
