@@ -51,7 +51,7 @@ PROGRAM = "csrc/cpu/plan_program.cpp"
 SPANS = "csrc/cpu/plan_spans.cpp"
 TILES = "csrc/cpu/plan_tiles.cpp"
 CROSS_ENTROPY = "csrc/cpu/cross_entropy.inc"
-OPERATORS = "csrc/ops.cpp"
+OPERATORS = "csrc/ops/cross_entropy.cpp"
 
 MUTATIONS = (
     Mutation("window starts one key late", FORWARD, "(position >= load_int(start", "(position > load_int(start"),

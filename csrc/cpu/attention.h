@@ -1,5 +1,5 @@
-// Span attention on the CPU: what ops.cpp calls, and what the schedule (attention.cpp) hands to the arithmetic
-// (attention_*.inc, once per instruction set).
+// Span attention on the CPU: what ops/attention.cpp calls, and what the schedule (attention.cpp) hands to the
+// arithmetic (attention_*.inc, once per instruction set).
 #pragma once
 
 #include "../attention.h"

@@ -1,4 +1,4 @@
-// Cross-entropy on the CPU: what ops.cpp calls.
+// Cross-entropy on the CPU: what ops/cross_entropy.cpp calls.
 #pragma once
 
 #include "../cross_entropy.h"

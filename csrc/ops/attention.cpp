@@ -1,0 +1,145 @@
+// Bindings of span attention.
+#include "../attention.h"
+
+#include <tuple>
+
+#include "../cpu/attention.h"
+#include "tensors.h"
+
+namespace maskops {
+namespace {
+
+AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
+                               double softcap) {
+  require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v must have 4 dimensions");
+  require(q.dtype() == k.dtype() && q.dtype() == v.dtype(), "attention: q, k and v must have one dtype");
+  AttentionShape shape{element_of(q),
+                       q.size(0),
+                       q.size(1),
+                       k.size(1),
+                       q.size(2),
+                       k.size(2),
+                       q.size(3),
+                       v.size(3),
+                       static_cast<float>(softmax_scale),
+                       static_cast<float>(softcap)};
+  require(k.size(0) == shape.batch && v.size(0) == shape.batch, "attention: q, k and v must have one batch size");
+  require(k.size(3) == shape.head_dim, "attention: q and k must have one head dimension");
+  require(v.size(1) == shape.kv_heads && v.size(2) == shape.k_len, "attention: k and v must have the same rows");
+  require(shape.heads == 0 || (shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0),
+          "attention: the heads of k and v must divide those of q");
+  for (const Tensor* tensor : {&q, &k, &v}) {
+    require(last_is_contiguous(*tensor), "attention: the last dimension must be contiguous");
+  }
+  return shape;
+}
+
+// Checks what the kernels rely on for their memory accesses; the limits of keys are clamped by the kernels themselves.
+Spans spans_of(const AttentionShape& shape, const Tensor& start, const Tensor& end, const Tensor& key_valid,
+               const Tensor& tiles, const Tensor& tile_count) {
+  require(start.dim() == 3 && end.dim() == 3 && key_valid.dim() == 2 && tiles.dim() == 2 && tile_count.numel() == 1,
+          "attention: the spans have the wrong number of dimensions");
+  require(start.dtype() == DType::int32 && end.dtype() == DType::int32 && tiles.dtype() == DType::int32 &&
+              tile_count.dtype() == DType::int32 && key_valid.dtype() == DType::uint8,
+          "attention: the spans must be int32 and key_valid uint8");
+  const int64_t n_spans = start.size(0), plan_batch = start.size(1);
+  require(n_spans >= 1 && end.size(0) == n_spans && end.size(1) == plan_batch && key_valid.size(0) == plan_batch,
+          "attention: start, end and key_valid must agree in shape");
+  require(plan_batch == 1 || plan_batch == shape.batch, "attention: the spans are for another batch size");
+  require(start.size(2) == shape.q_len && end.size(2) == shape.q_len && key_valid.size(1) == shape.k_len,
+          "attention: the spans are for other lengths than those of q and k");
+  require(tiles.size(1) == 4 + 4 * n_spans, "attention: tiles has the wrong width");
+  const auto contiguous = [](const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  };
+  require(contiguous(start) && contiguous(end) && contiguous(key_valid) && contiguous(tiles) &&
+              (tiles.size(0) <= 1 || tiles.stride(0) == tiles.size(1)) && start.stride(0) == end.stride(0) &&
+              start.stride(1) == end.stride(1),
+          "attention: the spans must be contiguous");
+  Spans spans{start.data<int32_t>(),
+              end.data<int32_t>(),
+              key_valid.data<uint8_t>(),
+              tiles.data<int32_t>(),
+              start.stride(0),
+              plan_batch == 1 ? 0 : start.stride(1),
+              plan_batch == 1 ? 0 : key_valid.stride(0),
+              static_cast<int32_t>(n_spans),
+              *tile_count.data<int32_t>(),
+              static_cast<int32_t>(tiles.size(1)),
+              static_cast<int32_t>(plan_batch)};
+  require(0 <= spans.n_tiles && spans.n_tiles <= tiles.size(0), "attention: tile_count exceeds the work list");
+  int32_t batch = 0, row = 0;  // the list must cover every row once, in order: each row's output is written by its tile
+  for (int64_t tile = 0; tile < spans.n_tiles; tile++) {
+    const int32_t* item = spans.tiles + tile * spans.tile_width;
+    while (batch < item[0] && row == shape.q_len) {
+      batch++;
+      row = 0;
+    }
+    require(item[0] == batch && item[1] == row && item[2] >= 1 && row + item[2] <= shape.q_len,
+            "attention: the work list does not cover the rows of q in order");
+    row += item[2];
+  }
+  require(plan_batch == 0 || shape.q_len == 0 || (batch == plan_batch - 1 && row == shape.q_len),
+          "attention: the work list does not cover the rows of q");
+  return spans;
+}
+
+std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& start,
+                                                 const Tensor& end, const Tensor& key_valid, const Tensor& tiles,
+                                                 const Tensor& tile_count, double softmax_scale, double softcap) {
+  const AttentionShape shape = attention_shape(q, k, v, softmax_scale, softcap);
+  const Spans spans = spans_of(shape, start, end, key_valid, tiles, tile_count);
+  Tensor out = empty_in_order_of(q, shape.value_dim);
+  Tensor lse = Tensor::empty({shape.batch, shape.heads, shape.q_len}, DType::float32);
+  if (shape.batch > 0 && shape.heads > 0 && shape.q_len > 0) {
+    attention_forward({shape, spans, rows_of(q), rows_of(k), rows_of(v), rows_of(out), lse.data<float>()},
+                      torch_threads());
+  }
+  return {std::move(out), std::move(lse)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad_out, const Tensor& grad_lse,
+                                                          const Tensor& q, const Tensor& k, const Tensor& v,
+                                                          const Tensor& out, const Tensor& lse, const Tensor& start,
+                                                          const Tensor& end, const Tensor& key_valid,
+                                                          const Tensor& tiles, const Tensor& tile_count,
+                                                          double softmax_scale, double softcap) {
+  const AttentionShape shape = attention_shape(q, k, v, softmax_scale, softcap);
+  const Spans spans = spans_of(shape, start, end, key_valid, tiles, tile_count);
+  for (const Tensor* tensor : {&grad_out, &out}) {
+    require(tensor->dim() == 4 && tensor->dtype() == q.dtype() && tensor->size(0) == shape.batch &&
+                tensor->size(1) == shape.heads && tensor->size(2) == shape.q_len && tensor->size(3) == shape.value_dim,
+            "attention: out and its gradient must have the shape and dtype of the output");
+    require(last_is_contiguous(*tensor), "attention: the last dimension of out and its gradient must be contiguous");
+  }
+  const int64_t rows = shape.batch * shape.heads * shape.q_len;
+  const auto dense = [&](const Tensor& tensor) {
+    return tensor.dtype() == DType::float32 && tensor.numel() == rows && tensor.dim() == 3 &&
+           (rows == 0 ||
+            ((shape.q_len == 1 || tensor.stride(2) == 1) && (shape.heads == 1 || tensor.stride(1) == shape.q_len) &&
+             (shape.batch == 1 || tensor.stride(0) == shape.heads * shape.q_len)));
+  };
+  require(dense(lse) && (grad_lse.numel() == 0 || dense(grad_lse)),
+          "attention: lse and its gradient must be contiguous float32 (batch, heads, q_len)");
+  Tensor grad_q = empty_in_order_of(q, shape.head_dim);
+  Tensor grad_k = empty_in_order_of(k, shape.head_dim);
+  Tensor grad_v = empty_in_order_of(v, shape.value_dim);
+  if (shape.batch > 0 && shape.kv_heads > 0) {
+    attention_backward(
+        {shape, spans, rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(grad_out), rows_of(grad_q),
+         rows_of(grad_k), rows_of(grad_v), lse.data<float>(), grad_lse.data_or_null<float>()},
+        torch_threads());
+  }
+  return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
+}
+
+const bool registered = [] {
+  static CpuLibrary library("maskops");
+  library.implement<&attention_forward_cpu>("attention_forward");
+  library.implement<&attention_backward_cpu>("attention_backward");
+  return true;
+}();
+
+}  // namespace
+}  // namespace maskops

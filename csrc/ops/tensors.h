@@ -1,0 +1,83 @@
+// What the bindings of all operators share: checks, threads, and new tensors. A file beside this one takes an operator
+// from tensors to plain parameters to its kernel and registers it; the schemas are defined in Python, in
+// registration.py of each operator.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../attention.h"
+#include "../cpu/threads.h"
+#include "../element.h"
+#include "../torch_abi.h"
+
+namespace maskops {
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+inline Threads torch_threads() {
+  uint32_t count = 1;
+  MASKOPS_CHECK_TORCH(torch_get_num_threads(&count));
+  return {&run_tasks, static_cast<int>(count)};
+}
+
+inline Element element_of(const Tensor& tensor) {
+  switch (tensor.dtype()) {
+    case DType::float32: return Element::float32;
+    case DType::bfloat16: return Element::bfloat16;
+    case DType::float16: return Element::float16;
+    default: throw std::invalid_argument("maskops: the CPU kernels take float32, bfloat16 and float16");
+  }
+}
+
+inline StridedRows rows_of(const Tensor& tensor) {
+  return {tensor.data(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// A dense tensor with the sizes of `like`, but for the last one, and its order of dimensions. The twin of
+// output_strides in registration.py, which the fake kernels use.
+inline Tensor empty_in_order_of(const Tensor& like, int64_t width) {
+  const int64_t* sizes = like.sizes();
+  const int64_t* strides = like.strides();
+  int order[3] = {0, 1, 2};
+  auto key = [&](int d) { return strides[d] == 0 ? INT64_MAX : strides[d]; };
+  std::stable_sort(order, order + 3, [&](int a, int b) { return key(a) > key(b); });
+  const int64_t new_sizes[4] = {sizes[0], sizes[1], sizes[2], width};
+  int64_t new_strides[4] = {0, 0, 0, 1};
+  int64_t running = std::max<int64_t>(width, 1);
+  for (int i = 3; i-- > 0;) {
+    new_strides[order[i]] = running;
+    running *= std::max<int64_t>(sizes[order[i]], 1);
+  }
+  return Tensor::empty_strided(4, new_sizes, new_strides, like.dtype());
+}
+
+// A large tensor that was just allocated has no memory behind it yet: the kernel (of the system) provides and clears it
+// page by page at the first touch, which takes several times longer with pages of 4 KiB than with huge ones.
+inline void advise_huge_pages(const Tensor& tensor, int64_t element_bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t worthwhile = 32 << 20;
+  constexpr uintptr_t page = 4096;
+  const int64_t bytes = tensor.numel() * element_bytes;
+  if (bytes < worthwhile) return;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data());
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failing costs time only
+#else
+  static_cast<void>(tensor), static_cast<void>(element_bytes);
+#endif
+}
+
+// Without elements any stride will do; torch's contiguous() leaves it as it is.
+inline bool last_is_contiguous(const Tensor& tensor) {
+  return tensor.numel() == 0 || tensor.size(3) <= 1 || tensor.stride(3) == 1;
+}
+
+}  // namespace maskops
