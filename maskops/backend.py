@@ -46,7 +46,7 @@ class Declaration:
 
     Attributes:
         dtypes: the dtypes that it takes.
-        lacks: feature -> the reason why this backend does not serve it, a full clause.
+        lacks: feature, a key of ``FEATURES``, -> the reason why this backend does not serve it, a full clause.
         needs_key_tiles: whether its backward pass reads ``RowSpans.key_tiles``. Where it does not, plans are made
             with ``grad=False``, which is cheaper.
     """
@@ -95,6 +95,36 @@ def _extension_reason() -> str | None:
     return extension.reason()
 
 
+_NO_DOUBLE_BACKWARD = "a kernel's backward pass cannot be differentiated: it says so, backend 'reference' can"
+
+# What users ask of each op, in the words of the README's table (tools/readme.py writes it from here and from the
+# declarations below; a test runs every feature on every backend that does not say it lacks it).
+FEATURES: dict[str, dict[str, str]] = {
+    "attention": {
+        "masks": "masks `full causal sliding_window prefix chunked padding key_padding documents`, `&`, `\\|`: one "
+        "span a row or several",
+        "dense mask": "`masks.dense`: a mask with holes, one for each batch element and head",
+        "shapes": "padded, packed, Sq != Sk, grouped queries, any head_dim, Dv != D, any strides",
+        "softcap": "`softmax_scale`, `softcap`",
+        "lse": "`return_lse`, with its gradient",
+        "bias": "`bias` of every broadcastable shape, with its gradient",
+        "alibi_slopes": "`alibi_slopes`, one a head or one a sequence and head",
+        "sinks": "`sinks`, with their gradient",
+        "dropout": "`dropout_p`: the same places padded and packed, forward and backward",
+        "autocast": "autocast, as `scaled_dot_product_attention` does it",
+        "compile": "`torch.compile(fullgraph=True)`, forward and backward",
+        "double backward": "double backward",
+    },
+    "cross_entropy": {
+        "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens are not read",
+        "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
+        "reductions": "`mean`, `sum`, `none`, `sequence_mean` over `cu_seqlens`, `num_items`, `shift`",
+        "outputs": "`return_lse`, `return_logprobs`, `return_entropy` with gradients, `return_argmax`",
+        "compile": "`torch.compile(fullgraph=True)`, forward and backward",
+        "double backward": "double backward",
+    },
+}
+
 # In the order in which "auto" tries them; the reference is last, and serves everything.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(
@@ -111,9 +141,10 @@ BACKENDS: dict[str, Backend] = {
                     "alibi_slopes": "alibi_slopes has no CPU kernel in this release",
                     "sinks": "sinks has no CPU kernel in this release",
                     "dropout": "dropout_p > 0 has no CPU kernel in this release",
+                    "double backward": _NO_DOUBLE_BACKWARD,
                 },
             ),
-            "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE),
+            "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
         },
     ),
     REFERENCE: Backend(

@@ -4,6 +4,8 @@ The runs:
     python -m maskops bench --json benchmarks/results/cpu.json --chart benchmarks/results/cpu.png
     python -m benchmarks.kernels --json benchmarks/results/kernels.json
 
+The table of features is written from the declarations of the backends.
+
 `--check` only compares and fails if they differ.
 """
 
@@ -15,14 +17,17 @@ import statistics
 import sys
 from typing import Any
 
+from maskops.backend import BACKENDS, FEATURES
 from tools.environment import ROOT
 
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 CHART = RESULT.with_suffix(".png")
 KERNELS = RESULT.with_name("kernels.json")
-BEGIN = "<!-- results: begin (python -m tools.readme) -->\n"
-END = "<!-- results: end -->\n"
+BLOCKS = {
+    name: (f"<!-- {name}: begin (python -m tools.readme) -->\n", f"<!-- {name}: end -->\n")
+    for name in ("results", "features")
+}
 
 
 def figures(result: dict[str, Any], kernels: dict[str, Any] | None = None) -> str:
@@ -73,15 +78,36 @@ def _cell(table: dict[str, Any], name: str) -> str:
     return f"{row['tokens_per_second'] / 1e3:.1f} ({row['speedup']:.2f}x)"
 
 
+def features() -> str:
+    """The table of what each backend serves, from the declarations."""
+    lines = [f"| | {' | '.join(f'`{name}`' for name in BACKENDS)} |", f"|---|{'---|' * len(BACKENDS)}"]
+    for op, named in FEATURES.items():
+        declarations = [backend.ops.get(op) for backend in BACKENDS.values()]
+        dtypes = [
+            ", ".join(str(dtype).removeprefix("torch.") for dtype in declared.dtypes) if declared else "no"
+            for declared in declarations
+        ]
+        lines.append(f"| **{op}** | {' | '.join(dtypes)} |")
+        for feature, text in named.items():
+            cells = [
+                "no" if declared is None else f"no: {declared.lacks[feature]}" if feature in declared.lacks else "yes"
+                for declared in declarations
+            ]
+            lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def updated(readme: str) -> str:
-    """The README with the figures of the stored run; unchanged where no run is stored."""
-    if not RESULT.exists():
-        return readme
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    kernels = json.loads(KERNELS.read_text(encoding="utf-8")) if KERNELS.exists() else None
-    block = figures(json.loads(RESULT.read_text(encoding="utf-8")), kernels)
-    return f"{before}{BEGIN}{block}{END}{after}"
+    """The README with the features that are declared, and with the figures of the stored run if one is stored."""
+    blocks = {"features": features()}
+    if RESULT.exists():
+        kernels = json.loads(KERNELS.read_text(encoding="utf-8")) if KERNELS.exists() else None
+        blocks["results"] = figures(json.loads(RESULT.read_text(encoding="utf-8")), kernels)
+    for name, block in blocks.items():
+        begin, end = BLOCKS[name]
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}{block}{end}{rest.split(end)[1]}"
+    return readme
 
 
 def main(arguments: list[str] | None = None) -> int:

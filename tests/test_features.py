@@ -1,0 +1,214 @@
+"""Every row of the README's table of features, on every backend: what is declared works, what is lacked is refused.
+
+A probe returns what an op computes with a feature in use. It runs in float32 on the backend and in float64 on the
+reference; outputs and gradients must agree, and the feature must have changed something where it can.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskops
+from maskops import masks
+from maskops.backend import BACKENDS, FEATURES, REFERENCE
+
+Outputs = Tensor | tuple[Tensor, ...]
+Probe = Callable[[str, dict[str, Tensor]], Outputs]
+
+LENGTHS = torch.tensor([9, 0, 17])
+OFFSETS = torch.tensor([0, 9, 9, 26, 40], dtype=torch.int32)
+
+
+def _leaves(sizes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(size, generator=generator, dtype=torch.float32).to(dtype).requires_grad_()
+        for name, size in sizes.items()
+    }
+
+
+QKV = {"q": (3, 4, 17, 8), "k": (3, 2, 17, 8), "v": (3, 2, 17, 12)}
+SQUARE = {"q": (2, 4, 17, 8), "k": (2, 2, 17, 8), "v": (2, 2, 17, 8)}
+
+
+def _attend(mask: Any, **keywords: Any) -> Probe:
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        tensors = {name: value for name, value in x.items() if name not in "qkv"}
+        return maskops.attention(x["q"], x["k"], x["v"], mask, backend=backend, **keywords, **tensors)
+
+    return probe
+
+
+def _packed(backend: str, x: dict[str, Tensor]) -> Outputs:
+    padded = maskops.attention(
+        x["q"].transpose(1, 2)[:, ::2].transpose(1, 2), x["k"], x["v"], masks.key_padding(LENGTHS), backend=backend
+    )
+    q, k, v = (x[name][0].transpose(0, 1) for name in "qkv")
+    q_offsets = torch.tensor([0, 5, 17], dtype=torch.int32)
+    k_offsets = torch.tensor([0, 11, 13], dtype=torch.int32)
+    return padded, maskops.varlen_attention(q, k, v, q_offsets, k_offsets, masks.causal(), backend=backend)
+
+
+def _every_mask(backend: str, x: dict[str, Tensor]) -> Outputs:
+    used = [
+        masks.full(),
+        masks.causal() & masks.padding(LENGTHS),
+        masks.padding(LENGTHS, side="left") & (masks.causal() | masks.prefix(torch.tensor([3, 0, 5]))),
+        masks.sliding_window(3, 1) & masks.key_padding(LENGTHS),
+        masks.chunked(5),
+        masks.documents(torch.tensor([[0] * 5 + [1] * 9 + [-1] * 3] * 3)),
+        masks.causal() & (masks.sliding_window(3, 0) | masks.prefix(2)),
+    ]
+    return tuple(maskops.attention(x["q"], x["k"], x["v"], mask, backend=backend) for mask in used)
+
+
+def _dropout(backend: str, x: dict[str, Tensor]) -> Outputs:
+    outs = []
+    for mask in (masks.causal(), masks.causal() & masks.key_padding(torch.tensor([17, 17, 17]))):
+        torch.manual_seed(3)
+        outs.append(maskops.attention(x["q"], x["k"], x["v"], mask, dropout_p=0.4, backend=backend))
+    torch.testing.assert_close(*outs)
+    assert not torch.equal(outs[0], maskops.attention(x["q"], x["k"], x["v"], masks.causal(), backend=backend))
+    return outs[0]
+
+
+def _autocast(backend: str, x: dict[str, Tensor]) -> Outputs:
+    # float64 is left alone by autocast: the oracle computes what the rounded inputs give.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = maskops.attention(x["q"], x["k"], x["v"], masks.causal(), backend=backend)
+    assert out.dtype == (torch.float64 if x["q"].dtype == torch.float64 else torch.bfloat16)
+    return out
+
+
+def _compiled(function: Callable[..., Tensor]) -> Probe:
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        torch._dynamo.reset()
+        with maskops.use_backend(backend, fallback="error"):
+            out: Tensor = torch.compile(function, backend="aot_eager", fullgraph=True)(*x.values())
+        return out
+
+    return probe
+
+
+def _double_backward(function: Callable[[str, dict[str, Tensor]], Tensor], name: str) -> Probe:
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        with maskops.use_backend(backend, fallback="error"):
+            loss = function(backend, x).square().sum()
+        (gradient,) = torch.autograd.grad(loss, x[name], create_graph=True)
+        # Differentiated once more by the caller; here already, so that a backend that cannot do it says so.
+        torch.autograd.grad(gradient.square().sum(), x[name], retain_graph=True)
+        return gradient
+
+    return probe
+
+
+TARGET = torch.tensor([[3, -100, 0, 10, 5], [2, 2, -100, 1, 7]])
+LOGITS = {"logits": (2, 5, 11)}
+KEPT = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 1, 1, 0]])
+
+
+def _loss(**keywords: Any) -> Probe:
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        with maskops.use_backend(backend, fallback="error"):
+            result = maskops.cross_entropy(x["logits"], TARGET, **keywords)
+        if isinstance(result, Tensor):
+            return result
+        return tuple(part for part in result if part is not None)
+
+    return probe
+
+
+def _ignored(backend: str, x: dict[str, Tensor]) -> Outputs:
+    poison = torch.where(((TARGET == -100) | (KEPT == 0))[..., None], torch.nan, 0.0)
+    return _loss(mask=KEPT, token_weights=torch.linspace(0.5, 2.0, 10).reshape(2, 5))(
+        backend, {"logits": x["logits"] + poison}
+    )
+
+
+def _reductions(backend: str, x: dict[str, Tensor]) -> Outputs:
+    results = [
+        _loss(reduction="mean", shift=True),
+        _loss(reduction="mean", num_items=7),
+        _loss(reduction="sum"),
+        _loss(reduction="none"),
+        _loss(reduction="sequence_mean", cu_seqlens=torch.tensor([0, 2, 2, 9], dtype=torch.int32)),
+    ]
+    return tuple(result for probe in results for result in [probe(backend, x)] if isinstance(result, Tensor))
+
+
+PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
+    ("attention", "masks"): (QKV, _every_mask),
+    ("attention", "dense mask"): (
+        SQUARE,
+        _attend(masks.dense(torch.rand(2, 4, 17, 17, generator=torch.Generator().manual_seed(1)) > 0.4)),
+    ),
+    ("attention", "shapes"): (QKV, _packed),
+    ("attention", "softcap"): (QKV, _attend(masks.causal(), softcap=2.0, softmax_scale=0.7)),
+    ("attention", "lse"): (QKV, _attend(masks.causal() & masks.key_padding(LENGTHS), return_lse=True)),
+    ("attention", "bias"): (QKV | {"bias": (4, 17, 17)}, _attend(masks.causal())),
+    ("attention", "alibi_slopes"): (QKV | {"alibi_slopes": (3, 4)}, _attend(masks.causal())),
+    ("attention", "sinks"): (QKV | {"sinks": (4,)}, _attend(masks.sliding_window(3, 0))),
+    ("attention", "dropout"): (QKV, _dropout),
+    ("attention", "autocast"): (QKV, _autocast),
+    ("attention", "compile"): (QKV, _compiled(lambda q, k, v: maskops.attention(q, k, v, masks.causal()))),
+    ("attention", "double backward"): (SQUARE, _double_backward(_attend(masks.causal()), "q")),  # type: ignore[arg-type]
+    ("cross_entropy", "ignored"): (LOGITS, _ignored),
+    ("cross_entropy", "scores"): (LOGITS, _loss(label_smoothing=0.1, z_loss=0.01, softcap=3.0, logit_scale=0.5)),
+    ("cross_entropy", "reductions"): (LOGITS, _reductions),
+    ("cross_entropy", "outputs"): (
+        LOGITS,
+        _loss(return_lse=True, return_logprobs=True, return_entropy=True, return_argmax=True),
+    ),
+    ("cross_entropy", "compile"): (LOGITS, _compiled(lambda logits: maskops.cross_entropy(logits, TARGET))),
+    ("cross_entropy", "double backward"): (LOGITS, _double_backward(_loss(), "logits")),  # type: ignore[arg-type]
+}
+TOLERANCES = {("attention", "autocast"): 3e-2}
+
+
+def _run(probe: Probe, backend: str, leaves: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs and the gradients of a weighted sum of them."""
+    results = probe(backend, leaves)
+    outputs = [results] if isinstance(results, Tensor) else list(results)
+    generator = torch.Generator().manual_seed(2)
+    total: Tensor | float = 0.0
+    for out in outputs:
+        if out.requires_grad:
+            weights = torch.randn(out.shape, generator=generator).to(out.dtype)
+            total = total + (torch.where(out.isfinite(), out, 0.0) * weights).sum().double()
+    assert isinstance(total, Tensor)
+    if not total.requires_grad:
+        return outputs
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return outputs + [gradient for gradient in gradients if gradient is not None]
+
+
+def test_every_declared_feature_has_a_probe_and_every_lack_is_a_feature() -> None:
+    assert set(PROBES) == {(op, feature) for op, features in FEATURES.items() for feature in features}
+    for backend in BACKENDS.values():
+        assert set(backend.ops) <= set(FEATURES)
+        for op, declaration in backend.ops.items():
+            assert set(declaration.lacks) <= set(FEATURES[op])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "feature"), PROBES, ids=lambda value: str(value).replace(" ", "-"))
+def test_what_is_declared_is_true(op: str, feature: str, backend: str) -> None:
+    declared = BACKENDS[backend]
+    if (reason := declared.unavailable()) is not None or (declared.devices and "cpu" not in declared.devices):
+        pytest.skip(reason or f"{backend} runs on {' and '.join(declared.devices)}, the test on the CPU")
+    sizes, probe = PROBES[op, feature]
+    if feature in declared.ops[op].lacks:
+        with pytest.raises((ValueError, RuntimeError), match=r"backend"):
+            _run(probe, backend, _leaves(sizes, torch.float32))
+        return
+    for dtype in declared.ops[op].dtypes if feature in ("masks", "ignored") else (torch.float32,):
+        ours = _run(probe, backend, _leaves(sizes, dtype))
+        rounded = {name: x.detach().double().requires_grad_() for name, x in _leaves(sizes, dtype).items()}
+        oracle = _run(probe, REFERENCE, rounded)
+        assert len(ours) == len(oracle)
+        tolerance = TOLERANCES.get((op, feature), max(1e-5, 4 * torch.finfo(dtype).eps))
+        for value, expected in zip(ours, oracle, strict=True):
+            torch.testing.assert_close(value.double(), expected.double(), rtol=tolerance, atol=tolerance * 4)
