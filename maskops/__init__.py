@@ -38,6 +38,7 @@ from maskops import masks, testing  # noqa: E402
 from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
+from maskops.ops.merge.api import merge_attention  # noqa: E402
 from maskops.packing import PackedBatch, pad_input, unpad_input  # noqa: E402
 from maskops.spans import RowSpans  # noqa: E402
 
@@ -51,6 +52,7 @@ __all__ = [
     "backends",
     "cross_entropy",
     "masks",
+    "merge_attention",
     "pad_input",
     "testing",
     "unpad_input",

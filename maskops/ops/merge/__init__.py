@@ -1,0 +1,1 @@
+"""Exact merge of attention over parts of the keys."""
