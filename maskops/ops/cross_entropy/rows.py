@@ -111,33 +111,46 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / denominator.masked_fill(denominator == 0, math.inf)
 
 
+def row_factors(
+    rows: Rows, *, shape: torch.Size, reduction: str, num_items: int | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The factor (N,) of every row's loss in the sum that a reduction is, as ``maskops.cross_entropy`` documents it.
+
+    It depends on no logit, so whoever computes the losses can compute the gradients of the result along with them.
+
+    Args:
+        shape: target's shape: ``"sequence_mean"`` takes its leading dimension for the sequences where there are no
+            ``cu_seqlens``.
+    """
+    weights = rows.kept.to(dtype) if rows.weights is None else rows.weights
+    if reduction == "mean":
+        if num_items is None:
+            return _ratio(weights, rows.kept.sum() if rows.weights is None else _total(weights))
+        if isinstance(num_items, Tensor):
+            return _ratio(weights, num_items.detach().reshape(()).to(weights.device))
+        return weights / (num_items if num_items != 0 else math.inf)
+    if reduction == "sequence_mean":
+        if rows.sequence is None:
+            shares = _ratio(weights.reshape(shape), _total(weights.reshape(shape))[..., None]).reshape(-1)
+            counts = rows.kept.reshape(shape).sum(-1)
+        else:
+            sequence, places = rows.sequence, rows.n_sequences + 1
+            shares = _ratio(weights, weights.new_zeros(places).index_add(0, sequence, weights)[sequence])
+            counts = sequence.new_zeros(places).index_add(0, sequence, rows.kept.long())[:-1]
+        return _ratio(shares, (counts > 0).sum())
+    return weights
+
+
 def reduce_rows(
     loss: Tensor, rows: Rows, *, shape: torch.Size, reduction: str, num_items: int | Tensor | None
 ) -> Tensor:
-    """Weighs the losses of the rows (N,) and reduces them as ``maskops.cross_entropy`` documents.
+    """Weighs the losses of the rows (N,) and reduces them; the arguments are those of ``row_factors``.
 
-    Args:
-        shape: target's shape: that of the result under ``"none"``; ``"sequence_mean"`` takes its leading dimension for
-            the sequences where there are no ``cu_seqlens``.
+    Returns:
+        0-dim, or of ``shape`` under ``"none"``.
     """
-    weighted = loss if rows.weights is None else loss * rows.weights
-    if reduction == "none":
-        return weighted.reshape(shape)
-    if reduction == "sum":
-        return _total(weighted)
-    if reduction == "mean":
-        if num_items is None:
-            return _ratio(_total(weighted), rows.kept.sum() if rows.weights is None else _total(rows.weights))
-        if isinstance(num_items, Tensor):
-            return _ratio(_total(weighted), num_items.detach().reshape(()).to(loss.device))
-        return _total(weighted) / (num_items if num_items != 0 else math.inf)
-    weights = rows.kept.to(loss.dtype) if rows.weights is None else rows.weights
-    if rows.sequence is None:
-        totals, denominators = _total(weighted.reshape(shape)), _total(weights.reshape(shape))
-        counts = rows.kept.reshape(shape).sum(-1)
+    if reduction in ("none", "sum") and rows.weights is None:
+        weighted = loss  # 0 in skipped rows
     else:
-        sequence, places = rows.sequence, rows.n_sequences + 1
-        totals = weighted.new_zeros(places).index_add(0, sequence, weighted)[:-1]
-        denominators = weighted.new_zeros(places).index_add(0, sequence, weights)[:-1]
-        counts = sequence.new_zeros(places).index_add(0, sequence, rows.kept.long())[:-1]
-    return _ratio(_total(_ratio(totals, denominators)), (counts > 0).sum())
+        weighted = loss * row_factors(rows, shape=shape, reduction=reduction, num_items=num_items, dtype=loss.dtype)
+    return weighted.reshape(shape) if reduction == "none" else _total(weighted)
