@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ATTENTION = ("tests/test_attention.py",)
 LOSS = ("tests/test_cross_entropy.py", "tests/test_cross_entropy_errors.py")
+HOSTILE = ("tests/test_hostile.py",)
 PLAN = ("tests/test_plan.py",)
 VALUES = ("tests/test_masks.py",)
 
@@ -127,6 +128,13 @@ MUTATIONS = (
         "lane < lanes; lane += BLOCK_LANES",
         "lane < std::min(lanes, BLOCK_LANES); lane += BLOCK_LANES",
     ),
+    Mutation(
+        "rows see keys beyond their tile's",
+        BACKWARD,
+        "plan_lanes(lanes, p.spans, shape, block, first_key, last_key);",
+        "plan_lanes(lanes, p.spans, shape, block, 0, (int32_t)shape.k_len);",
+        HOSTILE,
+    ),
     Mutation("exponential with a worse coefficient", VECTORS, "9.671512991189957e-3f", "9.5e-3f"),
     Mutation("exponential of -inf is not 0", VECTORS, "x = vmax(splat(-127.0f), x);", "x = vmax(splat(-126.0f), x);"),
     Mutation("bfloat16 rounded towards zero", VECTORS, "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
@@ -180,6 +188,13 @@ MUTATIONS = (
         PLAN,
     ),
     Mutation("plan: cost loses its high half", TILES, "(static_cast<int64_t>(cost_high) << 16)", "0 * cost_high", PLAN),
+    Mutation(
+        "plan: offsets of keys that nobody checked",
+        PROGRAM,
+        "(q_len == k_len && layout.key_operand == layout.operand)",
+        "q_len == k_len",
+        HOSTILE,
+    ),
     Mutation("plan: a document may return", PROGRAM, "if (lookup.count(id) != 0)", "if (false)", VALUES),
     Mutation(
         "loss: moments keep the old reference",

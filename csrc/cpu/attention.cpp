@@ -46,10 +46,10 @@ std::vector<Memory> scratch_for(int workers, size_t bytes) {
 
 const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
 
-int64_t pairs_of(const Spans& spans, const AttentionShape& shape) {
+double pairs_of(const Spans& spans, const AttentionShape& shape) {
   int64_t pairs = 0;
-  for (int64_t tile = 0; tile < spans.n_tiles; tile++) pairs += tile_at(spans, tile)[3];
-  return pairs * shape.heads * (shape.batch / std::max(1, spans.plan_batch));
+  for (int64_t tile = 0; tile < spans.n_tiles; tile++) pairs += std::max(tile_at(spans, tile)[3], 0);
+  return static_cast<double>(pairs) * shape.heads * (shape.batch / std::max(1, spans.plan_batch));
 }
 
 }  // namespace

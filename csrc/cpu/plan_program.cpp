@@ -218,8 +218,9 @@ int64_t check_ids(const PlanOperand& operand) {
 
 void check_plan(const PlanRequest& request) {
   const int64_t batch = request.batch, q_len = request.q_len, k_len = request.k_len;
-  require(batch >= 0 && q_len >= 0 && k_len >= 0 && q_len < plan_longest && k_len < plan_longest,
-          "a length is negative or too large");
+  require(
+      batch >= 0 && q_len >= 0 && k_len >= 0 && batch < plan_longest && q_len < plan_longest && k_len < plan_longest,
+      "a length is negative or too large");
   const auto operand = [&](int index) -> const PlanOperand& { return request.operands[index]; };
   const auto fits_batch = [&](int64_t size) { return size == 1 || size == batch; };
   const auto& layouts = request.program.layouts;
@@ -256,7 +257,8 @@ void check_plan(const PlanRequest& request) {
         const CuSeqlensNames& names = *layout.names;
         check_cu_seqlens(names.owner, names.queries, queries, names.q_total, q_len);
         if (layout.keys_given) check_cu_seqlens(names.owner, names.keys, keys, names.k_total, k_len);
-        require(layout.keys_given || q_len == k_len, "cu_seqlens without cu_seqlens_k needs q_len == k_len");
+        require(layout.keys_given || (q_len == k_len && layout.key_operand == layout.operand),
+                "cu_seqlens without cu_seqlens_k needs q_len == k_len");
         if (n_sequences < 0) ids_decide = false;
         break;
       }

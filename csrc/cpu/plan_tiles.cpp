@@ -67,7 +67,7 @@ class WorkList {
 
   void finish() {
     const int64_t unused = capacity_ - used_;
-    std::memset(result_.tiles + used_ * width_, 0, static_cast<size_t>(unused * width_) * sizeof(int32_t));
+    std::fill_n(result_.tiles + used_ * width_, unused * width_, 0);
     *result_.tile_count = static_cast<int32_t>(used_);
   }
 
@@ -161,7 +161,7 @@ class WorkList {
   void write_key_valid(int64_t b, const int32_t* start, const int32_t* end) {
     uint8_t* const valid = result_.key_valid + b * k_len_;
     if (n_spans_ == 1) {
-      std::memset(valid, 0, static_cast<size_t>(k_len_));
+      std::fill_n(valid, k_len_, uint8_t{0});
       for (const Segment& segment : segments_) {
         if (segment.high > segment.low) {
           std::memset(valid + segment.low, 1, static_cast<size_t>(segment.high - segment.low));
@@ -305,7 +305,7 @@ class KeyTiles {
     const int64_t row = (span * batch_ + b) * q_len_;
     find_runs(result_.start + row, result_.end + row);
     int32_t* const out = result_.key_tiles + (span * batch_ + b) * n_tiles_ * 4;
-    std::memset(out, 0, static_cast<size_t>(n_tiles_) * 4 * sizeof(int32_t));
+    std::fill_n(out, n_tiles_ * 4, 0);
     covering_.assign(static_cast<size_t>(n_tiles_) + 1, 0);
     see_.reset(n_tiles_);
     whole_.reset(n_tiles_);

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../cpu/attention.h"
+#include "../plan.h"
 #include "tensors.h"
 
 namespace maskops {
@@ -28,6 +29,8 @@ AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v
   require(v.size(1) == shape.kv_heads && v.size(2) == shape.k_len, "attention: k and v must have the same rows");
   require(shape.heads == 0 || (shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0),
           "attention: the heads of k and v must divide those of q");
+  require(shape.q_len < INT32_MAX && shape.k_len < INT32_MAX, "attention: at most 2^31 - 2 queries and keys");
+  require(shape.heads <= INT32_MAX / tile_rows && shape.batch < INT32_MAX, "attention: too many heads");
   for (const Tensor* tensor : {&q, &k, &v}) {
     require(last_is_contiguous(*tensor), "attention: the last dimension must be contiguous");
   }
@@ -76,7 +79,7 @@ Spans spans_of(const AttentionShape& shape, const Tensor& start, const Tensor& e
       batch++;
       row = 0;
     }
-    require(item[0] == batch && item[1] == row && item[2] >= 1 && row + item[2] <= shape.q_len,
+    require(item[0] == batch && item[1] == row && 1 <= item[2] && item[2] <= tile_rows && item[2] <= shape.q_len - row,
             "attention: the work list does not cover the rows of q in order");
     row += item[2];
   }

@@ -1,0 +1,133 @@
+"""Integers at the boundary of the C++ operators that no mask of this package makes: refused or clamped, never followed.
+
+The operators are called past the public functions and their checks. What a fuzzer has found stays here as a case.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskops import extension, masks
+from maskops.spans import RowSpans
+
+pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
+
+INT32_MAX = 2**31 - 1
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans) -> tuple[Tensor, Tensor]:
+    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count)
+    out, lse = torch.ops.maskops.attention_forward(q, k, v, *plan, 1.0, 0.0)
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: RowSpans
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count)
+    dq, dk, dv = torch.ops.maskops.attention_backward(grad, torch.empty(0), q, k, v, out, lse, *plan, 1.0, 0.0)
+    return dq, dk, dv
+
+
+def test_rows_that_see_more_than_their_tile_says() -> None:
+    """The backward pass has room for the keys of the work list; a row's keys beyond them stay out."""
+    q = torch.randn(1, 2, 128, 16)
+    spans = masks.full().spans(128, 4096)
+    k, v = torch.randn(2, 1, 2, 4096, 16)
+    out, lse = forward(q, k, v, spans)
+    grad = torch.randn_like(out)
+    _, dk, dv = backward(grad, q, k, v, out, lse, spans)
+    tiles = spans.tiles.clone()
+    tiles[0, 4:] = torch.tensor([1024, 1024, 1088, 1088])
+    _, few_dk, few_dv = backward(grad, q, k, v, out, lse, spans._replace(tiles=tiles))
+    for few, whole in ((few_dk, dk), (few_dv, dv)):
+        torch.testing.assert_close(few[:, :, 1024:1088], whole[:, :, 1024:1088])
+        assert not few[:, :, :1024].any() and not few[:, :, 1088:].any()
+
+
+@pytest.mark.parametrize("value", [-(2**31), -5, 2**20, INT32_MAX])
+@pytest.mark.parametrize("name", ["start", "end"])
+def test_spans_outside_the_keys(name: str, value: int) -> None:
+    q, k, v = torch.randn(3, 1, 2, 70, 8)
+    spans = masks.causal().spans(70, 70)
+    bounds = getattr(spans, name).clone()
+    bounds[0, 0, 3::5] = value
+    hostile = spans._replace(**{name: bounds})
+    clamped = spans._replace(**{name: bounds.clamp(0, 70)})
+    results = []
+    for plan in (hostile, clamped):
+        out, lse = forward(q, k, v, plan)
+        results.append([out, lse, *backward(torch.ones_like(out), q, k, v, out, lse, plan)])
+    for result, expected in zip(*results, strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("cost", [-1, -(2**31), INT32_MAX])
+def test_a_cost_that_is_none(cost: int) -> None:
+    """The cost of an item decides how many threads are worth their while, and nothing else."""
+    q, k, v = torch.randn(3, 1, 2, 300, 8)
+    spans = masks.causal().spans(300, 300)
+    tiles = spans.tiles.clone()
+    tiles[:, 3] = cost
+    results = []
+    for plan in (spans, spans._replace(tiles=tiles)):
+        out, lse = forward(q, k, v, plan)
+        results.append([out, lse, *backward(torch.ones_like(out), q, k, v, out, lse, plan)])
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [(0, 0, 1), (0, 1, INT32_MAX), (0, -(2**31), INT32_MAX), (0, -1, 71)],  # sums that wrap around
+        [(0, 0, 129)],  # more rows than a tile has
+        [(0, 0, 70), (0, 70, 1)],
+        [(0, 0, -1)],
+        [(1, 0, 70)],
+        [(0, 5, 65)],
+    ],
+)
+def test_work_lists_that_do_not_cover_the_rows(items: list[tuple[int, int, int]]) -> None:
+    rows = 140 if items[0][2] == 129 else 70
+    q = torch.randn(1, 1, rows, 8)
+    spans = masks.full().spans(rows, rows)
+    tiles = torch.zeros(len(items), 8, dtype=torch.int32)
+    for index, (batch, first, count) in enumerate(items):
+        tiles[index] = torch.tensor([batch, first, count, 1, 0, 0, rows, rows])
+    hostile = spans._replace(tiles=tiles, tile_count=torch.tensor([len(items)], dtype=torch.int32))
+    with pytest.raises(ValueError, match="the work list does not cover the rows of q"):
+        forward(q, q, q, hostile)
+
+
+@pytest.mark.parametrize("count", [-1, 1000, INT32_MAX])
+def test_more_items_than_the_work_list_has(count: int) -> None:
+    q = torch.randn(1, 1, 16, 8)
+    spans = masks.full().spans(16, 16)
+    with pytest.raises(ValueError, match="tile_count exceeds the work list"):
+        forward(q, q, q, spans._replace(tile_count=torch.tensor([count], dtype=torch.int32)))
+
+
+def plan(program: str, *operands: Tensor, batch: int = 1, q_len: int = 16, k_len: int = 16) -> tuple[Tensor, ...]:
+    absent = torch.empty(0, dtype=torch.int32)
+    passed = [*operands, *[absent] * (6 - len(operands))]
+    results: tuple[Tensor, ...] = torch.ops.maskops.build_plan(program, *passed, batch, q_len, k_len, True, True)
+    return results
+
+
+def test_offsets_of_keys_that_nobody_checked() -> None:
+    """Only a program that says that the keys have offsets of their own may name another operand for them."""
+    queries = torch.tensor([0, 16], dtype=torch.int32)
+    keys = torch.tensor([-(2**30), 2**30], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens without cu_seqlens_k"):
+        plan("cu_seqlens 0 1 0 span first last", queries, keys)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k\[0\]=-1073741824: must be 0"):
+        plan("cu_seqlens 0 1 1 span first last", queries, keys)
+
+
+def test_a_batch_beyond_every_memory() -> None:
+    """Empty rows, so that no allocation stops it."""
+    with pytest.raises(ValueError, match="a length is negative or too large"):
+        plan("span first last", batch=2**62, q_len=0, k_len=0)
