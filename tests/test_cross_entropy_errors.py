@@ -40,12 +40,12 @@ BAD_TENSORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "target has dtype int16: expected int64 or int32", {"target": TARGET.short()}),
     (
         ValueError,
-        "target has shape (3, 2): expected (2, 3), the shape of the logits (2, 3, 10) without their last dimension",
+        "target has shape (3, 2): expected (2, 3), the shape of logits (2, 3, 10) without the last dimension",
         {"target": TARGET.mT},
     ),
     (
         ValueError,
-        "target has shape (2, 10): expected (2, 3), the shape of the logits (2, 3, 10) without their last dimension. "
+        "target has shape (2, 10): expected (2, 3), the shape of logits (2, 3, 10) without the last dimension. "
         "The vocabulary is the last dimension here: logits.movedim(1, -1)",
         {"target": torch.zeros(2, 10, dtype=torch.int64)},
     ),
