@@ -38,6 +38,7 @@ from maskops import masks, testing  # noqa: E402
 from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
+from maskops.ops.decode.api import append_kv, decode_attention  # noqa: E402
 from maskops.ops.merge.api import merge_attention  # noqa: E402
 from maskops.packing import PackedBatch, pad_input, unpad_input  # noqa: E402
 from maskops.spans import RowSpans  # noqa: E402
@@ -48,9 +49,11 @@ __all__ = [
     "PackedBatch",
     "RowSpans",
     "__version__",
+    "append_kv",
     "attention",
     "backends",
     "cross_entropy",
+    "decode_attention",
     "masks",
     "merge_attention",
     "pad_input",

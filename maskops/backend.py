@@ -115,6 +115,23 @@ FEATURES: dict[str, dict[str, str]] = {
         "compile": "`torch.compile(fullgraph=True)`, forward and backward",
         "double backward": "double backward",
     },
+    "append_kv": {
+        "contiguous": "a cache (batch, kv_heads, capacity, D) of any strides, appended to in place",
+        "paged": "pages (pages, kv_heads, page_size, D) and a `block_table`",
+        "batch_index": "`batch_index`: rows of the batch in any rows of the cache",
+    },
+    "decode_attention": {
+        "masks": "masks, or a `RowSpans`; one query or many, lengths from 0 to the capacity",
+        "paged": "a `block_table`: pages are read in place",
+        "batch_index": "`batch_index`",
+        "leftpad": "`leftpad`",
+        "dense mask": "`masks.dense`",
+        "alibi_slopes": "`alibi_slopes`",
+        "sinks": "`sinks`",
+        "softcap": "`softmax_scale`, `softcap`",
+        "lse": "`return_lse`",
+        "compile": "`torch.compile(fullgraph=True)`: growing lengths compile nothing anew",
+    },
     "cross_entropy": {
         "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens are not read",
         "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
@@ -151,7 +168,12 @@ BACKENDS: dict[str, Backend] = {
         name=REFERENCE,
         devices=(),
         unavailable=lambda: None,
-        ops={"attention": Declaration(dtypes=_ALL_FLOATS), "cross_entropy": Declaration(dtypes=_ALL_FLOATS)},
+        ops={
+            "attention": Declaration(dtypes=_ALL_FLOATS),
+            "append_kv": Declaration(dtypes=_ALL_FLOATS),
+            "decode_attention": Declaration(dtypes=_ALL_FLOATS),
+            "cross_entropy": Declaration(dtypes=_ALL_FLOATS),
+        },
     ),
 }
 

@@ -139,6 +139,47 @@ def _reductions(backend: str, x: dict[str, Tensor]) -> Outputs:
     return tuple(result for probe in results for result in [probe(backend, x)] if isinstance(result, Tensor))
 
 
+CACHED = {"q": (3, 4, 2, 8), "k": (3, 2, 24, 8), "v": (3, 2, 24, 12)}
+FILLED = torch.tensor([9, 0, 24])
+PAGES = torch.tensor([[4, 0, 5], [7, 7, 7], [2, 8, 1]], dtype=torch.int32)
+
+
+def _pages_of(x: Tensor) -> Tensor:
+    """The same cache in pages of 8 keys, where ``PAGES`` says."""
+    pages = x.new_full((9, 2, 8, x.shape[3]), torch.nan)
+    for table, keys in zip(PAGES.tolist(), x.unflatten(2, (3, 8)).transpose(1, 2), strict=True):
+        if table != [7, 7, 7]:
+            pages[table] = keys
+    return pages
+
+
+def _decode(mask: Any = None, *, paged: bool = False, **keywords: Any) -> Probe:
+    """A cache is inference: inputs without gradients."""
+
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        inputs = {name: value.detach() for name, value in x.items()}
+        q, k, v = (inputs.pop(name) for name in "qkv")
+        more = keywords | inputs
+        if paged:
+            k, v, more["block_table"] = _pages_of(k), _pages_of(v), PAGES
+        return maskops.decode_attention(q, k, v, FILLED, mask, backend=backend, **more)
+
+    return probe
+
+
+def _append(*, paged: bool = False, **keywords: Any) -> Probe:
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        caches = [torch.zeros(9, 2, 8, 8).to(x["k"].dtype) if paged else torch.zeros(3, 2, 24, 8).to(x["k"].dtype)] * 2
+        k_cache, v_cache = (cache.clone() for cache in caches)
+        more = keywords | ({"block_table": torch.tensor([[4, 0], [7, 3], [2, 8]])} if paged else {})
+        k = x["k"].detach()
+        maskops.append_kv(k_cache, v_cache, k, -k, torch.tensor([6, 0, 13]), backend=backend, **more)
+        assert not torch.equal(k_cache, torch.zeros_like(k_cache))
+        return k_cache, v_cache
+
+    return probe
+
+
 PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
     ("attention", "masks"): (QKV, _every_mask),
     ("attention", "dense mask"): (
@@ -155,6 +196,25 @@ PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
     ("attention", "autocast"): (QKV, _autocast),
     ("attention", "compile"): (QKV, _compiled(lambda q, k, v: maskops.attention(q, k, v, masks.causal()))),
     ("attention", "double backward"): (SQUARE, _double_backward(_attend(masks.causal()), "q")),  # type: ignore[arg-type]
+    ("append_kv", "contiguous"): ({"k": (3, 2, 3, 8)}, _append()),
+    ("append_kv", "paged"): ({"k": (3, 2, 3, 8)}, _append(paged=True)),
+    ("append_kv", "batch_index"): ({"k": (3, 2, 3, 8)}, _append(batch_index=torch.tensor([2, 0, 1]))),
+    ("decode_attention", "masks"): (CACHED, _decode(masks.causal() & masks.sliding_window(5, 0))),
+    ("decode_attention", "paged"): (CACHED, _decode(masks.causal(), paged=True)),
+    ("decode_attention", "batch_index"): (CACHED, _decode(batch_index=torch.tensor([2, 0, 2]))),
+    ("decode_attention", "leftpad"): (CACHED, _decode(leftpad=torch.tensor([2, 0, 20]))),
+    ("decode_attention", "dense mask"): (
+        CACHED,
+        _decode(masks.dense(torch.rand(3, 4, 2, 24, generator=torch.Generator().manual_seed(1)) > 0.4)),
+    ),
+    ("decode_attention", "alibi_slopes"): (CACHED | {"alibi_slopes": (3, 4)}, _decode(masks.causal())),
+    ("decode_attention", "sinks"): (CACHED | {"sinks": (4,)}, _decode(masks.causal())),
+    ("decode_attention", "softcap"): (CACHED, _decode(masks.causal(), softcap=2.0, softmax_scale=0.7)),
+    ("decode_attention", "lse"): (CACHED, _decode(return_lse=True)),
+    ("decode_attention", "compile"): (
+        CACHED,
+        _compiled(lambda q, k, v: maskops.decode_attention(q.detach(), k.detach(), v.detach(), FILLED, masks.causal())),
+    ),
     ("cross_entropy", "ignored"): (LOGITS, _ignored),
     ("cross_entropy", "scores"): (LOGITS, _loss(label_smoothing=0.1, z_loss=0.01, softcap=3.0, logit_scale=0.5)),
     ("cross_entropy", "reductions"): (LOGITS, _reductions),
@@ -178,8 +238,7 @@ def _run(probe: Probe, backend: str, leaves: dict[str, Tensor]) -> list[Tensor]:
         if out.requires_grad:
             weights = torch.randn(out.shape, generator=generator).to(out.dtype)
             total = total + (torch.where(out.isfinite(), out, 0.0) * weights).sum().double()
-    assert isinstance(total, Tensor)
-    if not total.requires_grad:
+    if not isinstance(total, Tensor):
         return outputs
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return outputs + [gradient for gradient in gradients if gradient is not None]
@@ -199,6 +258,8 @@ def test_what_is_declared_is_true(op: str, feature: str, backend: str) -> None:
     declared = BACKENDS[backend]
     if (reason := declared.unavailable()) is not None or (declared.devices and "cpu" not in declared.devices):
         pytest.skip(reason or f"{backend} runs on {' and '.join(declared.devices)}, the test on the CPU")
+    if op not in declared.ops:
+        pytest.skip(f"{backend} has no {op}")
     sizes, probe = PROBES[op, feature]
     if feature in declared.ops[op].lacks:
         with pytest.raises((ValueError, RuntimeError), match=r"backend"):

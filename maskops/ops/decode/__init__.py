@@ -1,0 +1,1 @@
+"""A cache of keys and values: appending to it in place, and attention of new queries over it."""
