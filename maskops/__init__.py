@@ -36,6 +36,15 @@ _warn_about_namesake()
 
 from maskops import masks, testing  # noqa: E402
 from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
+from maskops.compat import (  # noqa: E402
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    scaled_dot_product_attention,
+)
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
 from maskops.ops.decode.api import append_kv, decode_attention  # noqa: E402
@@ -54,9 +63,16 @@ __all__ = [
     "backends",
     "cross_entropy",
     "decode_attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "masks",
     "merge_attention",
     "pad_input",
+    "scaled_dot_product_attention",
     "testing",
     "unpad_input",
     "use_backend",

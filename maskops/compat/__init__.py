@@ -1,0 +1,24 @@
+"""Drop-ins: the signatures of torch and flash-attn 2, argument for argument, on maskops."""
+
+from maskops.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from maskops.compat.sdpa import scaled_dot_product_attention
+from maskops.packing import pad_input, unpad_input
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "pad_input",
+    "scaled_dot_product_attention",
+    "unpad_input",
+]
