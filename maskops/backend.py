@@ -162,6 +162,7 @@ BACKENDS: dict[str, Backend] = {
                 },
             ),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
+            "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
         },
     ),
     REFERENCE: Backend(
@@ -173,6 +174,7 @@ BACKENDS: dict[str, Backend] = {
             "append_kv": Declaration(dtypes=_ALL_FLOATS),
             "decode_attention": Declaration(dtypes=_ALL_FLOATS),
             "cross_entropy": Declaration(dtypes=_ALL_FLOATS),
+            "masked_softmax": Declaration(dtypes=_ALL_FLOATS),
         },
     ),
 }

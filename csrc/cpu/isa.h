@@ -13,6 +13,8 @@ struct BackwardTask;
 struct CrossEntropyBackward;
 struct CrossEntropyForward;
 struct LaneBlock;
+struct SoftmaxBackward;
+struct SoftmaxForward;
 
 // One task of each kernel; schedules, threads and memory are the caller's (attention.cpp, ...).
 struct KernelTable {
@@ -27,6 +29,12 @@ struct KernelTable {
   void (*cross_entropy_forward)(const CrossEntropyForward&, int64_t row_begin, int64_t row_end);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
   void (*cross_entropy_backward_streaming)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
+  // A strip is a row, or softmax_width lanes (the last of an outer index may have fewer).
+  int64_t softmax_width;
+  size_t (*softmax_forward_scratch)(const SoftmaxForward&);  // bytes
+  void (*softmax_forward)(const SoftmaxForward&, int64_t strip_begin, int64_t strip_end, char* scratch);
+  size_t (*softmax_backward_scratch)(const SoftmaxBackward&);
+  void (*softmax_backward)(const SoftmaxBackward&, int64_t strip_begin, int64_t strip_end, char* scratch);
 };
 
 // Each is defined by one isa_*.cpp.

@@ -18,3 +18,4 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "isa.h"
+#include "softmax.h"

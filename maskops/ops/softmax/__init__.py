@@ -1,0 +1,1 @@
+"""Masked softmax along any dimension."""

@@ -1,0 +1,132 @@
+"""Operator schemas of the masked softmax, their fake kernels, and the autograd.Function around them.
+
+The C++ extension registers implementations for these schemas; it never repeats them. An absent tensor is an empty one
+of one dimension.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from maskops.spans import RowSpans
+
+_library = torch.library.Library("maskops", "FRAGMENT")
+# The kernel walks x and mask by their strides, so Inductor must not lay them out anew (it would materialise a mask that
+# was expanded).
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_library.define(
+    "masked_softmax_forward(Tensor x, Tensor mask, Tensor start, Tensor end, Tensor key_valid, int dim, "
+    "bool return_lse) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "masked_softmax_backward(Tensor grad_weights, Tensor grad_lse, Tensor weights, Tensor start, Tensor end, "
+    "Tensor key_valid, int dim) -> Tensor",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("maskops::masked_softmax_forward", lib=_library)  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, mask: Tensor, start: Tensor, end: Tensor, key_valid: Tensor, dim: int, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    sizes = [*x.shape[:dim], *x.shape[dim + 1 :]] if return_lse else [0]
+    return x.new_empty(x.shape), x.new_empty(sizes, dtype=torch.float32)
+
+
+@torch.library.register_fake("maskops::masked_softmax_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _(
+    grad_weights: Tensor, grad_lse: Tensor, weights: Tensor, start: Tensor, end: Tensor, key_valid: Tensor, dim: int
+) -> Tensor:
+    return weights.new_empty(weights.shape)
+
+
+def readable(x: Tensor, dim: int) -> Tensor:
+    """``x``, copied where the kernel would step from row to row in memory for every element it reads.
+
+    It walks any strides, but it is fast where the elements of a row, or softmaxes that lie side by side in the results,
+    are neighbours. ``dim`` is not negative.
+    """
+    last = x.dim() - 1
+    while last > dim and x.shape[last] == 1:
+        last -= 1
+    return x if x.shape[last] == 1 or x.stride(last) == 1 else x.contiguous()
+
+
+def _differentiable_backward(grad_weights: Tensor, grad_lse: Tensor | None, weights: Tensor, dim: int) -> Tensor:
+    """What the kernel computes, in operations that autograd can differentiate again; weights are the forward output."""
+    w = weights.float()
+    present = w != 0.0
+    grad = torch.where(present, grad_weights.float(), 0.0)
+    offset = (w * grad).sum(dim, keepdim=True)
+    if grad_lse is not None:
+        offset = offset - grad_lse.unsqueeze(dim)
+    return torch.where(present, w * (grad - offset), 0.0).to(weights.dtype)
+
+
+class _MaskedSoftmax(torch.autograd.Function):
+    # Arguments: x, mask, start, end, key_valid, dim, return_lse. The context is set up apart from the forward pass,
+    # which torch.func asks for.
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = torch.ops.maskops.masked_softmax_forward(*args)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _x, _mask, start, end, key_valid, dim, _return_lse = inputs
+        # No mask: masked places are those of weight 0.
+        ctx.save_for_backward(output[0], start, end, key_valid)
+        ctx.set_materialize_grads(False)
+        ctx.dim = dim
+
+    @staticmethod
+    def backward(ctx: Any, grad_weights: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        weights, *plan = ctx.saved_tensors
+        if grad_weights is None and grad_lse is None:
+            return (None,) * 7
+        if grad_weights is None:
+            grad_weights = torch.zeros_like(weights)
+        grad: Tensor
+        if torch.is_grad_enabled():
+            # create_graph=True. The weights are an output, so that what is computed from them leads back to x.
+            grad = _differentiable_backward(grad_weights, grad_lse, weights, ctx.dim)
+        else:
+            grad_lse = weights.new_empty(0, dtype=torch.float32) if grad_lse is None else grad_lse.contiguous()
+            grad = torch.ops.maskops.masked_softmax_backward(
+                readable(grad_weights, ctx.dim), grad_lse, weights, *plan, ctx.dim
+            )
+        return grad, None, None, None, None, None, None
+
+
+def masked_softmax(
+    x: Tensor, mask: Tensor | None, spans: RowSpans | None, dim: int, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Runs the registered op, differentiably; the kernel is found by the device of x.
+
+    Args:
+        x: any strides.
+        mask: bool of x's sizes, any strides, True = visible; None where ``spans`` or nothing masks.
+        spans: plan for the last two dimensions of x without a dense mask; ``dim`` is the last one then.
+        dim: not negative.
+        return_lse: whether the lse is wanted; else it is empty.
+    """
+
+    def absent() -> Tensor:
+        # A tensor for each argument: a traced autograd.Function does not take the same one twice.
+        return x.new_empty(0, dtype=torch.uint8)
+
+    plan = (absent(), absent(), absent()) if spans is None else (spans.start, spans.end, spans.key_valid)
+    arguments = (readable(x, dim), absent() if mask is None else mask, *plan, dim, return_lse)
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if not needs_grad and forward_ad._current_level < 0:
+        # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
+        # the function says that it has none, where the operator would drop the tangents without a word.
+        weights, lse = torch.ops.maskops.masked_softmax_forward(*arguments)
+    else:
+        weights, lse = _MaskedSoftmax.apply(*arguments)  # type: ignore[no-untyped-call]
+    return weights, lse
