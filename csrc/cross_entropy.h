@@ -17,8 +17,8 @@ struct CrossEntropyRows {
   const int32_t* labels;  // n_rows; in [0, vocabulary), or -1: the row is skipped and none of its logits is read
   double label_smoothing;
   double z_loss;
-  float softcap;  // 0: none
-  float logit_scale;
+  double softcap;  // 0: none
+  double logit_scale;
 };
 
 // Every output has n_rows values and is written for every row: 0 (argmax: -1) where the row is skipped.

@@ -18,7 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ("tests/test_attention.py",)
-LOSS = ("tests/test_cross_entropy.py", "tests/test_cross_entropy_errors.py")
+LOSS = (
+    "tests/test_cross_entropy.py",
+    "tests/test_cross_entropy_numerics.py",
+    "tests/test_cross_entropy_autograd.py",
+    "tests/test_cross_entropy_errors.py",
+)
 HOSTILE = ("tests/test_hostile.py",)
 PLAN = ("tests/test_plan.py",)
 VALUES = ("tests/test_masks.py",)
@@ -199,16 +204,16 @@ MUTATIONS = (
     Mutation(
         "loss: moments keep the old reference",
         CROSS_ENTROPY,
-        "alpha * (s.moments[0] + delta * s.sums[0])",
-        "alpha * s.moments[0]",
+        "alpha * (s.carried_moment + delta * s.carried_sum);\n    s.carried",
+        "alpha * s.carried_moment;\n    s.carried",
         LOSS,
     ),
-    Mutation("loss: a sum not rescaled", CROSS_ENTROPY, "    s.sums[1] *= alpha;\n", "", LOSS),
+    Mutation("loss: a sum not rescaled", CROSS_ENTROPY, "    s.carried_sum *= alpha;\n", "", LOSS),
     Mutation(
         "loss: every lane raised",
         CROSS_ENTROPY,
-        "above ? top + splat(CE_HEADROOM) : s.reference",
-        "top + splat(CE_HEADROOM)",
+        "above ? top + splat(wants.headroom) : s.reference",
+        "top + splat(wants.headroom)",
         LOSS,
     ),
     Mutation(
@@ -246,22 +251,34 @@ MUTATIONS = (
         "of_nll * ((float)probability - 1.0f)",
         LOSS,
     ),
-    Mutation("loss: the exponential overflows", CROSS_ENTROPY, "if (gap <= 700.0)", "if (gap <= 1e30)", LOSS),
     Mutation(
-        "loss: softcap lifts padding", CROSS_ENTROPY, "scaled == splat(-INFINITY) ? scaled : capped", "capped", LOSS
+        "loss: long sums not carried in pieces",
+        CROSS_ENTROPY,
+        "smaller<int64_t>(i + CE_PIECE, end)",
+        "end",
+        LOSS,
     ),
+    Mutation(
+        "loss: the target's z in single precision",
+        CROSS_ENTROPY,
+        "const double scaled = x * rows.logit_scale;",
+        "const float scaled = (float)x * (float)rows.logit_scale;",
+        LOSS,
+    ),
+    Mutation("loss: the exponential overflows", CROSS_ENTROPY, "if (gap <= 700.0)", "if (gap <= 1e30)", LOSS),
+    Mutation("loss: softcap lifts padding", CROSS_ENTROPY, "x == splat(-INFINITY) ? x : capped", "capped", LOSS),
     Mutation(
         "loss: banned columns counted",
         CROSS_ENTROPY,
-        "const vi finite = z[v] > splat(-INFINITY);",
-        "const vi finite = z[v] >= splat(-INFINITY);",
+        "const vi finite = values[v] > splat(-INFINITY);",
+        "const vi finite = values[v] >= splat(-INFINITY);",
         LOSS,
     ),
     Mutation(
         "loss: smoothing gradient on banned columns",
         CROSS_ENTROPY,
-        "z > splat(-INFINITY) ? splat(c.constant)",
-        "z >= splat(-INFINITY) ? splat(c.constant)",
+        "value > splat(-INFINITY) ? splat(c.constant)",
+        "value >= splat(-INFINITY) ? splat(c.constant)",
         LOSS,
     ),
     Mutation(

@@ -44,16 +44,8 @@ struct LabelledRows {
             "cross_entropy: target must be int32 or int64");
     labels = target.dtype() == DType::int32 ? labels_of<int32_t>(target, logits.size(1), ignore_index)
                                             : labels_of<int64_t>(target, logits.size(1), ignore_index);
-    rows = {logits.data(),
-            element_of(logits),
-            logits.size(0),
-            logits.size(1),
-            logits.stride(0),
-            labels.data(),
-            label_smoothing,
-            z_loss,
-            static_cast<float>(softcap),
-            static_cast<float>(logit_scale)};
+    rows = {logits.data(), element_of(logits), logits.size(0), logits.size(1), logits.stride(0),
+            labels.data(), label_smoothing,    z_loss,         softcap,        logit_scale};
   }
 };
 

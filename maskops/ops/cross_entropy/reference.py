@@ -7,6 +7,7 @@ multiplied by zero afterwards: 0 * NaN is NaN, forwards and backwards.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskops.ops.cross_entropy.rows import Scoring
@@ -28,32 +29,57 @@ def row_losses(
         where they were not asked for.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # One value a row is cheap, so these are wide; but not every device has float64.
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
     ignore_index, label_smoothing, z_loss, softcap, logit_scale, entropy, argmax = scoring
     kept = labels != ignore_index
     # Labels outside the vocabulary are an error that the caller reports; here they must only not be followed.
-    index = torch.where(kept, labels, 0).long().clamp(0, logits.shape[1] - 1)
+    index = torch.where(kept, labels, 0).long().clamp(0, logits.shape[1] - 1)[:, None]
     x = torch.where(kept[:, None], logits.to(dtype), 0.0)
-    z = x * logit_scale
-    if softcap:
-        z = torch.where(z == -math.inf, z, softcap * torch.tanh(z / softcap))
-    lse = torch.logsumexp(z, 1)
-    nll = lse - z.gather(1, index[:, None]).squeeze(1)
+
+    def capped(z: Tensor) -> Tensor:
+        return torch.where(z == -math.inf, z, softcap * torch.tanh(z / softcap)) if softcap else z
+
+    # The label's own term stays out of the sum over the other columns. With d = sum over j != y of e^(z_j - z_y) the
+    # loss is log1p(d), which keeps its relative accuracy where the probability of the label approaches 1 and lse - z_y
+    # cancels. The maximum is subtracted before the scale is applied: an error of z is a relative one of the loss.
+    at_label = capped(x.gather(1, index).squeeze(1).to(wide) * logit_scale)
+    values, factor = (capped(x * logit_scale), 1.0) if softcap else (x, logit_scale)
+    others = values.scatter(1, index, -math.inf)
+    top = others.detach().amax(1).clamp(min=torch.finfo(dtype).min)
+    depth = (others - top[:, None]) * factor
+    exponentials = torch.exp(depth)
+    top = top.to(wide) * factor
+    total = exponentials.sum(1).to(wide)
+    nothing = total == 0
+    lse_of_others = torch.where(nothing, -math.inf, top + torch.log(torch.where(nothing, 1.0, total)))
+    # From the threshold on, the rest of log1p(e^x) = x + log1p(e^-x) is below the resolution of float64.
+    nll = F.softplus(lse_of_others - at_label, threshold=40.0)
+    nll = torch.where(at_label < math.inf, nll, math.nan)
+    lse = torch.logaddexp(lse_of_others, at_label)
+
     loss = nll
     if label_smoothing:
-        allowed = z > -math.inf
-        mean = torch.where(allowed, z, 0.0).sum(1) / allowed.sum(1)
-        loss = (1.0 - label_smoothing) * nll + label_smoothing * (lse - mean)
+        allowed = values > -math.inf
+        mean = torch.where(allowed, values, 0.0).sum(1).to(wide) * factor / allowed.sum(1)
+        loss = label_smoothing * (lse - mean)
+        if label_smoothing < 1.0:
+            loss = loss + (1.0 - label_smoothing) * nll
     if z_loss:
         loss = loss + z_loss * lse.square()
-    uncertainty = loss.new_empty(0)
     if entropy:
-        logprobs = z - lse[:, None]
-        uncertainty = -(torch.exp(logprobs) * torch.where(z == -math.inf, 0.0, logprobs)).sum(1)
-        uncertainty = torch.where(kept, uncertainty, 0.0)
+        # lse - z_j = (lse - top) - depth_j, weighed by the probabilities; the label's is nll.
+        moment = (exponentials * torch.where(depth == -math.inf, 0.0, depth)).sum(1).to(wide)
+        uncertainty = (total * (lse - top) - moment) * torch.exp(top - lse)
+        uncertainty = uncertainty + torch.exp(-nll) * torch.where(nll == math.inf, 0.0, nll)
+
+    def result(row: Tensor) -> Tensor:
+        return torch.where(kept, row, 0.0).to(dtype)
+
     return (
-        torch.where(kept, loss, 0.0),
-        torch.where(kept, lse, 0.0),
-        torch.where(kept, -nll, 0.0),
-        uncertainty,
+        result(loss),
+        result(lse),
+        result(-nll),
+        result(uncertainty) if entropy else loss.new_empty(0, dtype=dtype),
         torch.where(kept, x.argmax(1), -1) if argmax else labels.new_empty(0, dtype=torch.int64),
     )

@@ -1,0 +1,204 @@
+"""What the tests of cross-entropy share: a token-by-token oracle, problems, and the check of a whole case."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskops
+from maskops import extension
+from maskops.testing import error_budget
+
+BACKENDS = ("cpu", "reference")
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+IGNORE = -100
+
+
+def needs_extension() -> None:
+    if (reason := maskops.backends()["cpu"]) != "available":
+        pytest.skip(f"cpu: {reason}")
+
+
+@contextlib.contextmanager
+def running_on(name: str) -> Iterator[None]:
+    """Runs on this backend and no other, or skips with the reason why it is not there."""
+    available = maskops.backends()[name]
+    if available != "available":
+        pytest.skip(f"{name}: {available}")
+    with maskops.use_backend(name, fallback="error" if name != "reference" else "warn"):
+        yield
+
+
+class Outputs(NamedTuple):
+    loss: Tensor
+    lse: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    argmax: Tensor
+
+
+def sequences_of(target: Tensor, cu_seqlens: Tensor | None) -> list[range]:
+    """The flat token indices of every sequence."""
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        return [range(a, b) for a, b in itertools.pairwise(offsets)]
+    length = target.shape[-1] if target.dim() else 1
+    return [range(a, a + length) for a in range(0, target.numel(), length or 1)]
+
+
+def token_by_token(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = IGNORE,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    cu_seqlens: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    shift: bool = False,
+) -> Outputs:
+    """The definition, as loops over tokens in the dtype of the logits; shares no code with the package."""
+    matrix, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).tolist()
+    kept_mask = [True] * len(labels) if mask is None else mask.reshape(-1).bool().tolist()
+    weights = [1.0] * len(labels) if token_weights is None else token_weights.reshape(-1).tolist()
+    zero = matrix.new_zeros(())
+    loss, lse, logprobs, entropy = ([zero] * len(labels) for _ in range(4))
+    argmax = [-1] * len(labels)
+    means, kept_rows, kept_weights = [], [], []
+    for sequence in sequences_of(target, cu_seqlens):
+        rows, row_weights = [], []
+        for row in sequence:
+            token = row + 1 if shift else row
+            if token not in sequence or labels[token] == ignore_index or not kept_mask[token] or weights[token] == 0:
+                continue
+            z = matrix[row] * logit_scale
+            banned = z == -math.inf
+            if softcap:
+                z = torch.where(banned, z, softcap * torch.tanh(z / softcap))
+            shift_by = z.detach().max()
+            normaliser = shift_by + torch.log(torch.exp(z - shift_by).sum())
+            logp = (z - normaliser)[~banned]
+            nll = normaliser - z[labels[token]]
+            value = (1.0 - label_smoothing) * nll + z_loss * normaliser**2
+            if label_smoothing:
+                value = value + label_smoothing * -logp.mean()
+            loss[row] = weights[token] * value
+            lse[row], logprobs[row] = normaliser, -nll
+            entropy[row] = -(logp.exp() * logp).sum()
+            argmax[row] = int(matrix[row].argmax())
+            rows.append(row)
+            row_weights.append(weights[token])
+        kept_rows += rows
+        kept_weights += row_weights
+        if rows:
+            total = sum((loss[row] for row in rows), zero)
+            means.append(total / sum(row_weights) if sum(row_weights) else zero)
+    total = sum((loss[row] for row in kept_rows), zero)
+    if reduction == "none":
+        result = torch.stack(loss) if loss else zero.new_zeros(0)
+        result = result.reshape(target.shape)
+    elif reduction == "sum":
+        result = total
+    elif reduction == "sequence_mean":
+        result = sum(means, zero) / max(len(means), 1)
+    else:
+        denominator = sum(kept_weights) if num_items is None else float(num_items)
+        result = total / denominator if denominator else zero
+    stacked = [
+        torch.stack(values).reshape(target.shape) if values else zero.new_zeros(target.shape)
+        for values in (lse, logprobs, entropy)
+    ]
+    return Outputs(result, *stacked, torch.tensor(argmax, dtype=torch.int64).reshape(target.shape))
+
+
+RETURNS = {"return_lse": True, "return_logprobs": True, "return_entropy": True, "return_argmax": True}
+
+
+def gradient(outputs: Any, logits: Tensor) -> Tensor:
+    """Gradient of a sum in which every differentiable output has a share that differs from token to token."""
+    total = outputs.loss.sum() if outputs.loss.dim() == 0 else (outputs.loss * ramp(outputs.loss, 1.0)).sum()
+    for factor, value in zip((0.3, -0.4, 0.25), (outputs.lse, outputs.logprobs, outputs.entropy), strict=True):
+        total = total + (value * ramp(value, factor)).sum()
+    if not total.requires_grad:  # the oracle where no token is kept
+        return torch.zeros_like(logits)
+    return torch.autograd.grad(total, logits)[0]
+
+
+def ramp(like: Tensor, factor: float) -> Tensor:
+    return factor * torch.linspace(0.5, 1.5, like.numel(), dtype=like.dtype).reshape(like.shape)
+
+
+def check_case(logits: Tensor, target: Tensor, **options: Any) -> None:
+    """Outputs and the gradient of all of them together, within the error budget against plain float32."""
+    wide = logits.detach().double().requires_grad_()
+    oracle = token_by_token(wide, target, **options)
+    plain_logits = logits.detach().float().requires_grad_()
+    plain = token_by_token(plain_logits, target, **options)
+    ours_logits = logits.detach().requires_grad_()
+    ours = maskops.cross_entropy(ours_logits, target, **options, **RETURNS)
+    for name in ("loss", "lse", "logprobs", "entropy"):
+        actual, expected = getattr(ours, name), getattr(oracle, name)
+        assert actual.shape == expected.shape
+        assert actual.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        # The parts of a loss are as large as the normaliser, whatever they cancel to.
+        magnitude = (
+            max(1.0, float(expected.detach().abs().max()), float(oracle.lse.detach().abs().max()))
+            if (expected.numel())
+            else None
+        )
+        budget = error_budget(
+            actual.detach(), getattr(plain, name).detach(), expected.detach(), torch.float32, magnitude
+        )
+        assert budget.passed, (name, budget)
+    assert torch.equal(ours.argmax, oracle.argmax)
+    expected_gradient = gradient(oracle, wide)
+    plain_gradient = gradient(plain, plain_logits).to(logits.dtype)
+    actual_gradient = gradient(ours, ours_logits)
+    assert actual_gradient.shape == logits.shape and actual_gradient.dtype == logits.dtype
+    budget = error_budget(actual_gradient, plain_gradient, expected_gradient, logits.dtype)
+    assert budget.passed, budget
+
+
+def problem(
+    rows: tuple[int, ...] = (12,), vocabulary: int = 33, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3.0 * torch.randn(*rows, vocabulary, generator=generator)
+    target = torch.randint(vocabulary, rows, generator=generator)
+    target[torch.rand(rows, generator=generator) < 0.25] = IGNORE
+    return logits.to(dtype), target
+
+
+MASK = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1]])
+
+
+WEIGHTS = torch.tensor([[0.5, 2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0, 1.0], [0.25, 1.0, 1.0, 4.0, -0.5]])
+
+
+class instruction_set:  # noqa: N801
+    """Runs the kernels of one instruction set inside a ``with`` block."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.before = extension.instruction_set()
+        extension.select_instruction_set(self.name)
+
+    def __exit__(self, *exception: object) -> None:
+        assert self.before is not None
+        extension.select_instruction_set(self.before)
