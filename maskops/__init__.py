@@ -43,6 +43,7 @@ from maskops.compat import (  # noqa: E402
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
     scaled_dot_product_attention,
 )
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
@@ -70,6 +71,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "masked_softmax",
     "masks",
     "merge_attention",

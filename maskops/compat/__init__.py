@@ -8,6 +8,7 @@ from maskops.compat.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from maskops.compat.kv_cache import flash_attn_with_kvcache
 from maskops.compat.sdpa import scaled_dot_product_attention
 from maskops.packing import pad_input, unpad_input
 
@@ -18,6 +19,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "pad_input",
     "scaled_dot_product_attention",
     "unpad_input",

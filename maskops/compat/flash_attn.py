@@ -8,16 +8,14 @@ one changes nothing. Names and defaults are those of flash-attn 2.8; its argumen
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from maskops import masks
 from maskops.checks import check_tensor
+from maskops.compat.arguments import check_dimensions, pattern_of, softcap_of
 from maskops.layouts import values_can_be_read
-from maskops.masks import Mask
 from maskops.ops.attention.api import attention, varlen_attention
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -62,8 +60,8 @@ def flash_attn_func(
         ValueError: an argument has the wrong shape or value.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_dimensions(name, x, 4, "(batch, length, heads, head_dim)")
-    mask = _pattern(causal, window_size)
+        check_dimensions(name, x, 4, "(batch, length, heads, head_dim)")
+    mask = pattern_of(causal, window_size)
 
     def run(value: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
         out, lse = attention(
@@ -72,7 +70,7 @@ def flash_attn_func(
             value.transpose(1, 2),
             mask,
             alibi_slopes=alibi_slopes,
-            softcap=_softcap(softcap),
+            softcap=softcap_of(softcap),
             softmax_scale=softmax_scale,
             dropout_p=dropout,
             return_lse=True,
@@ -208,14 +206,14 @@ def flash_attn_varlen_func(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape or value.
     """
-    _check_dimensions("q", q, 3, "(total_q, heads, head_dim)")
+    check_dimensions("q", q, 3, "(total_q, heads, head_dim)")
     if block_table is not None:
         k, v = _gathered(k, v, cu_seqlens_k, block_table)
     for name, x in (("k", k), ("v", v)):
-        _check_dimensions(name, x, 3, "(total_k, kv_heads, head_dim), or with block_table (blocks, block_size, ...)")
+        check_dimensions(name, x, 3, "(total_k, kv_heads, head_dim), or with block_table (blocks, block_size, ...)")
     check_tensor("cu_seqlens_q", cu_seqlens_q, "(batch + 1,)")
     check_tensor("cu_seqlens_k", cu_seqlens_k, "(batch + 1,)")
-    mask = _pattern(causal, window_size)
+    mask = pattern_of(causal, window_size)
 
     def run(value: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
         return varlen_attention(
@@ -226,7 +224,7 @@ def flash_attn_varlen_func(
             cu_seqlens_k,
             mask,
             alibi_slopes=alibi_slopes,
-            softcap=_softcap(softcap),
+            softcap=softcap_of(softcap),
             softmax_scale=softmax_scale,
             dropout_p=dropout,
             return_lse=True,
@@ -359,39 +357,10 @@ def flash_attn_varlen_qkvpacked_func(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _pattern(causal: bool, window_size: Sequence[int]) -> Mask | None:
-    """flash-attn's window and causal as a mask; both are aligned to the bottom right, as every pattern is."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size is {window_size!r}: expected (left, right), -1 for unbounded")
-    for width in window_size:
-        if isinstance(width, bool) or not isinstance(width, (numbers.Integral, torch.SymInt)):
-            raise TypeError(f"window_size is {tuple(window_size)}: expected two ints, -1 for unbounded")
-    left, right = (None if width < 0 else width for width in window_size)
-    if causal:
-        right = 0
-    if left is None and right is None:
-        return None
-    return masks.causal() if left is None and right == 0 else masks.sliding_window(left, right)
-
-
-def _softcap(softcap: object) -> float:
-    """flash-attn takes any number of 0 or less for none."""
-    if not isinstance(softcap, numbers.Real):
-        raise TypeError(f"softcap is a {type(softcap).__name__}: expected a float")
-    return max(float(softcap), 0.0)
-
-
-def _check_dimensions(name: str, x: object, dimensions: int, shape: str) -> None:
-    check_tensor(name, x, shape)
-    assert isinstance(x, Tensor)
-    if x.dim() != dimensions:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {dimensions} dimensions, {shape}")
-
-
 def _unpacked(
     name: str, packed: Tensor, dimensions: int, parts: int, shape: str, dimension: int = 2
 ) -> tuple[Tensor, ...]:
-    _check_dimensions(name, packed, dimensions, shape)
+    check_dimensions(name, packed, dimensions, shape)
     if packed.shape[dimension] != parts:
         raise ValueError(f"{name} has shape {tuple(packed.shape)}: expected {shape}")
     return packed.unbind(dimension)
@@ -432,10 +401,10 @@ def check_block_table(block_table: Tensor, lengths: Tensor, blocks: int, block_s
 def _gathered(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
     """Paged keys and values as packed ones, (total_k, kv_heads, head_dim)."""
     for name, x in (("k", k), ("v", v)):
-        _check_dimensions(name, x, 4, "(blocks, block_size, kv_heads, head_dim), because block_table is given")
+        check_dimensions(name, x, 4, "(blocks, block_size, kv_heads, head_dim), because block_table is given")
     if k.shape[:2] != v.shape[:2]:
         raise ValueError(f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}: expected the same blocks of the same size")
-    _check_dimensions("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1,)")
+    check_dimensions("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1,)")
     blocks, block_size = k.shape[:2]
     check_block_table(block_table, cu_seqlens_k[1:] - cu_seqlens_k[:-1], blocks, block_size)
     # Without a look at values the room of the table bounds the total; what lies behind the last key is not read.
