@@ -140,6 +140,15 @@ FEATURES: dict[str, dict[str, str]] = {
         "compile": "`torch.compile(fullgraph=True)`, forward and backward",
         "double backward": "double backward",
     },
+    "masked_softmax": {
+        "masks": "a mask of `masks` or a `RowSpans`, over scores (..., q_len, k_len)",
+        "broadcast mask": "a bool or 0/1 mask that broadcasts, of any strides: an expanded one is never materialised",
+        "dim": "any `dim`, any strides, any length; what masked places hold, NaN included, reaches nothing",
+        "lse": "`return_lse`, with its gradient",
+        "autocast": "autocast, as `torch.softmax` does it",
+        "compile": "`torch.compile(fullgraph=True)`, forward and backward",
+        "double backward": "double backward",
+    },
 }
 
 # In the order in which "auto" tries them; the reference is last, and serves everything.

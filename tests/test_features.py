@@ -180,6 +180,31 @@ def _append(*, paged: bool = False, **keywords: Any) -> Probe:
     return probe
 
 
+SCORES = {"x": (2, 4, 17, 17)}
+VISIBLE = torch.rand(2, 1, 17, 17, generator=torch.Generator().manual_seed(3)) > 0.4
+
+
+def _soften(*given: tuple[Any, int], **keywords: Any) -> Probe:
+    """A masked softmax of each (mask, dim), with NaN at the places that a bool mask hides."""
+
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        results: list[Tensor] = []
+        for mask, dim in given:
+            scores = torch.where(mask, x["x"], torch.nan) if isinstance(mask, Tensor) else x["x"]
+            result = maskops.masked_softmax(scores, mask, dim, backend=backend, **keywords)
+            results += [result] if isinstance(result, Tensor) else list(result)
+        return tuple(results)
+
+    return probe
+
+
+def _soften_under_autocast(backend: str, x: dict[str, Tensor]) -> Outputs:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = maskops.masked_softmax(x["x"], VISIBLE, backend=backend)
+        assert out.dtype == torch.softmax(x["x"], -1).dtype
+    return out
+
+
 PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
     ("attention", "masks"): (QKV, _every_mask),
     ("attention", "dense mask"): (
@@ -224,6 +249,31 @@ PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
     ),
     ("cross_entropy", "compile"): (LOGITS, _compiled(lambda logits: maskops.cross_entropy(logits, TARGET))),
     ("cross_entropy", "double backward"): (LOGITS, _double_backward(_loss(), "logits")),  # type: ignore[arg-type]
+    ("masked_softmax", "masks"): (
+        SCORES,
+        _soften(
+            (masks.padding(torch.tensor([17, 0])) & masks.causal(), -1),
+            (masks.causal() & (masks.sliding_window(3, 0) | masks.prefix(2)), -1),
+            (masks.documents(cu_seqlens=OFFSETS[:3] // 2).spans(17, 17), -1),
+            (masks.dense(VISIBLE), -1),
+            (masks.causal(), -2),
+        ),
+    ),
+    ("masked_softmax", "broadcast mask"): (
+        SCORES,
+        _soften((VISIBLE, -1), (VISIBLE[:, :, :1].expand(2, 4, 17, 17), -1)),
+    ),
+    ("masked_softmax", "dim"): (SCORES, _soften((VISIBLE, 0), (VISIBLE, 1), (VISIBLE.transpose(2, 3), 2), (None, 3))),
+    ("masked_softmax", "lse"): (SCORES, _soften((VISIBLE, -1), (masks.causal(), -1), return_lse=True)),
+    ("masked_softmax", "autocast"): (SCORES, _soften_under_autocast),
+    ("masked_softmax", "compile"): (
+        SCORES,
+        _compiled(lambda x: maskops.masked_softmax(x, masks.causal()) + maskops.masked_softmax(x, VISIBLE, 1)),
+    ),
+    ("masked_softmax", "double backward"): (
+        SCORES,
+        _double_backward(lambda backend, x: maskops.masked_softmax(x["x"], VISIBLE, backend=backend), "x"),
+    ),
 }
 TOLERANCES = {("attention", "autocast"): 3e-2}
 
