@@ -2,13 +2,15 @@
 #   .venv/bin/python -m maskops bench | -m pytest | -m tools.lint | -m tools.package | -m tests.mutate
 # PYTHON=python3.12  another Python          TORCH='torch==2.11.0'  another torch (any arguments of pip install)
 # VENV=/disk/venv    another place           CXX=clang++            another compiler
+# FUZZ_SECONDS=900   for each target of `make fuzz`
 PYTHON ?= python3
 VENV ?= .venv
+FUZZ_SECONDS ?= 20
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full test lint package mutate ci clean
+.PHONY: bench bench-full test lint package mutate fuzz ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
@@ -27,6 +29,9 @@ package: $(READY)
 
 mutate: $(READY)
 	$(RUN) -m tests.mutate
+
+fuzz: $(READY)
+	$(RUN) -m tools.fuzz --seconds $(FUZZ_SECONDS)
 
 ci: test lint package
 

@@ -163,18 +163,29 @@ struct Slot<double> {
     return result;
   }
 };
-template <>
-struct Slot<std::string> {
-  static std::string read(StableIValue value) {
-    auto handle = reinterpret_cast<StringHandle>(value);
+// Text that becomes a string only when the function is called: the copy may find no memory, and every argument has to
+// have its owner by then.
+class Text {
+ public:
+  explicit Text(StringHandle handle) : handle_(handle) {}
+  Text(Text&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  ~Text() {
+    if (handle_ != nullptr) torch_delete_string(handle_);
+  }
+  operator std::string() const {
     size_t length;
     const char* data;
-    MASKOPS_CHECK_TORCH(torch_string_length(handle, &length));
-    MASKOPS_CHECK_TORCH(torch_string_c_str(handle, &data));
-    std::string result(data, length);
-    MASKOPS_CHECK_TORCH(torch_delete_string(handle));
-    return result;
+    MASKOPS_CHECK_TORCH(torch_string_length(handle_, &length));
+    MASKOPS_CHECK_TORCH(torch_string_c_str(handle_, &data));
+    return std::string(data, length);
   }
+
+ private:
+  StringHandle handle_;
+};
+template <>
+struct Slot<std::string> {
+  static Text read(StableIValue value) { return Text(reinterpret_cast<StringHandle>(value)); }
 };
 
 // boxed<function> is the calling convention of torch_library_impl around a typed C++ function that returns void or a
@@ -185,8 +196,8 @@ template <class R, class... Args, R (*function)(Args...)>
 struct Boxed<function> {
   template <size_t... I>
   static void call(StableIValue* stack, std::index_sequence<I...>) {
-    // A braced initialiser, because it evaluates left to right: every owned argument is taken over before any throws.
-    std::tuple<std::decay_t<Args>...> arguments{Slot<std::decay_t<Args>>::read(stack[I])...};
+    // Every owned argument is taken over before anything can throw.
+    std::tuple<decltype(Slot<std::decay_t<Args>>::read(0))...> arguments{Slot<std::decay_t<Args>>::read(stack[I])...};
     if constexpr (std::is_void_v<R>) {
       function(std::get<I>(arguments)...);
     } else {

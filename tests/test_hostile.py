@@ -127,6 +127,18 @@ def test_offsets_of_keys_that_nobody_checked() -> None:
         plan("cu_seqlens 0 1 1 span first last", queries, keys)
 
 
+def test_an_item_whose_rows_see_nothing_beside_a_mask_with_holes() -> None:
+    """A full range of no row was looked up in the counts of the keys that are there."""
+    present = torch.zeros(1, 512, dtype=torch.uint8)
+    present[:, 3:100] = 1
+    present[:, 50] = 0
+    start, end, _, tiles, count, _, _ = plan("padding_mask 0 span first last", present, q_len=512, k_len=512)
+    assert count.item() == 4
+    assert tiles[:4, :4].tolist() == [[0, 0, 128, 96 * 97], [0, 128, 128, 0], [0, 256, 128, 0], [0, 384, 128, 0]]
+    assert tiles[:4, 4:].tolist() == [[3, 100, 100, 100], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert not (end - start)[:, :, 100:].any()
+
+
 def test_a_batch_beyond_every_memory() -> None:
     """Empty rows, so that no allocation stops it."""
     with pytest.raises(ValueError, match="a length is negative or too large"):

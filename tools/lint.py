@@ -14,7 +14,8 @@ SUFFIXES = {".cpp", ".h", ".inc", ".cu", ".cuh"}
 
 def cpp_sources() -> list[str]:
     """The C++ sources and headers, fragments that are included once per instruction set among them."""
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in SUFFIXES]
+    paths = [*sorted((ROOT / "csrc").rglob("*")), *sorted((ROOT / "fuzz").rglob("*"))]
+    return [str(path.relative_to(ROOT)) for path in paths if path.suffix in SUFFIXES]
 
 
 def commands(fix: bool) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tools.environment import ROOT
 
 NEEDED = ("maskops/__init__.py", "maskops/_native.so", "maskops/_build_report.json", "maskops/cli/bench/command.py")
-FOREIGN = ("tests", "tools", "benchmarks", "csrc", "examples")
+FOREIGN = ("tests", "tools", "benchmarks", "csrc", "examples", "fuzz")
 PROOF = """
 import torch, maskops
 from maskops import extension, masks

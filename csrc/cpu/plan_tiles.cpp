@@ -230,7 +230,7 @@ class WorkList {
           mixed |= (to[i] <= from[i]) & (last[item.first + i] > first[item.first + i]);
         }
       }
-      bool partial = mixed != 0 || full_high <= full_low;
+      bool partial = mixed != 0 || high == 0 || full_high <= full_low;
       if (!partial && !valid_before_.empty()) {
         partial = valid_before_[static_cast<size_t>(full_high)] - valid_before_[static_cast<size_t>(full_low)] !=
                   full_high - full_low;

@@ -8,6 +8,7 @@
 
 typedef float vf __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES), may_alias));  // bits: sums of them wrap around
 typedef float vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 constexpr int W = VECTOR_BYTES / 4;  // lanes
@@ -100,7 +101,7 @@ static ALWAYS_INLINE vf exp2_lanes(vf x) {
   const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
   x = vmax(splat(-127.0f), x);
   vf t = x + shift;
-  return (vf)((vi)exp2_of_fraction(x - (t - shift)) + ((vi)t << 23));
+  return (vf)((vu)exp2_of_fraction(x - (t - shift)) + ((vu)t << 23));
 }
 
 // tanh with a relative error of a few 1e-7: an odd polynomial (minimax on [0, 0.625]) near 0, where
@@ -205,7 +206,7 @@ static ALWAYS_INLINE vf load_lanes(const float16* p) {
 static ALWAYS_INLINE void store_lanes(float* p, vf v) { store(p, v); }
 static ALWAYS_INLINE void store_lanes(bfloat16* p, vf v) {
 #if defined(__x86_64__) && VECTOR_BYTES >= 32
-  const vi bits = (vi)v;
+  const vu bits = (vu)v;
   const vi rounded = (vi)(((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff);
   const vi selected = v != v ? splat_int(0x7fc0) : rounded;
 #if VECTOR_BYTES == 64

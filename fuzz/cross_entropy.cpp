@@ -1,0 +1,55 @@
+// Cross-entropy: labels, strides and numbers of every kind, forward and backward.
+#include <algorithm>
+
+#include "targets.h"
+
+namespace fuzz {
+
+void fuzz_cross_entropy(Input& input) {
+  const bool wild = input.once_in(4);
+  const int64_t rows = input.length(40), vocabulary = input.length(300);
+  const DType dtype = input.floating();
+  const Value logits = input.misshapen(input.floats({rows, vocabulary}, dtype, wild));
+  const int64_t ignore_index = input.once_in(4) ? input.hostile(vocabulary) : -100;
+  Value target = input.misshapen(input.integers({rows}, input.of({DType::int64, DType::int32})));
+  for (int64_t i = 0; i < target.elements; i++) {
+    if (target.dtype != DType::int64 && target.dtype != DType::int32) break;
+    const int64_t label = input.below(std::max<int64_t>(vocabulary, 1));
+    set(target, i, input.once_in(64) ? input.hostile(vocabulary) : input.once_in(8) ? ignore_index : label);
+  }
+  const auto number = [&](double usual) { return input.once_in(4) ? (wild ? input.real() : 0.25) : usual; };
+  const double smoothing = number(0.0), z_loss = number(0.0), softcap = number(0.0), scale = number(1.0);
+  Call forward;
+  forward.add(logits).add(target).add(ignore_index).add(smoothing).add(z_loss).add(softcap).add(scale);
+  const bool entropy = input.once_in(2), argmax = input.once_in(2);
+  forward.add(entropy).add(argmax);
+  std::vector<Value> results;
+  if (!run_twice(input, forward, "cross_entropy_forward", 6, results)) return;
+  if (argmax) {
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t column = results[4].data<int64_t>()[i];
+      if (column < -1 || column >= logits.sizes[1]) fail("cross_entropy_forward: argmax is no column");
+    }
+  }
+
+  const auto gradient = [&] {
+    if (input.once_in(3)) return Value::dense({0}, DType::float32);
+    return input.misshapen(input.floats({input.once_in(64) ? rows + 1 : rows}, DType::float32, wild));
+  };
+  const Value grad_loss = gradient(), grad_lse = gradient(), grad_logprobs = gradient(), grad_entropy = gradient();
+  const bool in_place = input.once_in(2);
+  const Value saved[] = {input.misshapen(results[1]), input.misshapen(results[2]), input.misshapen(results[3]),
+                         input.misshapen(results[5])};
+  Call backward;
+  backward.add(grad_loss).add(grad_lse).add(grad_logprobs).add(grad_entropy).add(logits).add(target);
+  for (const Value& value : saved) backward.add(value);
+  backward.add(input.once_in(16) ? input.hostile(vocabulary) : ignore_index);
+  backward.add(input.once_in(16) ? 0.5 : smoothing).add(z_loss).add(softcap).add(scale);
+  if (in_place) {
+    run_twice(input, backward, "cross_entropy_backward_", 0, results, {logits});
+  } else {
+    run_twice(input, backward, "cross_entropy_backward", 1, results);
+  }
+}
+
+}  // namespace fuzz
