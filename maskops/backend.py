@@ -170,6 +170,8 @@ BACKENDS: dict[str, Backend] = {
                     "double backward": _NO_DOUBLE_BACKWARD,
                 },
             ),
+            "append_kv": Declaration(dtypes=_ALL_FLOATS),
+            "decode_attention": Declaration(dtypes=_HALVES_AND_SINGLE),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
         },

@@ -12,6 +12,8 @@ struct AttentionShape;
 struct BackwardTask;
 struct CrossEntropyBackward;
 struct CrossEntropyForward;
+struct DecodeForward;
+struct DecodeTask;
 struct LaneBlock;
 struct SoftmaxBackward;
 struct SoftmaxForward;
@@ -26,6 +28,10 @@ struct KernelTable {
   void (*attention_backward)(const AttentionBackward&, const BackwardTask&, char* scratch);
   void (*attention_backward_merge)(const AttentionBackward&, const BackwardTask*, int n_tasks, int64_t key,
                                    float* scratch);
+  size_t (*decode_scratch)(const AttentionShape&, int n_spans, int rows);
+  int64_t (*decode_partial_width)(const AttentionShape&);  // floats of a row's partial result
+  void (*decode_forward)(const DecodeForward&, const DecodeTask&, char* scratch);
+  void (*decode_merge)(const DecodeForward&, const DecodeTask*, int n_tasks, char* scratch);
   void (*cross_entropy_forward)(const CrossEntropyForward&, int64_t row_begin, int64_t row_end);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
   void (*cross_entropy_backward_streaming)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);

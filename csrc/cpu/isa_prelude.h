@@ -17,5 +17,6 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "decode.h"
 #include "isa.h"
 #include "softmax.h"

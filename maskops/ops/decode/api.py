@@ -17,7 +17,7 @@ from maskops.layouts import values_can_be_read
 from maskops.masks import Mask
 from maskops.ops.attention import reference as attention_reference
 from maskops.ops.attention.registration import in_order_of
-from maskops.ops.decode import reference
+from maskops.ops.decode import reference, registration
 from maskops.spans import RowSpans
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def append_kv(
             )
     _check_integers("lengths", lengths, (batch,), "(batch,)", k_cache.device)
     used = {"paged": block_table is not None, "batch_index": batch_index is not None}
-    backends.choose(
+    name = backends.choose(
         "append_kv",
         k_cache.device.type,
         k_cache.dtype,
@@ -112,10 +112,17 @@ def append_kv(
         requested=backend,
         reference_bytes=None if torch.compiler.is_compiling() or k.is_meta else k.numel() * k.element_size(),
     )
-    integers = [x for x in (lengths, block_table, batch_index) if x is not None]
-    if values_can_be_read(integers, k_cache.device):
-        reference.check_append(lengths, new, block_table, batch_index, k_cache)
-    reference.append(k_cache, v_cache, k, v, lengths, block_table, batch_index)
+    if name == backends.REFERENCE:
+        integers = [x for x in (lengths, block_table, batch_index) if x is not None]
+        if values_can_be_read(integers, k_cache.device):
+            reference.check_append(lengths, new, block_table, batch_index, k_cache)
+        reference.append(k_cache, v_cache, k, v, lengths, block_table, batch_index)
+        return
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    registration.append(k_cache, v_cache, k, v, lengths, block_table, batch_index)
+    if not torch.compiler.is_compiling():
+        # As torch's own in-place operations do: what autograd may have saved of a cache is not that any more.
+        torch.autograd.graph.increment_version([x for x in (k_cache, v_cache) if not x.is_inference()])
 
 
 @overload
@@ -268,7 +275,7 @@ def decode_attention(
         "sinks": sinks is not None,
     }
     is_traced = torch.compiler.is_compiling() or q.is_meta
-    backends.choose(
+    name = backends.choose(
         "decode_attention",
         device.type,
         q.dtype,
@@ -276,10 +283,30 @@ def decode_attention(
         requested=backend,
         reference_bytes=None if is_traced else lambda: _reference_bytes(q, k_cache, v_cache, capacity),
     )
+    if name != backends.REFERENCE:
+        # The op knows lengths by itself: a plan is for what else the mask says.
+        needs_plan = mask is not None or alibi_slopes is not None
+        spans = _plan(mask, q, capacity, lengths, leftpad, alibi_slopes is not None) if needs_plan else None
+        q = q if q.stride(3) == 1 else q.contiguous()
+        out, lse = registration.attend(
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            leftpad,
+            block_table,
+            batch_index,
+            spans,
+            alibi_slopes,
+            sinks,
+            scale,
+            float(softcap),
+        )
+        return (out, lse) if return_lse else out
     integer_tensors = [x for x in (lengths, leftpad, block_table, batch_index) if x is not None]
     if values_can_be_read(integer_tensors, device):
         reference.check_filled(lengths, leftpad, block_table, batch_index, k_cache)
-    spans = _plan(mask, q, capacity, lengths, leftpad, alibi_slopes is not None)
+    spans = _within(_plan(mask, q, capacity, lengths, leftpad, alibi_slopes is not None), lengths, leftpad)
     autocast = torch.amp.is_autocast_available(device.type)
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
         out, lse = attention_reference.attention(
@@ -302,7 +329,7 @@ def decode_attention(
 def _plan(
     mask: Mask | RowSpans | None, q: Tensor, capacity: int, lengths: Tensor, leftpad: Tensor | None, positions: bool
 ) -> RowSpans:
-    """The spans of the queries over the whole capacity, within ``[leftpad, lengths)``."""
+    """The spans of the queries over the whole capacity; those of a Mask lie within ``[leftpad, lengths)``."""
     batch, q_len = q.shape[0], q.shape[2]
     if mask is None or isinstance(mask, Mask):
         # Out of range lengths are refused where the cache is read, in the words of this function.
@@ -332,11 +359,11 @@ def _plan(
             "alibi_slopes needs the positions of rows, which this RowSpans lacks: plan it with "
             "mask.spans(..., positions=True)"
         )
-    return _within(mask, lengths, leftpad)
+    return mask
 
 
 def _within(spans: RowSpans, lengths: Tensor, leftpad: Tensor | None) -> RowSpans:
-    """The spans cut to ``[leftpad, lengths)``. The work lists stay as they are: what runs here does not read them."""
+    """The spans cut to ``[leftpad, lengths)``; the work lists, which the reference does not read, stay as they are."""
     high = lengths.clamp(0, spans.k_len).to(torch.int32)[:, None]
     low = torch.zeros_like(high) if leftpad is None else leftpad.clamp(0, spans.k_len).to(torch.int32)[:, None]
     start = torch.maximum(spans.start, low)

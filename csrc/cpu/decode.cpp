@@ -1,0 +1,186 @@
+// The schedule of attention over a cache: tasks are runs of keys, cut at fixed keys of a sequence, so that neither the
+// number of threads nor the other sequences of the batch change a bit of the result.
+#include "decode.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+
+namespace maskops {
+namespace {
+
+// Keys are cut at multiples of this: enough tasks for many threads, each long enough to cost more than its merge.
+constexpr int32_t KEYS_PER_TASK = 512;
+// A worker's share takes a few microseconds at least, else waking a thread costs more than it brings.
+constexpr double BYTES_PER_WORKER = 128 << 10;
+constexpr double FLOPS_PER_WORKER = 2e6;
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(size_t bytes) {
+  auto* memory = static_cast<char*>(std::aligned_alloc(64, (std::max<size_t>(bytes, 1) + 63) / 64 * 64));
+  if (memory == nullptr) throw std::bad_alloc();
+  return Memory(memory);
+}
+
+int useful_workers(const Threads& threads, double shares, size_t n_tasks) {
+  return static_cast<int>(std::min({static_cast<double>(threads.count), 1 + shares, std::max<double>(1, n_tasks)}));
+}
+
+// The hull of the keys that some query of [begin, end) of a sequence sees.
+void hull_of(const DecodeForward& p, int64_t batch, int64_t begin, int64_t end, int32_t& low, int32_t& high) {
+  const auto k_len = static_cast<int32_t>(p.shape.k_len);
+  const int32_t first = std::max(p.first[batch], 0), length = std::min(p.length[batch], k_len);
+  low = first;
+  high = length;
+  if (p.spans.start != nullptr) {
+    low = k_len;
+    high = 0;
+    for (int32_t s = 0; s < p.spans.n_spans; s++) {
+      const int64_t offset = s * p.spans.span_stride + batch * p.spans.batch_stride;
+      for (int64_t row = begin; row < end; row++) {
+        const int32_t lo = std::max(p.spans.start[offset + row], first);
+        const int32_t hi = std::min(p.spans.end[offset + row], length);
+        if (lo >= hi) continue;
+        low = std::min(low, lo);
+        high = std::max(high, hi);
+      }
+    }
+  }
+  if (low >= high) low = high = 0;
+}
+
+}  // namespace
+
+void decode_forward(const DecodeForward& p, const Threads& threads) {
+  const AttentionShape& shape = p.shape;
+  const KernelTable& table = kernels();
+  const int64_t group = shape.heads / shape.kv_heads, rows = shape.q_len * group;
+  const auto width = static_cast<int64_t>(table.decode_partial_width(shape));
+
+  struct Group {  // tasks that share their rows
+    int64_t first_task, n_tasks;
+  };
+  std::vector<DecodeTask> tasks;
+  std::vector<Group> merges;
+  int64_t partial_floats = 0;
+  double pairs = 0, keys = 0;
+  for (int64_t batch = 0; batch < shape.batch; batch++) {
+    for (int64_t row = 0; row < rows; row += DECODE_ROWS) {
+      const int64_t row_end = std::min(rows, row + DECODE_ROWS);
+      int32_t low, high;
+      hull_of(p, batch, row / group, (row_end - 1) / group + 1, low, high);
+      pairs += static_cast<double>(high - low) * static_cast<double>((row_end - row) * shape.kv_heads);
+      keys += static_cast<double>(high - low) * static_cast<double>(shape.kv_heads);
+      for (int64_t head = 0; head < shape.kv_heads; head++) {
+        const auto first = static_cast<int64_t>(tasks.size());
+        for (int32_t key = low;;) {
+          const auto next = static_cast<int32_t>(
+              std::min<int64_t>(high, (static_cast<int64_t>(key) / KEYS_PER_TASK + 1) * KEYS_PER_TASK));
+          tasks.push_back({static_cast<int32_t>(batch), static_cast<int32_t>(head), static_cast<int32_t>(row),
+                           static_cast<int32_t>(row_end), key, next, nullptr});
+          key = next;
+          if (key >= high) break;
+        }
+        const auto n_tasks = static_cast<int64_t>(tasks.size()) - first;
+        if (n_tasks > 1) {
+          merges.push_back({first, n_tasks});
+          partial_floats += n_tasks * (row_end - row) * width;
+        }
+      }
+    }
+  }
+  const Memory partials = allocate(static_cast<size_t>(partial_floats) * sizeof(float));
+  auto* next = reinterpret_cast<float*>(partials.get());
+  for (const Group& merge : merges) {
+    for (int64_t i = 0; i < merge.n_tasks; i++) {
+      DecodeTask& task = tasks[merge.first_task + i];
+      task.partial = next;
+      next += (task.row_end - task.row_begin) * width;
+    }
+  }
+
+  const double widths = static_cast<double>(shape.head_dim + shape.value_dim);
+  const double shares = std::max(2.0 * pairs * widths / FLOPS_PER_WORKER,
+                                 keys * widths * static_cast<double>(bytes_of(shape.element)) / BYTES_PER_WORKER);
+  const int workers = useful_workers(threads, shares, tasks.size());
+  struct Context {
+    const DecodeForward& p;
+    const KernelTable& table;
+    const std::vector<DecodeTask>& tasks;
+    const std::vector<Group>& merges;
+    std::vector<Memory> scratch;
+  } context{p, table, tasks, merges, {}};
+  const size_t bytes =
+      table.decode_scratch(shape, p.spans.n_spans, static_cast<int>(std::min<int64_t>(rows, DECODE_ROWS)));
+  for (int worker = 0; worker < workers; worker++) context.scratch.push_back(allocate(bytes));
+  threads.run(
+      static_cast<int64_t>(tasks.size()), workers,
+      [](int64_t task, int worker, void* pointer) {
+        auto& context = *static_cast<Context*>(pointer);
+        context.table.decode_forward(context.p, context.tasks[task], context.scratch[worker].get());
+      },
+      &context);
+  threads.run(
+      static_cast<int64_t>(merges.size()), workers,
+      [](int64_t index, int worker, void* pointer) {
+        auto& context = *static_cast<Context*>(pointer);
+        const Group& merge = context.merges[index];
+        context.table.decode_merge(context.p, &context.tasks[merge.first_task], static_cast<int>(merge.n_tasks),
+                                   context.scratch[worker].get());
+      },
+      &context);
+}
+
+namespace {
+
+// Copies the new keys of one sequence and head, page by page.
+void append_rows(const AppendKv& p, const StridedRows& cache, const StridedRows& source, int64_t bytes, int64_t batch,
+                 int64_t head) {
+  const int64_t element = p.element_bytes;
+  const bool is_dense = cache.row_stride * element == bytes && source.row_stride * element == bytes;
+  for (int64_t i = 0; i < p.new_keys;) {
+    const int64_t key = p.lengths[batch] + i, slot = key % p.at.page_size;
+    const int64_t n = std::min(p.new_keys - i, p.at.page_size - slot);
+    const int64_t place = p.at.place[batch * p.at.places + key / p.at.page_size];
+    char* target = static_cast<char*>(cache.data) +
+                   (place * cache.batch_stride + head * cache.head_stride + slot * cache.row_stride) * element;
+    const char* from = static_cast<const char*>(source.data) +
+                       (batch * source.batch_stride + head * source.head_stride + i * source.row_stride) * element;
+    if (is_dense) {
+      std::memmove(target, from, static_cast<size_t>(n * bytes));
+    } else {
+      for (int64_t j = 0; j < n; j++) {
+        std::memmove(target + j * cache.row_stride * element, from + j * source.row_stride * element,
+                     static_cast<size_t>(bytes));
+      }
+    }
+    i += n;
+  }
+}
+
+}  // namespace
+
+void append_kv(const AppendKv& p, const Threads& threads) {
+  const double bytes =
+      static_cast<double>(p.batch * p.kv_heads * p.new_keys) * static_cast<double>(p.key_bytes + p.value_bytes);
+  const int64_t n_tasks = p.batch * p.kv_heads;
+  threads.run(
+      n_tasks, useful_workers(threads, bytes / BYTES_PER_WORKER, static_cast<size_t>(n_tasks)),
+      [](int64_t task, int, void* pointer) {
+        const auto& p = *static_cast<const AppendKv*>(pointer);
+        append_rows(p, p.k_cache, p.k, p.key_bytes, task / p.kv_heads, task % p.kv_heads);
+        append_rows(p, p.v_cache, p.v, p.value_bytes, task / p.kv_heads, task % p.kv_heads);
+      },
+      const_cast<AppendKv*>(&p));
+}
+
+}  // namespace maskops

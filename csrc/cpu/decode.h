@@ -1,0 +1,27 @@
+// The cache of keys and values on the CPU: what ops/decode.cpp calls, and what the schedule (decode.cpp) hands to the
+// arithmetic (decode.inc, once per instruction set).
+#pragma once
+
+#include "../decode.h"
+#include "threads.h"
+
+namespace maskops {
+
+void append_kv(const AppendKv& p, const Threads& threads);
+void decode_forward(const DecodeForward& p, const Threads& threads);
+
+// Keys that meet the rows of a task at a time.
+constexpr int DECODE_KEYS = 64;
+// Rows that keep their queries and accumulators in fast memory at a time.
+constexpr int DECODE_ROWS = 64;
+
+// The keys [key_begin, key_end) of one sequence and key head against the rows [row_begin, row_end): row r is query r /
+// group of head r % group of the group that shares the key head.
+struct DecodeTask {
+  int32_t batch, kv_head, row_begin, row_end, key_begin, key_end;
+  // Where several tasks share the keys of these rows: the maximum, the sum and the accumulator of each row, merged
+  // afterwards in the order of the keys. nullptr where the task writes the output itself.
+  float* partial;
+};
+
+}  // namespace maskops

@@ -1,0 +1,46 @@
+// Plain parameters of a cache of keys and values, and of attention over it: no torch, host and device. Key j of
+// sequence b lies in row or page place[b * places + j / page_size] of the cache, at j % page_size. See
+// maskops/ops/decode/reference.py.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+#include "element.h"
+
+namespace maskops {
+
+// Where the keys of each sequence are. Every place that holds one of the keys in use is inside the cache; the others
+// are never looked at.
+struct CachePlaces {
+  const int32_t* place;  // (batch, places): rows of a contiguous cache, or pages
+  int64_t places;        // of a sequence; 1 in a contiguous cache
+  int64_t page_size;     // keys of a page, or the capacity of a contiguous cache
+};
+
+struct AppendKv {
+  CachePlaces at;
+  StridedRows k_cache, v_cache, k, v;  // batch stride of a cache: from one row or page to the next
+  const int64_t* lengths;              // (batch): keys before the call
+  int64_t batch, kv_heads, new_keys, key_bytes, value_bytes, element_bytes;
+};
+
+// Row i of sequence b attends to the keys j with first[b] <= j < length[b] that its spans allow.
+struct DecodeForward {
+  AttentionShape shape;  // k_len: the keys that a sequence can hold
+  Spans spans;           // start is nullptr where every row sees every key in use; the work list is not read
+  CachePlaces at;
+  const int32_t* first;
+  const int32_t* length;
+  StridedRows q, k, v, out;
+  const uint8_t* dense;  // bool, nullptr without; the keys of a row are adjacent
+  int64_t dense_batch_stride, dense_head_stride, dense_row_stride;
+  const int32_t* diagonal;  // the key aligned with each row; only with slopes
+  int64_t diagonal_batch_stride;
+  const float* slopes;  // ALiBi's slope of each head, nullptr without
+  int64_t slopes_batch_stride;
+  const float* sinks;  // (heads), nullptr without
+  float* lse;          // (batch, heads, q_len)
+};
+
+}  // namespace maskops

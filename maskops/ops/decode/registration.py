@@ -1,0 +1,151 @@
+"""Operator schemas of the key/value cache and their fake kernels.
+
+The C++ extension registers implementations for these schemas; it never repeats them. An absent tensor is an empty one
+of one dimension, so that a table of no pages is present. A cache is inference: the operators have no gradients.
+"""
+
+import torch
+from torch import Tensor
+
+from maskops.ops.attention.registration import empty_in_order
+from maskops.spans import RowSpans
+
+_library = torch.library.Library("maskops", "FRAGMENT")
+# The output's strides follow those of q, and the caches are used in place, so Inductor must hand inputs over as they
+# were traced.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_library.define(
+    "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor block_table, "
+    "Tensor batch_index) -> ()",
+    tags=_TAGS,
+)
+_library.define(
+    "decode_forward(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor leftpad, Tensor block_table, "
+    "Tensor batch_index, Tensor start, Tensor end, Tensor key_valid, Tensor dense, Tensor diagonal, "
+    "Tensor alibi_slopes, Tensor sinks, float softmax_scale, float softcap) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _append_fake(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    batch_index: Tensor,
+) -> None:
+    return None
+
+
+def _decode_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    leftpad: Tensor,
+    block_table: Tensor,
+    batch_index: Tensor,
+    start: Tensor,
+    end: Tensor,
+    key_valid: Tensor,
+    dense: Tensor,
+    diagonal: Tensor,
+    alibi_slopes: Tensor,
+    sinks: Tensor,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    return empty_in_order(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+torch.library.register_fake("maskops::append_kv", _append_fake, lib=_library)
+torch.library.register_fake("maskops::decode_forward", _decode_fake, lib=_library)
+
+
+def append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    batch_index: Tensor | None,
+) -> None:
+    """Runs the registered op that appends; k and v (B, kv_heads, new, width) with a contiguous last dimension."""
+    absent = lengths.new_empty(0)
+    torch.ops.maskops.append_kv(
+        k_cache,
+        v_cache,
+        k,
+        v,
+        lengths,
+        absent if block_table is None else block_table,
+        absent if batch_index is None else batch_index,
+    )
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    leftpad: Tensor | None,
+    block_table: Tensor | None,
+    batch_index: Tensor | None,
+    spans: RowSpans | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Runs the registered op that attends.
+
+    Args:
+        q: (B, H, Sq, D), any strides with a contiguous last dimension.
+        k_cache: contiguous or paged, as v_cache.
+        v_cache: of the same shape but for the last dimension.
+        lengths: integers (B,), as leftpad and batch_index.
+        leftpad: keys before it are not there.
+        block_table: integers (B, pages).
+        batch_index: rows of the cache.
+        spans: a plan over the whole capacity; None where every query sees every key in use.
+        alibi_slopes: (H,) or (B, H); needs ``spans.positions``.
+        sinks: (H,).
+        softmax_scale: factor of the scores.
+        softcap: 0 for none.
+
+    Returns:
+        out (B, H, Sq, Dv) in q's dimension order, lse (B, H, Sq) float32.
+    """
+    absent = lengths.new_empty(0)
+    start = end = key_valid = dense = diagonal = slopes = absent
+    if spans is not None:
+        start, end, key_valid = spans.start, spans.end, spans.key_valid
+        if spans.dense is not None:
+            dense = spans.dense if spans.dense.stride(3) == 1 else spans.dense.contiguous()
+    if alibi_slopes is not None:
+        assert spans is not None
+        diagonal = spans.diag
+        slopes = alibi_slopes.to(torch.float32).reshape(-1, alibi_slopes.shape[-1]).contiguous()
+    outputs: tuple[Tensor, Tensor] = torch.ops.maskops.decode_forward(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        absent if leftpad is None else leftpad,
+        absent if block_table is None else block_table,
+        absent if batch_index is None else batch_index,
+        start,
+        end,
+        key_valid,
+        dense,
+        diagonal,
+        slopes,
+        absent if sinks is None else sinks.to(torch.float32).contiguous(),
+        softmax_scale,
+        softcap,
+    )
+    return outputs
