@@ -1,0 +1,106 @@
+"""The examples run, and what they print is true."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+LENGTHS = (3, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def walkthrough() -> dict[int, str]:
+    """What the walkthrough prints, by step."""
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "walkthrough.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        timeout=300,
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 120
+    parts = re.split(r"^ ?(\d+)\. ", result.stdout, flags=re.MULTILINE)
+    return {int(number): text for number, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+Row = tuple[str, list[float], list[float]]
+
+
+def tables(text: str) -> list[list[Row]]:
+    """The tables of a step: of each row its word and the numbers of the two ways, the row's sum last."""
+    found: list[list[Row]] = []
+    for line in text.splitlines():
+        row = re.fullmatch(r" +(\S+)([ \d.|]+)\1([ \d.|]+)", line)
+        if row is None:
+            found.append([])
+        else:
+            theirs, ours = ([float(x) for x in side.replace("|", " ").split()] for side in row.groups()[1:])
+            found[-1].append((row[1], theirs, ours))
+    return [rows for rows in found if rows]
+
+
+def differences(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"largest difference ([0-9.e+-]+)[).]", text)]
+
+
+def test_walkthrough_has_all_steps(walkthrough: dict[int, str]) -> None:
+    assert sorted(walkthrough) == list(range(1, 12))
+    assert "[6, 7, 8, 9]" in walkthrough[1] and "'transformers': 8" in walkthrough[1]
+    assert "[4, 5, 0, 0]   Hello world [PAD] [PAD]" in walkthrough[2] and "9 of 12 places" in walkthrough[2]
+    assert "[1, 1, 0, 0]" in walkthrough[3]
+    assert "(3, 4) -> is_word[:, None, :] (3, 1, 4)" in walkthrough[4]
+    assert walkthrough[7].count("-1e9") == 3 + 4 * 1 + 4 * 2 + 1  # a title each, the columns of padding, the heading
+
+
+def test_walkthrough_weights(walkthrough: dict[int, str]) -> None:
+    """Rows of words agree and sum to 1; rows of padding sum to 1 there and are 0 here."""
+    found = tables(walkthrough[8])
+    assert len(found) == len(LENGTHS)
+    for rows, length in zip(found, LENGTHS, strict=True):
+        assert [name == "[PAD]" for name, _, _ in rows] == [False] * length + [True] * (4 - length)
+        for name, (*their_weights, their_sum), (*our_weights, our_sum) in rows:
+            assert len(their_weights) == len(our_weights) == 4 and their_sum == 1.0
+            assert sum(their_weights) == pytest.approx(1.0, abs=2e-3)
+            assert their_weights[length:] == [0.0] * (4 - length)
+            if name == "[PAD]":
+                assert our_weights == [0.0] * 4 and our_sum == 0.0
+            else:
+                assert our_weights == pytest.approx(their_weights, abs=1.1e-3) and our_sum == 1.0
+    assert differences(walkthrough[8]) == [pytest.approx(0.0, abs=1e-6)]
+    assert "[0.25, 0.25, 0.25, 0.25]" in walkthrough[8] and "[0.0, 0.0, 0.0, 0.0]" in walkthrough[8]
+
+
+def test_walkthrough_context(walkthrough: dict[int, str]) -> None:
+    assert differences(walkthrough[9]) == [pytest.approx(0.0, abs=1e-6)]
+    padding = [line for line in walkthrough[9].splitlines() if line.lstrip().startswith("[PAD]")]
+    assert len(padding) == 4 - LENGTHS[0] + 4 - LENGTHS[1]
+    for line in padding:
+        _, theirs, _, ours = re.findall(r"\[([^\]]*)\]", line)
+        assert {float(x) for x in ours.split()} == {0.0} and 0.0 not in {float(x) for x in theirs.split()}
+
+
+def test_walkthrough_wrong_shape(walkthrough: dict[int, str]) -> None:
+    text = " ".join(walkthrough[10].split())
+    assert "no error. The scores are (3, 3, 4, 4)" in text
+    assert (
+        "ValueError: mask has shape (3, 1, 1, 4), x has shape (3, 4, 4): a mask must broadcast to x without enlarging "
+        "it, and these two give (3, 3, 4, 4). Use mask.squeeze(1), shape (3, 1, 4)"
+    ) in text
+    assert "shape (3, 4, 4), rows of words as in step 8: True" in text
+
+
+def test_walkthrough_packed(walkthrough: dict[int, str]) -> None:
+    text = walkthrough[11]
+    assert "cu_seqlens = [0, 3, 5, 9]" in text
+    bounds = [(int(a), int(b)) for a, b in re.findall(r"\[(\d+), (\d+)\)", text)]
+    assert bounds == [(0, 3)] * 3 + [(3, 5)] * 2 + [(5, 9)] * 4
+    assert re.findall(r"^ +([#.]{9})$", text, flags=re.MULTILINE) == [
+        "." * start + "#" * (end - start) + "." * (9 - end) for start, end in bounds
+    ]
+    assert differences(text) == [pytest.approx(0.0, abs=1e-6)]
+    assert "48 padded with -1e9, 29 packed" in text
