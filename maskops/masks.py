@@ -56,7 +56,7 @@ from maskops.layouts import (
     values_can_be_read,
 )
 from maskops.ops.plan import registration
-from maskops.spans import RowSpans, build_row_spans
+from maskops.spans import RowSpans
 
 __all__ = [
     "Mask",
@@ -385,7 +385,9 @@ class Mask:
         if positions:
             ordinal = torch.where(inside, ordinal, -1)
             where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
-        return build_row_spans(start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, positions=where)
+        return registration.derive_plan(
+            start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, positions=where
+        )
 
     def _dense_spans(
         self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None

@@ -81,7 +81,8 @@ def select_rows(
         weights = None if weights is None else weights.reshape(-1)
         n_sequences = cu_seqlens.shape[0] - 1
         index = torch.arange(labels.shape[0], device=labels.device)
-        sequence = torch.bucketize(index, cu_seqlens[1:].long(), right=True)
+        # Of all offsets, not of cu_seqlens[1:], whose size is 1 for one sequence: compiled code has a size of 1 apart.
+        sequence = torch.bucketize(index, cu_seqlens.long(), right=True) - 1
         labels = labels.masked_fill(sequence == n_sequences, ignore_index)
     if shift and target.numel() > 0:
         # A row's label is that of the next token. The logits stay where they are.

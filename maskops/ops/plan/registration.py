@@ -1,4 +1,6 @@
-"""The operator ``maskops::build_plan``: a mask as a program in, a RowSpans out, in one call.
+"""The operators that make plans: ``maskops::build_plan``, and ``maskops::derive_plan`` for compiled code.
+
+``build_plan``: a mask as a program in, a RowSpans out, in one call.
 
 The program is text, words separated by single spaces: first layouts, each with its operand numbers, then for every
 span ``span`` and two bounds, start and end, in postfix order over the values of a row::
@@ -12,6 +14,10 @@ span ``span`` and two bounds, start and end, in postfix order over the values of
 ``causal() & sliding_window(256, 0) & documents(cu_seqlens=cu)`` is ``cu_seqlens 0 0 0 span diag -256 diag 1``. What the
 words mean is written in ``layouts.py`` and ``bounds.py``; ``masks.py`` makes the programs, and its torch path is the
 meaning the operator is tested against.
+
+``derive_plan``: spans in, what ``spans.build_row_spans`` derives from them out. Its steps depend on the lengths (a level
+for each power of two), so that compiled code, if it saw them, would be made anew for other lengths: there they are one
+opaque call. Eager code calls ``build_row_spans`` itself.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import torch
 from torch import Tensor
 
 from maskops import extension
-from maskops.spans import KEY_TILE, RowSpans, tiles_per_batch_element
+from maskops.spans import KEY_TILE, RowSpans, build_row_spans, tiles_per_batch_element
 
 MAX_OPERANDS = 6
 MAX_LENGTH = 2**28
@@ -53,20 +59,71 @@ def _(
     positions: bool,
 ) -> tuple[Tensor, ...]:
     n_spans = program.split(" ").count("span")
+    spans = operand0.new_empty((n_spans, batch, q_len), dtype=torch.int32)
+    where = operand0.new_empty((3, batch, q_len) if positions else (0,), dtype=torch.int32)
+    return spans, torch.empty_like(spans), *_empty_work_lists(spans, k_len, grad), where
+
+
+def _empty_work_lists(start: Tensor, k_len: int, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is derived from spans, unwritten: key_valid, tiles, tile_count, key_tiles (empty without ``grad``)."""
+    n_spans, batch, q_len = start.shape
 
     def empty(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=operand0.device)
+        return start.new_empty(sizes, dtype=dtype)
 
-    n_tiles = (k_len + KEY_TILE - 1) // KEY_TILE
     return (
-        empty(n_spans, batch, q_len),
-        empty(n_spans, batch, q_len),
         empty(batch, k_len, dtype=torch.uint8),
         empty(batch * tiles_per_batch_element(q_len, k_len), 4 + 4 * n_spans),
         empty(1),
-        empty(n_spans, batch, n_tiles, 4) if grad else empty(0),
-        empty(3, batch, q_len) if positions else empty(0),
+        empty(n_spans, batch, (k_len + KEY_TILE - 1) // KEY_TILE, 4) if grad else empty(0),
     )
+
+
+# An absent tensor is an empty one. The same on every device: it is made of torch operations.
+_library.define(
+    "derive_plan(Tensor start, Tensor end, Tensor key_holes, Tensor dense, SymInt k_len, bool grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl("maskops::derive_plan", "CompositeExplicitAutograd", lib=_library)  # type: ignore[untyped-decorator]
+def _(start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool) -> tuple[Tensor, ...]:
+    plan = build_row_spans(
+        start,
+        end,
+        k_len,
+        key_holes=key_holes if key_holes.dim() == 2 else None,
+        dense=dense if dense.dim() == 4 else None,
+        grad=grad,
+    )
+    key_tiles = start.new_empty(0, dtype=torch.int32) if plan.key_tiles is None else plan.key_tiles
+    return plan.key_valid, plan.tiles, plan.tile_count, key_tiles
+
+
+@torch.library.register_fake("maskops::derive_plan", lib=_library)  # type: ignore[untyped-decorator]
+def _(start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool) -> tuple[Tensor, ...]:
+    return _empty_work_lists(start, k_len, grad)
+
+
+def derive_plan(
+    start: Tensor,
+    end: Tensor,
+    k_len: int,
+    *,
+    key_holes: Tensor | None,
+    dense: Tensor | None,
+    grad: bool,
+    positions: Tensor | None,
+) -> RowSpans:
+    """``spans.build_row_spans``, which compiled code calls without looking inside."""
+    if not torch.compiler.is_compiling():
+        return build_row_spans(start, end, k_len, key_holes=key_holes, dense=dense, grad=grad, positions=positions)
+    nothing = start.new_empty(0, dtype=torch.bool)
+    key_valid, tiles, tile_count, key_tiles = torch.ops.maskops.derive_plan.default(
+        start, end, nothing if key_holes is None else key_holes, nothing if dense is None else dense, k_len, grad
+    )
+    spans = (start.to(torch.int32), end.to(torch.int32))
+    return RowSpans(*spans, key_valid, tiles, tile_count, key_tiles if grad else None, positions, dense)
 
 
 def available() -> bool:
