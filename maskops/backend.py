@@ -195,7 +195,7 @@ BACKENDS: dict[str, Backend] = {
 NOT_YET = {"triton": "this release has no Triton kernels", "cuda": "this release has no CUDA kernels"}
 
 
-def _constant_when_compiling(function: _Function) -> _Function:
+def constant_when_compiling(function: _Function) -> _Function:
     """Makes Dynamo run the function while it traces, and keep the answer: it cannot trace a context variable."""
     return cast(_Function, torch.compiler.assume_constant_result(function))
 
@@ -263,7 +263,7 @@ def _size(nbytes: int | Callable[[], int] | None) -> str:
     return f"about {nbytes} {unit}"
 
 
-@_constant_when_compiling
+@constant_when_compiling
 def choose(
     op: str,
     device: str,
@@ -369,7 +369,7 @@ def validate() -> Iterator[None]:
         _validating.reset(token)
 
 
-@_constant_when_compiling
+@constant_when_compiling
 def validating() -> bool:
     """Whether values are to be checked on devices where that means to wait."""
     return _validating.get()

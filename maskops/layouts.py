@@ -149,12 +149,12 @@ def _sequences_of_ids(ids: Tensor, batch: int) -> Sequences:
         nothing = torch.zeros_like(ids)
         return Sequences(nothing, nothing, nothing, nothing, nothing)
     position = torch.arange(length, device=ids.device).expand(rows, length)
-    begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    # Padded first, then cut: compiled code would have a size of length - 1 = 1 apart.
+    before = torch.nn.functional.pad(ids, (1, 0))[:, :-1]
+    begins = (ids != before) | (position == 0)
     start = torch.where(begins, position, 0).cummax(1).values
-    next_begin = torch.where(begins, position, length)[:, 1:].flip(1)
-    if length > 1:
-        next_begin = next_begin.cummin(1).values
-    end = torch.nn.functional.pad(next_begin.flip(1), (0, 1), value=length)
+    ends = torch.nn.functional.pad(begins, (0, 1), value=True)[:, 1:]
+    end = torch.where(ends, position + 1, length).flip(1).cummin(1).values.flip(1)
     inside = ids >= 0
     ordinal = (begins & inside).flatten().to(torch.int64).cumsum(0).view(rows, length) - 1
     start, end = torch.where(inside, start, 0), torch.where(inside, end, 0)

@@ -385,9 +385,7 @@ class Mask:
         if positions:
             ordinal = torch.where(inside, ordinal, -1)
             where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
-        return registration.derive_plan(
-            start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, positions=where
-        )
+        return registration.derive_plan(start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, positions=where)
 
     def _dense_spans(
         self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None

@@ -15,6 +15,7 @@ from maskops import masks
 from maskops.layouts import VARLEN
 from maskops.masks import Mask
 from maskops.ops.attention import reference, registration
+from maskops.ops.scalars import scalar
 from maskops.spans import RowSpans
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
             raise TypeError(f"{name} is {x.dtype}: expected float32, bfloat16, float16 or float64")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
-    if _has_autocast(q.device) and torch.is_autocast_enabled(q.device.type):
+    if _has_autocast(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if q.dtype not in _DTYPES:
@@ -294,9 +295,10 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
     return q, k, v
 
 
-def _has_autocast(device: torch.device) -> bool:
+@backends.constant_when_compiling
+def _has_autocast(device: str) -> bool:
     """Whether autocast knows the type of the device; of meta and others it does not want to be asked."""
-    return torch.amp.is_autocast_available(device.type)
+    return torch.amp.is_autocast_available(device)
 
 
 def _check_heads_and_lengths(
@@ -421,6 +423,8 @@ def _attention(
     k_len = k.shape[2]
     device = q.device
     _check_numbers(softcap, softmax_scale, dropout_p)
+    if dropout_p == 0:
+        dropout_p = 0.0  # a constant, also in compiled code, which may take the default for an unknown float
     _check_mask_type(mask, batch, q_len, k_len)
     if bias is not None:
         bias = _check_bias(bias, (batch, heads, q_len, k_len), device)
@@ -465,19 +469,20 @@ def _attention(
         requested=backend,
         reference_bytes=None if torch.compiler.is_compiling() or q.is_meta else lambda: _reference_bytes(q, spans),
     )
-    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
+    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    scale_of_kernel = scale if softmax_scale is None else scalar(softmax_scale)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if name != backends.REFERENCE:
-        return registration.span_attention(q, k, v, spans, scale, float(softcap))
+        return registration.span_attention(q, k, v, spans, scale_of_kernel, scalar(softcap, neutral=0.0))
     # Drawn from torch's generator, so that manual_seed and fork_rng reach it; a tensor, so that it costs no sync.
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device) if dropout_p > 0 else None
-    with torch.autocast(device.type, enabled=False) if _has_autocast(device) else contextlib.nullcontext():
+    with torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else contextlib.nullcontext():
         out, lse = reference.attention(
             q,
             k,
             v,
             spans,
-            softmax_scale=scale,
+            softmax_scale=float(scale),
             softcap=float(softcap),
             bias=bias,
             alibi_slopes=alibi_slopes,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from maskops.ops.scalars import call, define_open
 from maskops.spans import RowSpans
 
 _library = torch.library.Library("maskops", "FRAGMENT")
@@ -110,6 +111,8 @@ def _backward_fake(
 
 torch.library.register_fake("maskops::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("maskops::attention_backward", _backward_fake, lib=_library)
+define_open(_library, "attention_forward", _TAGS)
+define_open(_library, "attention_backward", _TAGS)
 
 
 class _Backward(torch.autograd.Function):
@@ -117,7 +120,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.maskops.attention_backward(*args)
+        grads: tuple[Tensor, Tensor, Tensor] = call("attention_backward", *args)
         return grads
 
     @staticmethod
@@ -137,7 +140,7 @@ class _SpanAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = torch.ops.maskops.attention_forward(*args)
+        outputs: tuple[Tensor, Tensor] = call("attention_forward", *args)
         return outputs
 
     @staticmethod
@@ -161,19 +164,19 @@ class _SpanAttention(torch.autograd.Function):
             # create_graph=True: somebody may differentiate the gradients, and is told.
             dq, dk, dv = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
-            dq, dk, dv = torch.ops.maskops.attention_backward(*arguments)
+            dq, dk, dv = call("attention_backward", *arguments)
         return dq, dk, dv, None, None, None, None, None, None, None
 
 
 def span_attention(
-    q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, softmax_scale: float, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, softmax_scale: float | Tensor, softcap: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Runs the registered op, differentiably; the kernel is found by the device of the tensors.
 
     Args:
         q: (B, Hq, Sq, D), any strides with a contiguous last dimension, as k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv).
         spans: plan without dense mask.
-        softmax_scale: factor of the scores.
+        softmax_scale: factor of the scores; this number and the next as ``scalars.scalar`` gives them.
         softcap: 0 for none.
 
     Returns:
@@ -184,7 +187,7 @@ def span_attention(
     if not needs_grad and forward_ad._current_level < 0:
         # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
         # the function says that it has none, where the operator would drop the tangents without a word.
-        outputs: tuple[Tensor, Tensor] = torch.ops.maskops.attention_forward(q, k, v, *plan, softmax_scale, softcap)
+        outputs: tuple[Tensor, Tensor] = call("attention_forward", q, k, v, *plan, softmax_scale, softcap)
         return outputs
     # Dynamo rejects the same tensor given twice to an autograd.Function; a view is another tensor.
     if v is q or v is k:

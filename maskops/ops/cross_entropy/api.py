@@ -20,6 +20,7 @@ from maskops.ops.cross_entropy.arguments import (
     dtype_name,
 )
 from maskops.ops.cross_entropy.rows import Scoring, check_labels, reduce_rows, select_rows
+from maskops.ops.scalars import scalar
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -213,7 +214,9 @@ def cross_entropy(
             check_labels(rows.labels, matrix.shape[1], ignore_index)
         results = reference.row_losses(matrix, rows.labels, scoring)
     else:
-        results = registration.row_losses(matrix, rows.labels, scoring, inplace_backward)
+        # Compiled code may keep numbers open, which an operator takes as tensors.
+        opened = (scalar(label_smoothing, 0.0), scalar(z_loss, 0.0), scalar(softcap, 0.0), scalar(logit_scale, 1.0))
+        results = registration.row_losses(matrix, rows.labels, scoring, opened, inplace_backward)
     row_loss, lse, logprobs, entropy, argmax = results
 
     shape = target.shape

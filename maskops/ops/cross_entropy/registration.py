@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from maskops.ops.cross_entropy.rows import Scoring
+from maskops.ops.scalars import call, define_open
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 # The columns of a row are contiguous, so Inductor must hand the logits over as they were traced.
@@ -104,12 +105,16 @@ def _(
     return None
 
 
+define_open(_library, "cross_entropy_forward", _TAGS)
+define_open(_library, "cross_entropy_backward", _TAGS)
+
+
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        grad: Tensor = torch.ops.maskops.cross_entropy_backward(*args)
+        grad: Tensor = call("cross_entropy_backward", *args)
         return grad
 
     @staticmethod
@@ -131,7 +136,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = torch.ops.maskops.cross_entropy_forward(*args[:-1])
+        outputs: tuple[Tensor, ...] = call("cross_entropy_forward", *args[:-1])
         return outputs
 
     @staticmethod
@@ -163,7 +168,7 @@ class _CrossEntropy(torch.autograd.Function):
             # Whoever else saved the logits for a backward pass of its own gets autograd's error, not a wrong gradient.
             torch.autograd.graph.increment_version(grad)
         else:
-            grad = torch.ops.maskops.cross_entropy_backward(*incoming, logits, *saved, *ctx.numbers)
+            grad = call("cross_entropy_backward", *incoming, logits, *saved, *ctx.numbers)
         return grad, *[None] * 9
 
 
@@ -171,6 +176,7 @@ def row_losses(
     logits: Tensor,
     labels: Tensor,
     scoring: Scoring,
+    numbers: tuple[float | Tensor, ...],
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the registered op, differentiably; the kernel is found by the device of the logits.
@@ -178,17 +184,19 @@ def row_losses(
     Args:
         logits: (N, V), any row stride, contiguous columns.
         labels: (N,) int32 or int64; rows that hold ``scoring.ignore_index`` are skipped and never read.
+        numbers: the floats of ``scoring`` in their order, as ``scalars.scalar`` gives them.
         inplace_backward: lets the backward pass write the gradient over the logits.
 
     Returns:
         loss, lse, logprobs, entropy, argmax: one value per row; the last two are empty where they were not asked for.
     """
+    arguments = (logits, labels, scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if not needs_grad and forward_ad._current_level < 0:
         # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
         # the function says that it has none, where the operator would drop the tangents without a word.
-        results = torch.ops.maskops.cross_entropy_forward(logits, labels, *scoring)
+        results = call("cross_entropy_forward", *arguments)
     else:
-        results = _CrossEntropy.apply(logits, labels, *scoring, inplace_backward)  # type: ignore[no-untyped-call]
+        results = _CrossEntropy.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
     loss, lse, logprobs, entropy, argmax, _columns = results
     return loss, lse, logprobs, entropy, argmax

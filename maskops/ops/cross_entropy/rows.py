@@ -86,10 +86,11 @@ def select_rows(
         labels = labels.masked_fill(sequence == n_sequences, ignore_index)
     if shift and target.numel() > 0:
         # A row's label is that of the next token. The logits stay where they are.
-        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        # Padded first, then cut: a size one less than that of target could be 1, which compiled code has apart.
+        labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if sequence is not None:
-            labels = labels.masked_fill(sequence != F.pad(sequence[1:], (0, 1), value=-1), ignore_index)
-        weights = None if weights is None else F.pad(weights[..., 1:], (0, 1))
+            labels = labels.masked_fill(sequence != F.pad(sequence, (0, 1), value=-1)[1:], ignore_index)
+        weights = None if weights is None else F.pad(weights, (0, 1))[..., 1:]
     labels = labels.reshape(-1)
     kept = labels != ignore_index
     if weights is not None:
@@ -100,10 +101,12 @@ def select_rows(
 def _total(values: Tensor) -> Tensor:
     """Sum over the last dimension, the same bits for any number of threads."""
     length = values.shape[-1]
-    if length <= _PIECE:
+    if not torch.compiler.is_compiling() and length <= _PIECE:
         return values.sum(-1)
-    pieces = F.pad(values, (0, -length % _PIECE))
-    return pieces.reshape(*values.shape[:-1], -1, _PIECE).sum(-1).sum(-1)
+    # Compiled code is made once for short and long sums, and has sizes of 1 apart: it always takes two pieces or more.
+    count = length // _PIECE + 2
+    pieces = F.pad(values, (0, count * _PIECE - length))
+    return pieces.reshape(*values.shape[:-1], count, _PIECE).sum(-1).sum(-1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

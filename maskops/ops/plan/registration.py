@@ -15,9 +15,9 @@ span ``span`` and two bounds, start and end, in postfix order over the values of
 words mean is written in ``layouts.py`` and ``bounds.py``; ``masks.py`` makes the programs, and its torch path is the
 meaning the operator is tested against.
 
-``derive_plan``: spans in, what ``spans.build_row_spans`` derives from them out. Its steps depend on the lengths (a level
-for each power of two), so that compiled code, if it saw them, would be made anew for other lengths: there they are one
-opaque call. Eager code calls ``build_row_spans`` itself.
+``derive_plan``: spans in, what ``spans.build_row_spans`` derives from them out. Its steps depend on the lengths (a
+level for each power of two), so that compiled code, if it saw them, would be made anew for other lengths: there they
+are one opaque call. Eager code calls ``build_row_spans`` itself.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _library.define(
 )
 
 
-@torch.library.impl("maskops::derive_plan", "CompositeExplicitAutograd", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.impl("maskops::derive_plan", "CompositeExplicitAutograd", lib=_library)
 def _(start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool) -> tuple[Tensor, ...]:
     plan = build_row_spans(
         start,
