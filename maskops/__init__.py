@@ -49,6 +49,7 @@ from maskops.compat import (  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
 from maskops.ops.decode.api import append_kv, decode_attention  # noqa: E402
+from maskops.ops.linear_cross_entropy.api import linear_cross_entropy  # noqa: E402
 from maskops.ops.merge.api import merge_attention  # noqa: E402
 from maskops.ops.softmax.api import masked_softmax  # noqa: E402
 from maskops.packing import PackedBatch, pad_input, unpad_input  # noqa: E402
@@ -72,6 +73,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "linear_cross_entropy",
     "masked_softmax",
     "masks",
     "merge_attention",

@@ -149,6 +149,15 @@ FEATURES: dict[str, dict[str, str]] = {
         "compile": "`torch.compile(fullgraph=True)`, forward and backward",
         "double backward": "double backward",
     },
+    "linear_cross_entropy": {
+        "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens take no part in a matrix product",
+        "layer": "`bias`; `hidden` and `weight` of different dtypes; gradients of all three, summed in float32",
+        "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
+        "reductions": "`mean`, `sum`, `none`, `sequence_mean` over `cu_seqlens`, `num_items`, `shift`",
+        "outputs": "`return_lse`, `return_logprobs`, `return_entropy` with gradients, `return_argmax`",
+        "compile": "`torch.compile(fullgraph=True)`, forward and backward",
+        "double backward": "double backward",
+    },
 }
 
 # In the order in which "auto" tries them; the reference is last, and serves everything.
@@ -174,6 +183,9 @@ BACKENDS: dict[str, Backend] = {
             "decode_attention": Declaration(dtypes=_HALVES_AND_SINGLE),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
+            "linear_cross_entropy": Declaration(
+                dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}
+            ),
         },
     ),
     REFERENCE: Backend(
@@ -186,6 +198,7 @@ BACKENDS: dict[str, Backend] = {
             "decode_attention": Declaration(dtypes=_ALL_FLOATS),
             "cross_entropy": Declaration(dtypes=_ALL_FLOATS),
             "masked_softmax": Declaration(dtypes=_ALL_FLOATS),
+            "linear_cross_entropy": Declaration(dtypes=_ALL_FLOATS),
         },
     ),
 }

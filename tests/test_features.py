@@ -139,6 +139,41 @@ def _reductions(backend: str, x: dict[str, Tensor]) -> Outputs:
     return tuple(result for probe in results for result in [probe(backend, x)] if isinstance(result, Tensor))
 
 
+LAYER = {"hidden": (2, 5, 6), "weight": (11, 6)}
+
+
+def _layer_loss(**keywords: Any) -> Probe:
+    def probe(backend: str, x: dict[str, Tensor]) -> Outputs:
+        with maskops.use_backend(backend, fallback="error"):
+            result = maskops.linear_cross_entropy(x["hidden"], x["weight"], TARGET, bias=x.get("bias"), **keywords)
+        return result if isinstance(result, Tensor) else tuple(part for part in result if part is not None)
+
+    return probe
+
+
+def _layer_ignored(backend: str, x: dict[str, Tensor]) -> Outputs:
+    poison = torch.where(((TARGET == -100) | (KEPT == 0))[..., None], torch.nan, 0.0)
+    score = _layer_loss(mask=KEPT, token_weights=torch.linspace(0.5, 2.0, 10).reshape(2, 5))
+    return score(backend, x | {"hidden": x["hidden"] + poison})
+
+
+def _layer_of_two_dtypes(backend: str, x: dict[str, Tensor]) -> Outputs:
+    wide = x["hidden"].dtype == torch.float64
+    halved = x["hidden"].to(torch.bfloat16)
+    return _layer_loss()(backend, x | {"hidden": halved.double() if wide else halved})
+
+
+def _layer_reductions(backend: str, x: dict[str, Tensor]) -> Outputs:
+    results = [
+        _layer_loss(reduction="mean", shift=True),
+        _layer_loss(reduction="mean", num_items=7),
+        _layer_loss(reduction="sum"),
+        _layer_loss(reduction="none"),
+        _layer_loss(reduction="sequence_mean", cu_seqlens=torch.tensor([0, 2, 2, 9], dtype=torch.int32)),
+    ]
+    return tuple(result for probe in results for result in [probe(backend, x)] if isinstance(result, Tensor))
+
+
 CACHED = {"q": (3, 4, 2, 8), "k": (3, 2, 24, 8), "v": (3, 2, 24, 12)}
 FILLED = torch.tensor([9, 0, 24])
 PAGES = torch.tensor([[4, 0, 5], [7, 7, 7], [2, 8, 1]], dtype=torch.int32)
@@ -274,8 +309,24 @@ PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
         SCORES,
         _double_backward(lambda backend, x: maskops.masked_softmax(x["x"], VISIBLE, backend=backend), "x"),
     ),
+    ("linear_cross_entropy", "ignored"): (LAYER, _layer_ignored),
+    ("linear_cross_entropy", "layer"): (LAYER | {"bias": (11,)}, _layer_of_two_dtypes),
+    ("linear_cross_entropy", "scores"): (
+        LAYER,
+        _layer_loss(label_smoothing=0.1, z_loss=0.01, softcap=3.0, logit_scale=0.5),
+    ),
+    ("linear_cross_entropy", "reductions"): (LAYER, _layer_reductions),
+    ("linear_cross_entropy", "outputs"): (
+        LAYER,
+        _layer_loss(return_lse=True, return_logprobs=True, return_entropy=True, return_argmax=True),
+    ),
+    ("linear_cross_entropy", "compile"): (
+        LAYER,
+        _compiled(lambda hidden, weight: maskops.linear_cross_entropy(hidden, weight, TARGET)),
+    ),
+    ("linear_cross_entropy", "double backward"): (LAYER, _double_backward(_layer_loss(), "hidden")),  # type: ignore[arg-type]
 }
-TOLERANCES = {("attention", "autocast"): 3e-2}
+TOLERANCES = {("attention", "autocast"): 3e-2, ("linear_cross_entropy", "layer"): 1e-2}
 
 
 def _run(probe: Probe, backend: str, leaves: dict[str, Tensor]) -> list[Tensor]:

@@ -98,7 +98,7 @@ def select_rows(
     return Rows(labels, weights, kept, sequence, n_sequences)
 
 
-def _total(values: Tensor) -> Tensor:
+def total(values: Tensor) -> Tensor:
     """Sum over the last dimension, the same bits for any number of threads."""
     length = values.shape[-1]
     if not torch.compiler.is_compiling() and length <= _PIECE:
@@ -129,13 +129,13 @@ def row_factors(
     weights = rows.kept.to(dtype) if rows.weights is None else rows.weights
     if reduction == "mean":
         if num_items is None:
-            return _ratio(weights, rows.kept.sum() if rows.weights is None else _total(weights))
+            return _ratio(weights, rows.kept.sum() if rows.weights is None else total(weights))
         if isinstance(num_items, Tensor):
             return _ratio(weights, num_items.detach().reshape(()).to(weights.device))
         return weights / (num_items if num_items != 0 else math.inf)
     if reduction == "sequence_mean":
         if rows.sequence is None:
-            shares = _ratio(weights.reshape(shape), _total(weights.reshape(shape))[..., None]).reshape(-1)
+            shares = _ratio(weights.reshape(shape), total(weights.reshape(shape))[..., None]).reshape(-1)
             counts = rows.kept.reshape(shape).sum(-1)
         else:
             sequence, places = rows.sequence, rows.n_sequences + 1
@@ -157,4 +157,4 @@ def reduce_rows(
         weighted = loss  # 0 in skipped rows
     else:
         weighted = loss * row_factors(rows, shape=shape, reduction=reduction, num_items=num_items, dtype=loss.dtype)
-    return weighted.reshape(shape) if reduction == "none" else _total(weighted)
+    return weighted.reshape(shape) if reduction == "none" else total(weighted)

@@ -1,0 +1,1 @@
+"""Cross-entropy of a linear layer whose logits are never whole in memory."""
