@@ -615,20 +615,22 @@ def test_operator(on_cpu: None) -> None:
 def test_compile(backend: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    def step(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        mean = maskops.linear_cross_entropy(hidden, weight, target, bias=bias, softcap=5.0, shift=True)
+    def step(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, scale: float) -> tuple[Tensor, ...]:
+        mean = maskops.linear_cross_entropy(
+            hidden, weight, target, bias=bias, softcap=5.0, logit_scale=scale, shift=True
+        )
         rows = maskops.linear_cross_entropy(hidden, weight, target, reduction="none", return_entropy=True)
         assert isinstance(rows, maskops.CrossEntropyOutput) and rows.entropy is not None
         return mean, rows.loss, rows.entropy
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
-    for rows in (12, 31, 7):
+    for rows, scale in ((12, 0.5), (31, 2.0), (7, 1.5)):
         problem = Problem((rows,))
         runs = []
         for function in (step, compiled):
             leaves = problem.leaves()
-            outputs = function(*leaves, problem.target)
+            outputs = function(*leaves, problem.target, scale)
             total = 3.0 * outputs[0] + outputs[1].sum() + (outputs[2] * ramp(outputs[2], 1.0)).sum()
             runs.append((*outputs, *torch.autograd.grad(total, leaves)))
         for a, b in zip(*runs, strict=True):

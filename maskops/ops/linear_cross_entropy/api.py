@@ -21,6 +21,7 @@ from maskops.ops.cross_entropy.arguments import (
 )
 from maskops.ops.cross_entropy.rows import Scoring, check_labels, reduce_rows, row_factors, select_rows
 from maskops.ops.linear_cross_entropy import reference, registration
+from maskops.ops.scalars import scalar
 
 
 def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -206,17 +207,19 @@ def linear_cross_entropy(
     shape = target.shape
     of_rows = return_lse or return_logprobs or return_entropy
     inputs = registration.Inputs(states, weight, weight.new_empty(0) if bias is None else bias, rows.labels)
+    # Compiled code may keep numbers open, which an operator takes as tensors.
+    numbers = (scalar(label_smoothing, 0.0), scalar(z_loss, 0.0), scalar(softcap, 0.0), scalar(logit_scale, 1.0))
     if chosen != backend.REFERENCE and reduction != "none" and not of_rows and torch.float16 not in dtypes:
         # Gradients that are rounded to float16 before a loss scaler has multiplied them would underflow.
         factors = row_factors(rows, shape=shape, reduction=reduction, num_items=num_items, dtype=dtype)
-        loss, argmax = registration.loss(inputs, factors, scoring)
+        loss, argmax = registration.loss(inputs, factors, scoring, numbers)
         return CrossEntropyOutput(loss, None, None, None, argmax.reshape(shape)) if return_argmax else loss
     if chosen == backend.REFERENCE:
         if values_can_be_read([rows.labels], rows.labels.device):
             check_labels(rows.labels, weight.shape[0], ignore_index)
         results = reference.row_losses(states, weight, bias, rows.labels, scoring)
     else:
-        results = registration.row_losses(inputs, scoring)
+        results = registration.row_losses(inputs, scoring, numbers)
     row_loss, lse, logprobs, entropy, argmax = results
     loss = reduce_rows(row_loss, rows, shape=shape, reduction=reduction, num_items=num_items)
     if not (of_rows or return_argmax):
