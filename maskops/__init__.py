@@ -37,6 +37,7 @@ _warn_about_namesake()
 from maskops import masks, testing  # noqa: E402
 from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
 from maskops.compat import (  # noqa: E402
+    ReplacementReport,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -44,6 +45,7 @@ from maskops.compat import (  # noqa: E402
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
+    replace_sdpa,
     scaled_dot_product_attention,
 )
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
@@ -59,6 +61,7 @@ __all__ = [
     "BackendFallbackWarning",
     "CrossEntropyOutput",
     "PackedBatch",
+    "ReplacementReport",
     "RowSpans",
     "__version__",
     "append_kv",
@@ -78,6 +81,7 @@ __all__ = [
     "masks",
     "merge_attention",
     "pad_input",
+    "replace_sdpa",
     "scaled_dot_product_attention",
     "testing",
     "unpad_input",

@@ -276,6 +276,35 @@ def _size(nbytes: int | Callable[[], int] | None) -> str:
     return f"about {nbytes} {unit}"
 
 
+def _pick(call: Call, preferred: str) -> tuple[str, str]:
+    """The backend that serves a call, and why it is the reference where nobody asked for that, else nothing."""
+    refused = {}
+    for name in [preferred] if preferred != AUTO else []:
+        refused[name] = BACKENDS[name].refusals(call)
+        if not refused[name]:
+            return name, ""
+    for name, backend in BACKENDS.items():
+        if name == REFERENCE or name in refused:
+            continue
+        reasons = backend.refusals(call)
+        if not reasons:
+            return name, ""
+        # A backend for other devices is no candidate, and its refusal would only hide the reason that matters.
+        if not backend.devices or call.device in backend.devices:
+            refused[name] = reasons
+    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    return REFERENCE, why or f"no other backend runs on {call.device} tensors"
+
+
+@constant_when_compiling
+def refusal(op: str, device: str, dtype: torch.dtype, features: tuple[str, ...] = ()) -> str | None:
+    """Why a call would end on the reference without anybody having asked for it, None if it would not.
+
+    For callers that have another way; the arguments as in ``choose``, which warns or raises.
+    """
+    return _pick(Call(op, device, dtype, features), _preferred().name)[1] or None
+
+
 @constant_when_compiling
 def choose(
     op: str,
@@ -309,22 +338,9 @@ def choose(
             raise ValueError(f"backend {requested!r} cannot run maskops.{call.op}: {'; '.join(reasons)}")
         return requested
     preference = _preferred()
-    refused = {}
-    for name in [preference.name] if preference.name != AUTO else []:
-        refused[name] = BACKENDS[name].refusals(call)
-        if not refused[name]:
-            return name
-    for name, backend in BACKENDS.items():
-        if name == REFERENCE or name in refused:
-            continue
-        reasons = backend.refusals(call)
-        if not reasons:
-            return name
-        # A backend for other devices is no candidate, and its refusal would only hide the reason that matters.
-        if not backend.devices or call.device in backend.devices:
-            refused[name] = reasons
-    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    why = why or f"no other backend runs on {call.device} tensors"
+    name, why = _pick(call, preference.name)
+    if not why:
+        return name
     if preference.fallback == "error":
         raise ValueError(f"no fast backend can run maskops.{call.op}, and fallback is 'error': {why}")
     if (call.op, why) not in _warned:

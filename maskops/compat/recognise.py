@@ -25,6 +25,7 @@ from maskops.spans import RowSpans, build_row_spans
 _REMEMBERED_MASKS = 64
 _REMEMBERED_PLANS = 16
 _MOST_RUNS = 2
+_AFTER_EVERY_KEY = 2**40
 _HIDES_BY_ITS_MINIMUM = (torch.float32, torch.bfloat16, torch.float64)
 """Dtypes whose smallest number leaves a weight of exactly 0 beside any score; that of float16 need not."""
 
@@ -79,7 +80,6 @@ def read(masks: Sequence[Tensor], q_len: int, k_len: int, *, batch: int, is_caus
         else:
             runs = both
     if runs is not None and is_causal:
-        # Two runs cut at the diagonal are still two runs.
         runs = _intersection(runs, _top_left(q_len, k_len, runs.start.device))
     plan = None if runs is None else _plan(runs, q_len, k_len, batch if positions else None)
     reading = Reading(plan, tuple(rest))
@@ -167,13 +167,23 @@ def _top_left(q_len: int, k_len: int, device: torch.device) -> Runs:
 
 
 def _intersection(a: Runs, b: Runs) -> Runs | None:
-    if a.start.shape[0] > 1 and b.start.shape[0] > 1:
-        return None
-    start = torch.maximum(a.start, b.start)
-    end = torch.maximum(torch.minimum(a.end, b.end), start)
+    """The keys that both see; None where that is more runs than a plan holds."""
+    start = torch.maximum(a.start[:, None], b.start[None]).flatten(0, 1)
+    end = torch.minimum(a.end[:, None], b.end[None]).flatten(0, 1)
+    live = end > start
+    if start.shape[0] > 1:
+        n_runs = max(int(live.sum(0).max()), 1) if live.numel() else 1
+        if n_runs > _MOST_RUNS:
+            return None
+        order = torch.where(live, start, _AFTER_EVERY_KEY).argsort(0)[:n_runs]
+        start, end, live = start.gather(0, order), end.gather(0, order), live.gather(0, order)
+    starts, ends = [torch.where(live[0], start[0], 0)], [torch.where(live[0], end[0], 0)]
+    for run in range(1, start.shape[0]):
+        starts.append(torch.where(live[run], start[run], ends[-1]))
+        ends.append(torch.where(live[run], end[run], ends[-1]))
     holes = [x.key_holes for x in (a, b) if x.key_holes is not None]
     key_holes = None if not holes else holes[0] if len(holes) == 1 else holes[0] | holes[1]
-    return Runs(start, end, key_holes)
+    return Runs(torch.stack(starts), torch.stack(ends), key_holes)
 
 
 # ---- from runs to plans ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from maskops import backend
 from maskops import masks as maskops_masks
 from maskops.compat import recognise
 from maskops.masks import Mask
@@ -58,6 +59,26 @@ def scaled_dot_product_attention(
 
     Source: the formula in the documentation of ``torch.nn.functional.scaled_dot_product_attention``.
     """
+    return served(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, fast_only=False)
+
+
+class NotServedError(Exception):
+    """No fast backend serves a call of which another way is known; the message is the reason."""
+
+
+def served(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    fast_only: bool,
+) -> Tensor:
+    """``scaled_dot_product_attention``; with ``fast_only``, NotServedError instead of a fall-back on the reference."""
     for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         _check_tensor(name, x, query)
     _check_numbers(dropout_p, scale)
@@ -74,6 +95,7 @@ def scaled_dot_product_attention(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
+        fast_only=fast_only,
     )
     return out.reshape(*lead, *heads, q_len, value.shape[-1])
 
@@ -86,7 +108,8 @@ def attend(
     *,
     dropout_p: float,
     is_causal: bool,
-    scale: float | None,
+    scale: float | None = None,
+    fast_only: bool = False,
 ) -> Tensor:
     """Attention under any number of masks in torch's sense, all of which hold.
 
@@ -98,14 +121,26 @@ def attend(
         dropout_p: in [0, 1].
         is_causal: aligned to the top left.
         scale: None for ``1 / sqrt(head_dim)``.
+        fast_only: raise NotServedError where the call would end on the reference without anybody having asked for it.
     """
     mask, bias = mask_and_bias(
         attn_masks, q.shape[0], q.shape[2], k.shape[2], is_causal=is_causal, positions=dropout_p > 0
     )
+    if fast_only and (reason := _refusal(q, mask, bias, dropout_p)) is not None:
+        raise NotServedError(reason)
     if dropout_p == 1:
         # Every weight is dropped: the same zeros, and the same zero gradients, as those of a mask without keys.
         return attention(q, k, v, maskops_masks.prefix(0), softmax_scale=scale)
     return attention(q, k, v, mask, bias=bias, dropout_p=dropout_p, softmax_scale=scale)
+
+
+def _refusal(q: Tensor, mask: Mask | RowSpans | None, bias: Tensor | None, dropout_p: float) -> str | None:
+    is_dense = mask.is_dense if isinstance(mask, Mask) else mask is not None and mask.dense is not None
+    used = {"dense mask": is_dense, "bias": bias is not None, "dropout": 0 < dropout_p < 1}
+    device = q.device.type
+    is_cast = q.dtype != torch.float64 and is_autocast(device)
+    dtype = torch.get_autocast_dtype(device) if is_cast else q.dtype
+    return backend.refusal("attention", device, dtype, tuple(name for name, is_used in used.items() if is_used))
 
 
 def mask_and_bias(
@@ -128,8 +163,12 @@ def mask_and_bias(
     mask: Mask | None = causal_from_top_left(q_len, k_len) if is_causal else None
     for dense in rest:
         if dense.dtype == torch.bool:
-            # Exact in both lengths, as masks.dense wants it; a view.
-            term = maskops_masks.dense(dense.expand(-1, -1, q_len, k_len))
+            if dense.shape[1] == dense.shape[2] == 1 and not is_causal:
+                # Nothing but keys: spans that need no look at the values. A pattern would be aligned to these keys.
+                term = maskops_masks.key_padding(dense[:, 0, 0].expand(-1, k_len))
+            else:
+                # Exact in both lengths, as masks.dense wants it; a view.
+                term = maskops_masks.dense(dense.expand(-1, -1, q_len, k_len))
             mask = term if mask is None else mask & term
     return mask, bias
 
@@ -241,12 +280,12 @@ def _check_tensor(name: str, x: object, query: Tensor) -> None:
             )
     elif not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}: expected float32, bfloat16, float16 or float64")
-    elif x.dtype != query.dtype and not _is_cast(x):
+    elif x.dtype != query.dtype and not is_autocast(x.device.type):
         raise TypeError(f"{name} is {x.dtype}, query is {query.dtype}: they must have one dtype")
 
 
-def _is_cast(x: Tensor) -> bool:
-    device = x.device.type
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
