@@ -23,6 +23,8 @@ const std::vector<Target> targets = {
     {"plan", &fuzz_plan},
     {"attention", &fuzz_attention},
     {"cross_entropy", &fuzz_cross_entropy},
+    {"decode", &fuzz_decode},
+    {"softmax", &fuzz_softmax},
 };
 
 namespace {

@@ -16,6 +16,8 @@ extern const std::vector<Target> targets;
 void fuzz_plan(Input& input);
 void fuzz_attention(Input& input);
 void fuzz_cross_entropy(Input& input);
+void fuzz_decode(Input& input);
+void fuzz_softmax(Input& input);
 
 // The tensors of a RowSpans, in its order.
 struct Plan {
