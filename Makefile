@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full test lint package mutate fuzz ci clean
+.PHONY: bench bench-full test lint package mutate sanitize fuzz ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
@@ -30,10 +30,13 @@ package: $(READY)
 mutate: $(READY)
 	$(RUN) -m tests.mutate
 
+sanitize: $(READY)
+	$(RUN) -m tools.sanitize
+
 fuzz: $(READY)
 	$(RUN) -m tools.fuzz --seconds $(FUZZ_SECONDS)
 
-ci: test lint package
+ci: test lint package sanitize fuzz
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info maskops/_native.so maskops/_build_report.json bench.png bench.json

@@ -20,11 +20,8 @@
 namespace fuzz {
 
 const std::vector<Target> targets = {
-    {"plan", &fuzz_plan},
-    {"attention", &fuzz_attention},
-    {"cross_entropy", &fuzz_cross_entropy},
-    {"decode", &fuzz_decode},
-    {"softmax", &fuzz_softmax},
+    {"plan", &fuzz_plan},     {"attention", &fuzz_attention}, {"cross_entropy", &fuzz_cross_entropy},
+    {"decode", &fuzz_decode}, {"softmax", &fuzz_softmax},
 };
 
 namespace {

@@ -243,7 +243,8 @@ void corrupt(Input& input, Plan& plan, int64_t q_len, int64_t k_len) {
   for (int64_t times = input.below(6); times > 0; times--) {
     Value* values[] = {&plan.start, &plan.end, &plan.tiles, &plan.tiles, &plan.key_valid, &plan.tile_count};
     Value& value = *values[input.below(6)];
-    if (value.elements > 0) set(value, input.below(value.elements), input.hostile(input.once_in(2) ? q_len : k_len));
+    if (value.elements > 0 && holds_integers(value))
+      set(value, input.below(value.elements), input.hostile(input.once_in(2) ? q_len : k_len));
   }
   for (Value* value : {&plan.start, &plan.end, &plan.key_valid, &plan.tiles, &plan.tile_count, &plan.positions}) {
     *value = input.misshapen(*value);

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import maskops
 from maskops import extension, masks
 from maskops.spans import RowSpans
 
@@ -143,3 +144,21 @@ def test_a_batch_beyond_every_memory() -> None:
     """Empty rows, so that no allocation stops it."""
     with pytest.raises(ValueError, match="a length is negative or too large"):
         plan("span first last", batch=2**62, q_len=0, k_len=0)
+
+
+def test_a_cache_of_values_without_columns() -> None:
+    """Copies of no bytes from no memory."""
+    k_cache, v_cache = torch.zeros(2, 1, 8, 4), torch.zeros(2, 1, 8, 0)
+    lengths = torch.tensor([0, 3])
+    maskops.append_kv(k_cache, v_cache, torch.ones(2, 1, 2, 4), torch.ones(2, 1, 2, 0), lengths)
+    assert k_cache.sum((1, 3)).tolist() == [[4.0, 4, 0, 0, 0, 0, 0, 0], [0.0, 0, 0, 4, 4, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_at_odd_addresses(dtype: torch.dtype) -> None:
+    """Two bytes are all the alignment that halves have, also where a kernel takes them in pairs."""
+    q, k, v = (torch.randn(2, 2, length, 65, dtype=dtype)[..., 1:] for length in (1, 40, 40))
+    lengths = torch.tensor([40, 17])
+    out = maskops.decode_attention(q, k, v, lengths, backend="cpu")
+    expected = maskops.decode_attention(q.float(), k.float(), v.float(), lengths, backend="reference")
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)

@@ -145,6 +145,7 @@ namespace {
 // Copies the new keys of one sequence and head, page by page.
 void append_rows(const AppendKv& p, const StridedRows& cache, const StridedRows& source, int64_t bytes, int64_t batch,
                  int64_t head) {
+  if (bytes == 0) return;  // there is no memory, not even of no bytes
   const int64_t element = p.element_bytes;
   const bool is_dense = cache.row_stride * element == bytes && source.row_stride * element == bytes;
   for (int64_t i = 0; i < p.new_keys;) {

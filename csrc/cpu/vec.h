@@ -11,7 +11,8 @@ typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES), may_alias));  // bits: sums of them wrap around
 typedef float vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-constexpr int W = VECTOR_BYTES / 4;  // lanes
+typedef int32_t vi_halves __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));  // pairs of bfloat16
+constexpr int W = VECTOR_BYTES / 4;                                                           // lanes
 
 // Pins a loaded vector in a register, so that the compiler does not load it again in every use.
 #if defined(__aarch64__)
