@@ -183,8 +183,8 @@ def assert_within_budget(
 def test_features(backend: str, name: str, paged: bool) -> None:
     features = FEATURES[name]
     cache = make_cache(LENGTHS, 50, leftpad=features.leftpad)
-    for q_len, heads in ((1, 4), (3, 4)):
-        q = queries(len(LENGTHS), heads, q_len)
+    for q_len in (1, 3, 9):
+        q = queries(len(LENGTHS), 4, q_len)
         out, lse = attend(backend, cache, q, features, paged)
         assert_within_budget((out, lse), cache, q, features, torch.float32)
         empty = [b for b, n in enumerate(LENGTHS) if n <= (features.leftpad[b] if features.leftpad else 0)]
@@ -219,21 +219,23 @@ def test_shapes(
     assert results[0][0].dtype == dtype and results[0][1].dtype == torch.float32
 
 
-def test_rows_of_the_cache(backend: str) -> None:
+@pytest.mark.parametrize("q_len", [1, 9])
+def test_rows_of_the_cache(backend: str, q_len: int) -> None:
     """batch_index picks rows, in any order; rows may be read more than once."""
     cache = make_cache(LENGTHS, 50)
     chosen = torch.tensor([3, 0, 3, 4])
-    q = queries(4, 4, 1)
+    q = queries(4, 4, q_len)
     lengths = cache.lengths[chosen]
     out = maskops.decode_attention(q, cache.k, cache.v, lengths, batch_index=chosen, backend=backend)
     expected = maskops.decode_attention(q, cache.k[chosen], cache.v[chosen], lengths, backend=backend)
     assert torch.equal(out, expected)
 
 
-def test_strides(backend: str) -> None:
+@pytest.mark.parametrize("q_len", [2, 9])
+def test_strides(backend: str, q_len: int) -> None:
     """A cache (batch, capacity, kv_heads, width) as a view; keys and values in one tensor; q and out in q's order."""
     cache = make_cache(LENGTHS, 50)
-    q = queries(5, 4, 2)
+    q = queries(5, 4, q_len)
     expected = maskops.decode_attention(q, cache.k, cache.v, cache.lengths, masks.causal(), backend=backend)
     both = torch.cat([cache.k, cache.v], -1).transpose(1, 2).contiguous().transpose(1, 2)
     k, v = both.split(16, -1)
@@ -245,16 +247,17 @@ def test_strides(backend: str) -> None:
     assert torch.equal(maskops.decode_attention(wide, k, v, cache.lengths, masks.causal(), backend=backend), out)
 
 
-def test_plan_is_cut_to_the_lengths(backend: str) -> None:
+@pytest.mark.parametrize("q_len", [1, 9])
+def test_plan_is_cut_to_the_lengths(backend: str, q_len: int) -> None:
     """A RowSpans serves as a mask, also one that does not know the lengths."""
     cache = make_cache(LENGTHS, 50, leftpad=[3, 0, 1, 20, 24])
-    q = queries(5, 4, 1)
+    q = queries(5, 4, q_len)
     leftpad = torch.tensor([3, 0, 1, 20, 24])
     expected = maskops.decode_attention(q, cache.k, cache.v, cache.lengths, leftpad=leftpad, backend=backend)
-    for plan in (masks.full().spans(1, 50), (masks.key_padding(cache.lengths)).spans(1, 50)):
+    for plan in (masks.full().spans(q_len, 50), masks.key_padding(cache.lengths).spans(q_len, 50)):
         out = maskops.decode_attention(q, cache.k, cache.v, cache.lengths, plan, leftpad=leftpad, backend=backend)
         torch.testing.assert_close(out, expected)
-    first = masks.full().spans(1, 50)
+    first = masks.full().spans(q_len, 50)
     first = first._replace(end=first.end.clamp(max=5))
     out = maskops.decode_attention(q, cache.k, cache.v, cache.lengths, first, backend=backend, leftpad=leftpad)
     kept = cache.lengths.clamp(max=5)
@@ -263,12 +266,13 @@ def test_plan_is_cut_to_the_lengths(backend: str) -> None:
     )
 
 
-def test_masks_with_holes(backend: str) -> None:
+@pytest.mark.parametrize("q_len", [3, 11])
+def test_masks_with_holes(backend: str, q_len: int) -> None:
     """A dense mask per head, and a mask of keys with holes that hold NaN."""
     cache = make_cache(LENGTHS, 50)
-    q = queries(5, 4, 3)
+    q = queries(5, 4, q_len)
     clean_k, clean_v = (torch.where(x.isnan(), 0.0, x) for x in cache.contiguous())
-    dense = torch.rand(5, 4, 3, 50, generator=torch.Generator().manual_seed(3)) > 0.5
+    dense = torch.rand(5, 4, q_len, 50, generator=torch.Generator().manual_seed(3)) > 0.5
     holes = torch.arange(50).remainder(7) != 3
     for mask in (masks.dense(dense), masks.causal() & masks.key_padding(holes.expand(5, 50))):
         out, lse = maskops.decode_attention(q, cache.k, cache.v, cache.lengths, mask, return_lse=True, backend=backend)

@@ -79,10 +79,11 @@ def test_every_instruction_set(
         torch.testing.assert_close(lse.double(), expected[1], atol=2e-6, rtol=2e-6)
 
 
-def test_the_same_bits_for_any_number_of_threads_and_in_any_company() -> None:
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_the_same_bits_for_any_number_of_threads_and_in_any_company(q_len: int) -> None:
     """Neither threads nor the rest of the batch nor pages nor the order of the sequences change a bit."""
     lengths = torch.tensor([1500, 4, 1025, 0, 700])
-    k, v, q = draw(5, 2, 2048, 64, seed=1), draw(5, 2, 2048, 64, seed=2), draw(5, 8, 1, 64, seed=3)
+    k, v, q = draw(5, 2, 2048, 64, seed=1), draw(5, 2, 2048, 64, seed=2), draw(5, 8, q_len, 64, seed=3)
     (k_pages, table), (v_pages, _) = paged(k, 16), paged(v, 16)
     threads = torch.get_num_threads()
     results = []

@@ -19,6 +19,9 @@ constexpr int32_t KEYS_PER_TASK = 512;
 // A worker's share takes a few microseconds at least, else waking a thread costs more than it brings.
 constexpr double BYTES_PER_WORKER = 128 << 10;
 constexpr double FLOPS_PER_WORKER = 2e6;
+// With more rows than these, queries as vectors are faster (measured with AVX2 and AVX-512: they are equal at about
+// 12).
+constexpr int64_t MOST_ROWS = 8;
 
 struct Free {
   void operator()(char* memory) const { std::free(memory); }
@@ -38,7 +41,7 @@ int useful_workers(const Threads& threads, double shares, size_t n_tasks) {
 // The hull of the keys that some query of [begin, end) of a sequence sees.
 void hull_of(const DecodeForward& p, int64_t batch, int64_t begin, int64_t end, int32_t& low, int32_t& high) {
   const auto k_len = static_cast<int32_t>(p.shape.k_len);
-  const int32_t first = std::max(p.first[batch], 0), length = std::min(p.length[batch], k_len);
+  const int32_t first = p.begin_of(batch), length = p.end_of(batch);
   low = first;
   high = length;
   if (p.spans.start != nullptr) {
@@ -59,6 +62,8 @@ void hull_of(const DecodeForward& p, int64_t batch, int64_t begin, int64_t end, 
 }
 
 }  // namespace
+
+bool suits_decode(const AttentionShape& shape) { return shape.q_len * (shape.heads / shape.kv_heads) <= MOST_ROWS; }
 
 void decode_forward(const DecodeForward& p, const Threads& threads) {
   const AttentionShape& shape = p.shape;
@@ -138,6 +143,14 @@ void decode_forward(const DecodeForward& p, const Threads& threads) {
                                    context.scratch[worker].get());
       },
       &context);
+}
+
+void cache_forward(const DecodeForward& p, const Threads& threads) {
+  const bool needs_decode = p.dense != nullptr || p.slopes != nullptr || p.sinks != nullptr;
+  if (needs_decode || suits_decode(p.shape))
+    decode_forward(p, threads);
+  else
+    prefill_forward(p, threads);
 }
 
 namespace {

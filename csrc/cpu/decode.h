@@ -8,7 +8,13 @@
 namespace maskops {
 
 void append_kv(const AppendKv& p, const Threads& threads);
+// Attention over a cache, by whichever kernel suits the shape.
+void cache_forward(const DecodeForward& p, const Threads& threads);
+// Few rows over many keys, which is what decode_forward is for. A matter of shapes alone.
+bool suits_decode(const AttentionShape& shape);
 void decode_forward(const DecodeForward& p, const Threads& threads);
+// Many rows: gathers pages and runs the kernel of span attention. No dense mask, slopes or sinks.
+void prefill_forward(const DecodeForward& p, const Threads& threads);
 
 // Keys that meet the rows of a task at a time.
 constexpr int DECODE_KEYS = 64;

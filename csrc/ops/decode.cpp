@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor> decode_forward_cpu(const Tensor& q, const Tensor& k_c
   p.v = rows_of(v_cache);
   p.out = rows_of(out);
   p.lse = lse.data<float>();
-  if (batch > 0 && heads > 0 && q_len > 0) decode_forward(p, torch_threads());
+  if (batch > 0 && heads > 0 && q_len > 0) cache_forward(p, torch_threads());
   return {std::move(out), std::move(lse)};
 }
 
