@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
+_CAUSAL = masks.causal().conjuncts
 
 
 def append_kv(
@@ -284,8 +285,10 @@ def decode_attention(
         reference_bytes=None if is_traced else lambda: _reference_bytes(q, k_cache, v_cache, capacity),
     )
     if name != backends.REFERENCE:
-        # The op knows lengths by itself: a plan is for what else the mask says.
-        needs_plan = mask is not None or alibi_slopes is not None
+        # The op knows lengths by itself: a plan is for what else the mask says. To the newest query alone causal() says
+        # nothing, and planning it would cost more than attention over a short sequence.
+        is_one_causal = isinstance(mask, Mask) and not mask.layouts and mask.conjuncts == _CAUSAL and q.shape[2] == 1
+        needs_plan = (mask is not None and not is_one_causal) or alibi_slopes is not None
         spans = _plan(mask, q, capacity, lengths, leftpad, alibi_slopes is not None) if needs_plan else None
         q = q if q.stride(3) == 1 else q.contiguous()
         out, lse = registration.attend(
