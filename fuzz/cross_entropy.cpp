@@ -19,8 +19,13 @@ void fuzz_cross_entropy(Input& input) {
   }
   const auto number = [&](double usual) { return input.once_in(4) ? (wild ? input.real() : 0.25) : usual; };
   const double smoothing = number(0.0), z_loss = number(0.0), softcap = number(0.0), scale = number(1.0);
+  Value weights = Value::dense({0}, DType::float32), probabilities = Value::dense({0}, dtype);
+  if (input.once_in(4)) weights = input.misshapen(input.floats({vocabulary}, DType::float32, wild));
+  if (input.once_in(3)) probabilities = input.misshapen(input.floats({rows, vocabulary}, input.floating(), wild));
+  const bool shift = input.once_in(4);
+  if (shift && target.elements > 0 && input.once_in(2)) set(target, target.elements - 1, ignore_index);
   Call forward;
-  forward.add(logits).add(target).add(ignore_index).add(smoothing).add(z_loss).add(softcap).add(scale);
+  forward.add(logits).add(target).add(weights).add(probabilities).add(shift).add(ignore_index).add(smoothing).add(z_loss).add(softcap).add(scale);
   const bool entropy = input.once_in(2), argmax = input.once_in(2);
   forward.add(entropy).add(argmax);
   std::vector<Value> results;
@@ -42,13 +47,20 @@ void fuzz_cross_entropy(Input& input) {
                          input.misshapen(results[5])};
   Call backward;
   backward.add(grad_loss).add(grad_lse).add(grad_logprobs).add(grad_entropy).add(logits).add(target);
+  backward.add(weights).add(probabilities);
   for (const Value& value : saved) backward.add(value);
+  if (input.once_in(16)) {  // the column that it names is read
+    double* statistics = saved[3].data<double>();
+    for (int64_t i = 0; i < saved[3].elements; i++) statistics[i] = input.real();
+  }
+  backward.add(shift);
+  if (!in_place) backward.add(input.once_in(2));
   backward.add(input.once_in(16) ? input.hostile(vocabulary) : ignore_index);
   backward.add(input.once_in(16) ? 0.5 : smoothing).add(z_loss).add(softcap).add(scale);
   if (in_place) {
     run_twice(input, backward, "cross_entropy_backward_", 0, results, {logits});
   } else {
-    run_twice(input, backward, "cross_entropy_backward", 1, results);
+    run_twice(input, backward, "cross_entropy_backward", 2, results);
   }
 }
 

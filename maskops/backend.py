@@ -135,6 +135,9 @@ FEATURES: dict[str, dict[str, str]] = {
     "cross_entropy": {
         "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens are not read",
         "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
+        "confident": "loss and gradient to 1e-6 where the label's probability is within 1e-7 of 1",
+        "soft labels": "probabilities as `target`, with their gradient",
+        "class_weights": "`class_weights`, with torch's denominators",
         "reductions": "`mean`, `sum`, `none`, `sequence_mean` over `cu_seqlens`, `num_items`, `shift`",
         "outputs": "`return_lse`, `return_logprobs`, `return_entropy` with gradients, `return_argmax`",
         "compile": "`torch.compile(fullgraph=True)`, forward and backward",

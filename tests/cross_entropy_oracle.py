@@ -61,6 +61,7 @@ def token_by_token(
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = IGNORE,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -72,14 +73,19 @@ def token_by_token(
     shift: bool = False,
 ) -> Outputs:
     """The definition, as loops over tokens in the dtype of the logits; shares no code with the package."""
-    matrix, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).tolist()
+    matrix = logits.reshape(-1, logits.shape[-1])
+    soft = target.is_floating_point()
+    probabilities = target.reshape(-1, target.shape[-1]).to(matrix.dtype) if soft else matrix
+    tokens = target[..., 0].detach() if soft else target
+    labels = [0] * tokens.numel() if soft else target.reshape(-1).tolist()
+    factors = matrix.new_ones(matrix.shape[1]) if class_weights is None else class_weights.to(matrix.dtype)
     kept_mask = [True] * len(labels) if mask is None else mask.reshape(-1).bool().tolist()
     weights = [1.0] * len(labels) if token_weights is None else token_weights.reshape(-1).tolist()
     zero = matrix.new_zeros(())
     loss, lse, logprobs, entropy = ([zero] * len(labels) for _ in range(4))
     argmax = [-1] * len(labels)
     means, kept_rows, kept_weights = [], [], []
-    for sequence in sequences_of(target, cu_seqlens):
+    for sequence in sequences_of(tokens, cu_seqlens):
         rows, row_weights = [], []
         for row in sequence:
             token = row + 1 if shift else row
@@ -92,16 +98,24 @@ def token_by_token(
             shift_by = z.detach().max()
             normaliser = shift_by + torch.log(torch.exp(z - shift_by).sum())
             logp = (z - normaliser)[~banned]
-            nll = normaliser - z[labels[token]]
-            value = (1.0 - label_smoothing) * nll + z_loss * normaliser**2
+            surprise, share = normaliser - z, weights[token]
+            if soft:
+                there = ~(banned & (probabilities[token] == 0))  # neither 0 * inf nor its gradient
+                logprob = -(probabilities[token] * surprise)[there].sum()
+                value = (factors * probabilities[token] * surprise)[there].sum()
+            else:
+                logprob = -surprise[labels[token]]
+                value = factors[labels[token]] * surprise[labels[token]]
+                share = share * float(factors[labels[token]])
+            value = (1.0 - label_smoothing) * value + z_loss * normaliser**2
             if label_smoothing:
-                value = value + label_smoothing * -logp.mean()
+                value = value + label_smoothing * (factors * surprise)[~banned].mean()
             loss[row] = weights[token] * value
-            lse[row], logprobs[row] = normaliser, -nll
+            lse[row], logprobs[row] = normaliser, logprob
             entropy[row] = -(logp.exp() * logp).sum()
             argmax[row] = int(matrix[row].argmax())
             rows.append(row)
-            row_weights.append(weights[token])
+            row_weights.append(share)
         kept_rows += rows
         kept_weights += row_weights
         if rows:
@@ -110,7 +124,7 @@ def token_by_token(
     total = sum((loss[row] for row in kept_rows), zero)
     if reduction == "none":
         result = torch.stack(loss) if loss else zero.new_zeros(0)
-        result = result.reshape(target.shape)
+        result = result.reshape(tokens.shape)
     elif reduction == "sum":
         result = total
     elif reduction == "sequence_mean":
@@ -119,23 +133,27 @@ def token_by_token(
         denominator = sum(kept_weights) if num_items is None else float(num_items)
         result = total / denominator if denominator else zero
     stacked = [
-        torch.stack(values).reshape(target.shape) if values else zero.new_zeros(target.shape)
+        torch.stack(values).reshape(tokens.shape) if values else zero.new_zeros(tokens.shape)
         for values in (lse, logprobs, entropy)
     ]
-    return Outputs(result, *stacked, torch.tensor(argmax, dtype=torch.int64).reshape(target.shape))
+    return Outputs(result, *stacked, torch.tensor(argmax, dtype=torch.int64).reshape(tokens.shape))
 
 
 RETURNS = {"return_lse": True, "return_logprobs": True, "return_entropy": True, "return_argmax": True}
 
 
-def gradient(outputs: Any, logits: Tensor) -> Tensor:
-    """Gradient of a sum in which every differentiable output has a share that differs from token to token."""
+def gradients(outputs: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a sum in which every differentiable output has a share that differs from token to token."""
     total = outputs.loss.sum() if outputs.loss.dim() == 0 else (outputs.loss * ramp(outputs.loss, 1.0)).sum()
     for factor, value in zip((0.3, -0.4, 0.25), (outputs.lse, outputs.logprobs, outputs.entropy), strict=True):
         total = total + (value * ramp(value, factor)).sum()
     if not total.requires_grad:  # the oracle where no token is kept
-        return torch.zeros_like(logits)
-    return torch.autograd.grad(total, logits)[0]
+        return tuple(torch.zeros_like(value) for value in inputs)
+    return torch.autograd.grad(total, inputs)
+
+
+def gradient(outputs: Any, logits: Tensor) -> Tensor:
+    return gradients(outputs, logits)[0]
 
 
 def ramp(like: Tensor, factor: float) -> Tensor:
@@ -144,12 +162,18 @@ def ramp(like: Tensor, factor: float) -> Tensor:
 
 def check_case(logits: Tensor, target: Tensor, **options: Any) -> None:
     """Outputs and the gradient of all of them together, within the error budget against plain float32."""
-    wide = logits.detach().double().requires_grad_()
-    oracle = token_by_token(wide, target, **options)
-    plain_logits = logits.detach().float().requires_grad_()
-    plain = token_by_token(plain_logits, target, **options)
-    ours_logits = logits.detach().requires_grad_()
-    ours = maskops.cross_entropy(ours_logits, target, **options, **RETURNS)
+
+    def inputs(*dtypes: torch.dtype) -> list[Tensor]:
+        """The logits, and the target if it holds probabilities; then they are differentiated, too."""
+        given = [logits, target] if target.is_floating_point() else [logits]
+        return [x.detach().to(dtype).requires_grad_() for x, dtype in zip(given, dtypes, strict=False)]
+
+    wide = inputs(torch.float64, torch.float64)
+    oracle = token_by_token(*[*wide, target][:2], **options)
+    plain_inputs = inputs(torch.float32, torch.float32)
+    plain = token_by_token(*[*plain_inputs, target][:2], **options)
+    own = inputs(logits.dtype, target.dtype)
+    ours = maskops.cross_entropy(*[*own, target][:2], **options, **RETURNS)
     for name in ("loss", "lse", "logprobs", "entropy"):
         actual, expected = getattr(ours, name), getattr(oracle, name)
         assert actual.shape == expected.shape
@@ -165,12 +189,21 @@ def check_case(logits: Tensor, target: Tensor, **options: Any) -> None:
         )
         assert budget.passed, (name, budget)
     assert torch.equal(ours.argmax, oracle.argmax)
-    expected_gradient = gradient(oracle, wide)
-    plain_gradient = gradient(plain, plain_logits).to(logits.dtype)
-    actual_gradient = gradient(ours, ours_logits)
-    assert actual_gradient.shape == logits.shape and actual_gradient.dtype == logits.dtype
-    budget = error_budget(actual_gradient, plain_gradient, expected_gradient, logits.dtype)
-    assert budget.passed, budget
+    expected = gradients(oracle, *wide)
+    for actual, plainly, exact in zip(gradients(ours, *own), gradients(plain, *plain_inputs), expected, strict=True):
+        assert actual.shape == exact.shape
+        budget = error_budget(actual, plainly.to(actual.dtype), exact, actual.dtype)
+        assert budget.passed, budget
+
+
+def distributions(logits: Tensor, seed: int = 0) -> Tensor:
+    """Target probabilities for every row of the logits: smooth ones, one-hot ones, some that do not sum to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.softmax(2.0 * torch.randn(logits.shape, generator=generator), -1)
+    columns = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
+    one_hot = torch.zeros(logits.shape).scatter(-1, columns[..., None], 1.0)
+    kind = torch.randint(4, (*logits.shape[:-1], 1), generator=generator)
+    return torch.where(kind == 0, one_hot, torch.where(kind == 1, 0.6 * target, target)).to(logits.dtype)
 
 
 def problem(

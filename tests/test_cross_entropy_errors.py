@@ -34,8 +34,43 @@ BAD_TENSORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     ),
     (
         TypeError,
-        "target has dtype float32: expected int64 or int32: class probabilities are not taken, only labels",
-        {"target": LOGITS},
+        "target has dtype float8_e4m3fn: expected labels of int64 or int32, or probabilities of float32, bfloat16, "
+        "float16 or float64",
+        {"target": LOGITS.to(torch.float8_e4m3fn)},
+    ),
+    (
+        ValueError,
+        "target has dtype float32, so it holds probabilities, but its shape is (2, 3): expected (2, 3, 10), the shape "
+        "of logits. Labels are int64 or int32",
+        {"target": TARGET.float()},
+    ),
+    (ValueError, "target is on meta, logits on cpu: put them on one device", {"target": LOGITS.to("meta")}),
+    (
+        ValueError,
+        "mask has shape (2, 3, 10): expected one value per target, shape (2, 3)",
+        {"target": LOGITS, "mask": LOGITS.bool()},
+    ),
+    (
+        TypeError,
+        "class_weights: expected a tensor (V,) of one number per column of the logits, got list",
+        {"class_weights": [1.0] * 10},
+    ),
+    (TypeError, "class_weights has dtype bool: expected numbers", {"class_weights": torch.ones(10).bool()}),
+    (
+        ValueError,
+        "class_weights has shape (9,): expected (10,), one number per column of the logits",
+        {"class_weights": torch.ones(9)},
+    ),
+    (
+        ValueError,
+        "class_weights is on meta, logits on cpu: put them on one device",
+        {"class_weights": torch.ones(10).to("meta")},
+    ),
+    (
+        ValueError,
+        "class_weights requires grad, but they are constants here, as in torch: pass class_weights.detach(), or put "
+        "weights that are to be learned into a floating target",
+        {"class_weights": torch.ones(10, requires_grad=True)},
     ),
     (TypeError, "target has dtype int16: expected int64 or int32", {"target": TARGET.short()}),
     (
@@ -87,7 +122,11 @@ BAD_TENSORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
         {"token_weights": torch.ones(2, 3, requires_grad=True)},
     ),
     (TypeError, "logits: expected a tensor (..., V), got list", {"logits": LOGITS.tolist()}),
-    (TypeError, "target: expected a tensor of int64 or int32 labels, got list", {"target": TARGET.tolist()}),
+    (
+        TypeError,
+        "target: expected a tensor of int64 or int32 labels, or of probabilities like the logits, got list",
+        {"target": TARGET.tolist()},
+    ),
     (
         TypeError,
         "mask: expected a tensor of bool or 0/1 integers, where True (1) keeps a token, got list",
@@ -112,6 +151,11 @@ BAD_TENSORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 
 BAD_NUMBERS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (
+        ValueError,
+        "ignore_index is 3, but target holds probabilities, none of which is an index: skip tokens by mask",
+        {"ignore_index": 3, "target": LOGITS},
+    ),
     (TypeError, "ignore_index is 1.0: expected an int", {"ignore_index": 1.0}),
     (
         ValueError,
@@ -247,38 +291,51 @@ def test_the_operator_checks_its_tensors() -> None:
     extension.instruction_sets()
     forward, backward = torch.ops.maskops.cross_entropy_forward, torch.ops.maskops.cross_entropy_backward
     numbers = (-100, 0.1, 0.0, 0.0, 1.0)
-    logits, target = LOGITS.reshape(6, 10), TARGET.reshape(6)
-    cases = [
-        (logits[0], target, "logits must have 2 dimensions"),
-        (logits.mT.contiguous().mT, target, "the columns of logits must be contiguous"),
-        (logits, target[:5], "target must have a label per row"),
-        (logits, target.short(), "target must be int32 or int64"),
-        (logits.double(), target, "the CPU kernels take float32, bfloat16 and float16"),
+    logits, target, nothing = LOGITS.reshape(6, 10), TARGET.reshape(6), torch.empty(0)
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"logits": logits[0]}, "logits must have 2 dimensions"),
+        ({"logits": logits.mT.contiguous().mT}, "the columns of logits must be contiguous"),
+        ({"target": target[:5]}, "target must have a label per row"),
+        ({"target": target.short()}, "target must be int32 or int64"),
+        ({"logits": logits.double()}, "the CPU kernels take float32, bfloat16 and float16"),
+        ({"weights": torch.ones(9)}, "class_weights must be float32, contiguous, one per column"),
+        ({"weights": torch.ones(10).double()}, "class_weights must be float32, contiguous, one per column"),
+        ({"weights": torch.ones(20)[::2]}, "class_weights must be float32, contiguous, one per column"),
+        ({"probabilities": logits[:5]}, "probabilities must have the shape of logits"),
+        ({"probabilities": logits.mT.contiguous().mT}, "the columns of probabilities must be contiguous"),
+        ({"probabilities": logits.double()}, "the CPU kernels take float32, bfloat16 and float16"),
+        ({"probabilities": logits, "shift": True}, "under shift the last row has no next one and must be skipped"),
     ]
-    for bad_logits, bad_target, message in cases:
+    given: dict[str, Any] = {
+        "logits": logits, "target": target, "weights": nothing, "probabilities": nothing, "shift": False,
+    }  # fmt: skip
+    for change, message in bad:
         with pytest.raises(ValueError, match=message):
-            forward(bad_logits, bad_target, *numbers, False, False)
-    loss, lse, logprobs, entropy, _, columns = forward(logits, target, *numbers, False, False)
-    nothing = torch.empty(0)
-    good = {"grad": torch.ones_like(loss), "lse": lse, "entropy": entropy, "columns": columns, "grad_entropy": nothing}
+            forward(*{**given, **change}.values(), *numbers, False, False)
+    loss, lse, logprobs, entropy, _, statistics = forward(*given.values(), *numbers, False, False)
+    good: dict[str, Any] = {
+        "grad": torch.ones_like(loss), "grad_lse": nothing, "grad_logprobs": nothing, "grad_entropy": nothing,
+        "logits": logits, "target": target, "weights": nothing, "probabilities": nothing,
+        "lse": lse, "logprobs": logprobs, "entropy": entropy, "statistics": statistics, "shift": False, "wanted": True,
+    }  # fmt: skip
     for change, message in (
         ({"grad": torch.ones(5)}, "an incoming gradient must be float32 with a value per row"),
         ({"grad": torch.ones(6).double()}, "an incoming gradient must be float32 with a value per row"),
         ({"lse": lse[:5]}, "must be those of the forward pass"),
-        ({"columns": nothing}, "must be those of the forward pass"),
+        ({"statistics": nothing}, "must be those of the forward pass"),
+        ({"statistics": statistics.float()}, "must be those of the forward pass"),
+        ({"statistics": statistics[:, :5]}, "must be those of the forward pass"),
+        ({"statistics": statistics.mT.contiguous().mT}, "must be those of the forward pass"),
+        ({"statistics": statistics + 10.0, "probabilities": logits}, "must be those of the forward pass"),
+        ({"statistics": statistics * torch.nan, "probabilities": logits}, "must be those of the forward pass"),
         ({"grad_entropy": torch.ones(6)}, "must be those of the forward pass"),
     ):
-        given = {**good, **change}
         with pytest.raises(ValueError, match=message):
-            backward(
-                given["grad"], nothing, nothing, given["grad_entropy"], logits, target, given["lse"], logprobs,
-                given["entropy"], given["columns"], *numbers,
-            )  # fmt: skip
+            backward(*{**good, **change}.values(), *numbers)
+    change = {**good, "logits": logits[:1].expand(6, 10)}
+    del change["wanted"]
     with pytest.raises(ValueError, match="rows of logits that overlap in memory cannot hold their gradients"):
-        torch.ops.maskops.cross_entropy_backward_(
-            good["grad"], nothing, nothing, nothing, logits[:1].expand(6, 10), target, lse, logprobs, entropy, columns,
-            *numbers,
-        )  # fmt: skip
+        torch.ops.maskops.cross_entropy_backward_(*change.values(), *numbers)
 
 
 def test_a_dtype_without_a_kernel_says_so() -> None:

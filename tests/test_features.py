@@ -121,6 +121,19 @@ def _loss(**keywords: Any) -> Probe:
     return probe
 
 
+def _confident(backend: str, x: dict[str, Tensor]) -> Outputs:
+    with maskops.use_backend(backend, fallback="error"):
+        losses = maskops.cross_entropy(
+            x["logits"] + 18.0 * torch.eye(5, 11).to(x["logits"]), torch.arange(5), reduction="none"
+        )
+    return 1e6 * losses  # about 1: nothing is left of it where lse - z_y cancels
+
+
+def _soft_labels(backend: str, x: dict[str, Tensor]) -> Outputs:
+    with maskops.use_backend(backend, fallback="error"):
+        return maskops.cross_entropy(x["logits"], x["target"], mask=KEPT.bool())
+
+
 def _ignored(backend: str, x: dict[str, Tensor]) -> Outputs:
     poison = torch.where(((TARGET == -100) | (KEPT == 0))[..., None], torch.nan, 0.0)
     return _loss(mask=KEPT, token_weights=torch.linspace(0.5, 2.0, 10).reshape(2, 5))(
@@ -277,6 +290,9 @@ PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
     ),
     ("cross_entropy", "ignored"): (LOGITS, _ignored),
     ("cross_entropy", "scores"): (LOGITS, _loss(label_smoothing=0.1, z_loss=0.01, softcap=3.0, logit_scale=0.5)),
+    ("cross_entropy", "confident"): ({"logits": (5, 11)}, _confident),
+    ("cross_entropy", "soft labels"): (LOGITS | {"target": (2, 5, 11)}, _soft_labels),
+    ("cross_entropy", "class_weights"): (LOGITS, _loss(class_weights=torch.linspace(0.0, 2.0, 11))),
     ("cross_entropy", "reductions"): (LOGITS, _reductions),
     ("cross_entropy", "outputs"): (
         LOGITS,

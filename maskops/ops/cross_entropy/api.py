@@ -12,8 +12,11 @@ from maskops.ops.cross_entropy import reference, registration
 from maskops.ops.cross_entropy.arguments import (
     FLOATS,
     Reduction,
+    check_class_weights,
     check_cu_seqlens,
+    check_nothing_to_ignore,
     check_numbers,
+    check_probabilities,
     check_reduction,
     check_target,
     check_tokens,
@@ -27,11 +30,12 @@ class CrossEntropyOutput(NamedTuple):
     """What ``maskops.cross_entropy`` returns when any ``return_*`` is set; what was not asked for is None.
 
     Attributes:
-        loss: 0-dim, or target's shape under ``reduction="none"``.
-        lse: logsumexp of the row (natural log, after scale and softcap), target's shape, 0 in skipped rows.
-        logprobs: log-probability of the label, target's shape, 0 in skipped rows.
-        entropy: of the row's distribution, in nats, target's shape, 0 in skipped rows.
-        argmax: int64, the first column with the largest logit, target's shape, -1 in skipped rows.
+        loss: 0-dim, or the tokens' shape (that of the logits without V) under ``reduction="none"``.
+        lse: logsumexp of the row (natural log, after scale and softcap), the tokens' shape, 0 in skipped rows.
+        logprobs: log-probability of the label, or its mean under the probabilities of the target, the tokens' shape,
+            0 in skipped rows.
+        entropy: of the row's distribution, in nats, the tokens' shape, 0 in skipped rows.
+        argmax: int64, the first column with the largest logit, the tokens' shape, -1 in skipped rows.
     """
 
     loss: Tensor
@@ -49,6 +53,12 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (..., V) with at least one column")
 
 
+def _matrix(values: Tensor) -> Tensor:
+    """(..., V) as rows with contiguous columns, without a copy where that can be."""
+    matrix = values.reshape(-1, values.shape[-1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 @overload
 def cross_entropy(
     logits: Tensor,
@@ -56,6 +66,7 @@ def cross_entropy(
     *,
     mask: Tensor | None = ...,
     token_weights: Tensor | None = ...,
+    class_weights: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
     z_loss: float = ...,
@@ -78,6 +89,7 @@ def cross_entropy(
     *,
     mask: Tensor | None = ...,
     token_weights: Tensor | None = ...,
+    class_weights: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
     z_loss: float = ...,
@@ -99,6 +111,7 @@ def cross_entropy(
     *,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -120,18 +133,30 @@ def cross_entropy(
 
         (1 - label_smoothing) * (lse - z[target]) + label_smoothing * (lse - mean(z)) + z_loss * lse ** 2
 
-    A token is kept where ``target != ignore_index`` and its mask is true and its weight is not 0. The logits of all
-    other tokens may hold anything, NaN included: they reach no result, and their gradient is exactly 0. So is, with a
-    ``cu_seqlens``, that of tokens after the last sequence.
+    and, with a weight ``w[c]`` and a target probability ``t[c]`` for every column,
+
+        (1 - label_smoothing) * sum(w * t * (lse - z)) + label_smoothing * mean(w * (lse - z)) + z_loss * lse ** 2
+
+    It is computed without cancellation: where the probability of the label approaches 1, loss and gradient keep a
+    relative error below 1e-6 in float32 (and from the logits as given in bfloat16 and float16).
+
+    A token is kept where ``target != ignore_index`` and its mask is true and its weight is not 0. The logits (and
+    target probabilities) of all other tokens may hold anything, NaN included: they reach no result, and their gradient
+    is exactly 0. So is, with a ``cu_seqlens``, that of tokens after the last sequence.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64. Any strides; nothing is copied where the last dimension
             is contiguous and the leading ones have one stride between rows. Computed in float32 (float64 for float64).
             A logit of -inf is a banned column: probability 0, also under ``softcap``; label smoothing takes the mean
-            over the other columns, entropy ignores it, its gradient is 0.
-        target: (...) int64 or int32, labels in [0, V), or ``ignore_index``.
+            over the other columns, entropy ignores it, its gradient is 0. It adds nothing where its weight or target
+            probability is 0, and makes the loss infinite where they are not.
+        target: (...) int64 or int32, labels in [0, V), or ``ignore_index``. Or (..., V) float32, bfloat16, float16 or
+            float64, probabilities, as in ``torch.nn.functional.cross_entropy``: they are not checked, and may sum to
+            anything. They get a gradient.
         mask: (...) bool or 0/1 integers; True keeps a token.
         token_weights: (...) numbers that multiply the loss of each token. Constants: a gradient for them is refused.
+        class_weights: (V,) numbers, factors of the classes' shares of the loss (``weight`` in torch's function), and,
+            of labels, in the denominators of the means, too; neither of the z-loss nor of the other outputs. Constants.
         ignore_index: the label of tokens to skip; may lie inside the vocabulary.
         label_smoothing: share in [0, 1] of the loss that goes to the mean over the vocabulary (Szegedy et al. 2016).
         z_loss: factor of ``lse ** 2``, which keeps the normaliser near 0 (PaLM, Chowdhery et al. 2022, section 5).
@@ -139,27 +164,28 @@ def cross_entropy(
         logit_scale: factor of the logits, > 0: an inverse temperature.
         reduction: ``"mean"``: sum(weight * loss) / sum(weight) over kept tokens, 0 where the denominator is 0.
             ``"sum"``. ``"none"``: weight * loss of every token, 0 for skipped ones. ``"sequence_mean"``: the mean, over
-            the sequences that have a kept token, of the mean inside each.
+            the sequences that have a kept token, of the mean inside each. In the denominators of both means the weight
+            is token_weights * class_weights[target]; with target probabilities token_weights alone, as in torch.
         cu_seqlens: (n_sequences + 1,) int32 or int64, offsets of packed sequences in the flattened tokens, starting
-            with 0. Without it the last dimension of ``target`` runs along a sequence.
-        num_items: replaces the denominator of ``"mean"``, for gradient accumulation: an int or a 0-dim tensor, which
-            is not read on the host.
+            with 0. Without it the last dimension of the tokens runs along a sequence.
+        num_items: replaces the whole denominator of ``"mean"``, class weights included, for gradient accumulation: an
+            int or a 0-dim tensor, which is not read on the host.
         shift: scores position i against the target of position i + 1 of the same sequence; the last position of every
-            sequence is skipped. ``mask`` and ``token_weights`` belong to the target and shift along. No logits are
-            copied.
+            sequence is skipped. ``mask`` and ``token_weights`` belong to the target and shift along. No logits and no
+            probabilities are copied.
         return_lse: also return the normaliser of every token.
-        return_logprobs: also return the log-probability of every label.
+        return_logprobs: also return the log-probability of every label; sum(t * (z - lse)) for probabilities t.
         return_entropy: also return the entropy of every distribution.
         return_argmax: also return the most likely column of every token.
         inplace_backward: allow the backward pass to write the gradient over the storage of ``logits`` (it is an
             allowance: compiled code and backends that cannot do it ignore it). The logits are lost then, ``.grad`` of
             logits that are a leaf shares their memory, and a second backward pass, or one of another op that saved
-            the logits, raises autograd's error about a modified variable.
+            the logits, raises autograd's error about a modified variable. A target that needs a gradient voids it.
 
     Returns:
-        The loss, float32 (float64 for float64 logits): 0-dim, or target's shape for ``"none"``. With any ``return_*``,
-        a ``CrossEntropyOutput``; its lse, logprobs and entropy are differentiable, unweighted, and 0 for skipped tokens
-        (argmax: -1).
+        The loss, float32 (float64 for float64 logits): 0-dim, or the tokens' shape for ``"none"``. With any
+        ``return_*``, a ``CrossEntropyOutput``; its lse, logprobs and entropy are differentiable, unweighted, and 0 for
+        skipped tokens (argmax: -1).
 
     Raises:
         TypeError: a type or dtype is wrong.
@@ -176,26 +202,38 @@ def cross_entropy(
         >>> loss = maskops.cross_entropy(logits, target, mask=torch.ones(2, 5, dtype=torch.bool), shift=True)
     """
     _check_logits(logits)
-    check_target(target, logits, "logits")
-    check_tokens(target, mask, token_weights)
-    check_numbers(target, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    check_reduction(target, reduction, cu_seqlens, num_items, shift)
+    check_tensor("target", target, "of int64 or int32 labels, or of probabilities like the logits")
+    soft = target.is_floating_point()
+    labels = target
+    if soft:
+        check_probabilities(target, logits)
+        labels = target.new_zeros(target.shape[:-1], dtype=torch.int64)  # any label that is not ignored
+    else:
+        check_target(target, logits, "logits")
+    check_tokens(labels, mask, token_weights)
+    check_numbers(labels, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    if soft:
+        check_nothing_to_ignore(ignore_index)
+    check_reduction(labels, reduction, cu_seqlens, num_items, shift)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, target)
+        check_cu_seqlens(cu_seqlens, labels)
+    if class_weights is not None:
+        check_class_weights(class_weights, logits.shape[-1], logits.device)
 
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = select_rows(
-        target,
+        labels,
         mask=mask,
         token_weights=token_weights,
         ignore_index=ignore_index,
         cu_seqlens=cu_seqlens,
         shift=shift,
         dtype=dtype,
+        class_weights=None if soft else class_weights,
     )
-    matrix = logits.reshape(-1, logits.shape[-1])
-    if matrix.stride(1) != 1:
-        matrix = matrix.contiguous()
+    matrix = _matrix(logits)
+    probabilities = _matrix(target) if soft else None
+    weights = None if class_weights is None else class_weights.detach().to(dtype).contiguous()
 
     # The reference holds the logits in the wide dtype, their exponentials, and a few temporaries of that size.
     reference_bytes = None if torch.compiler.is_compiling() else 4 * dtype.itemsize * logits.numel()
@@ -212,14 +250,27 @@ def cross_entropy(
     if chosen == backend.REFERENCE:
         if values_can_be_read([rows.labels], rows.labels.device):
             check_labels(rows.labels, matrix.shape[1], ignore_index)
-        results = reference.row_losses(matrix, rows.labels, scoring)
+        if probabilities is not None and shift:
+            probabilities = probabilities.roll(-1, 0)
+        results = reference.row_losses(matrix, rows.labels, scoring, class_weights=weights, probabilities=probabilities)
     else:
+        if probabilities is not None and probabilities.dtype == torch.float64:
+            probabilities = probabilities.to(dtype)
         # Compiled code may keep numbers open, which an operator takes as tensors.
         opened = (scalar(label_smoothing, 0.0), scalar(z_loss, 0.0), scalar(softcap, 0.0), scalar(logit_scale, 1.0))
-        results = registration.row_losses(matrix, rows.labels, scoring, opened, inplace_backward)
+        results = registration.row_losses(
+            matrix,
+            rows.labels,
+            scoring,
+            opened,
+            inplace_backward,
+            class_weights=weights,
+            probabilities=probabilities,
+            shift=shift,
+        )
     row_loss, lse, logprobs, entropy, argmax = results
 
-    shape = target.shape
+    shape = labels.shape
     loss = reduce_rows(row_loss, rows, shape=shape, reduction=reduction, num_items=num_items)
     if not (return_lse or return_logprobs or return_entropy or return_argmax):
         return loss

@@ -51,6 +51,50 @@ def check_target(target: Tensor, scored: Tensor, name: str) -> None:
         raise ValueError(f"target is on {target.device}, {name} on {scored.device}: put them on one device")
 
 
+def check_probabilities(target: Tensor, logits: Tensor) -> None:
+    """A distribution for every row of the logits, instead of a label."""
+    if target.dtype not in FLOATS:
+        raise TypeError(
+            f"target has dtype {dtype_name(target)}: expected labels of int64 or int32, or probabilities of float32, "
+            f"bfloat16, float16 or float64"
+        )
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target has dtype {dtype_name(target)}, so it holds probabilities, but its shape is "
+            f"{tuple(target.shape)}: expected {tuple(logits.shape)}, the shape of logits. Labels are int64 or int32"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"target is on {target.device}, logits on {logits.device}: put them on one device")
+
+
+def check_nothing_to_ignore(ignore_index: int) -> None:
+    """Of a target of probabilities; a negative index could stand for no class, so that it is let pass as in torch."""
+    if ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index is {ignore_index}, but target holds probabilities, none of which is an index: skip tokens "
+            f"by mask"
+        )
+
+
+def check_class_weights(class_weights: Tensor, vocabulary: int, device: torch.device) -> None:
+    """One factor for every column of the logits."""
+    check_tensor("class_weights", class_weights, "(V,) of one number per column of the logits")
+    if class_weights.dtype == torch.bool or class_weights.is_complex():
+        raise TypeError(f"class_weights has dtype {dtype_name(class_weights)}: expected numbers")
+    if class_weights.shape != (vocabulary,):
+        raise ValueError(
+            f"class_weights has shape {tuple(class_weights.shape)}: expected ({vocabulary},), one number per column of "
+            f"the logits"
+        )
+    if class_weights.device != device:
+        raise ValueError(f"class_weights is on {class_weights.device}, logits on {device}: put them on one device")
+    if class_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "class_weights requires grad, but they are constants here, as in torch: pass class_weights.detach(), or "
+            "put weights that are to be learned into a floating target"
+        )
+
+
 def check_tokens(target: Tensor, mask: Tensor | None, token_weights: Tensor | None) -> None:
     """The mask and the weights of the targets."""
     if mask is not None:

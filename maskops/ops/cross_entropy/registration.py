@@ -18,26 +18,31 @@ _library = torch.library.Library("maskops", "FRAGMENT")
 # The columns of a row are contiguous, so Inductor must hand the logits over as they were traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-# Results: loss, lse, logprobs, entropy, argmax, and columns, which is how many columns are above -inf: label smoothing
-# spreads over these. The last three are empty where they are not needed.
+# Values of a row that the backward pass needs beside the outputs; csrc/cross_entropy.h names them.
+_STATISTICS = 6
+
+_NUMBERS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
+# class_weights: (V,) float32, or empty. probabilities: those of every row, (N, V), or a tensor of another number of
+# dimensions where rows are scored against their label alone; under shift, row r is scored against row r + 1 of them.
+_TARGETS = "Tensor target, Tensor class_weights, Tensor probabilities"
+# Results: loss, lse, logprobs, entropy, argmax, and statistics for the backward pass, (N, 6) float64. The last three
+# have no rows where they are not needed.
 _library.define(
-    "cross_entropy_forward(Tensor logits, Tensor target, int ignore_index, float label_smoothing, float z_loss, "
-    "float softcap, float logit_scale, bool entropy, bool argmax) "
+    f"cross_entropy_forward(Tensor logits, {_TARGETS}, bool shift, {_NUMBERS}, bool entropy, bool argmax) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-_BACKWARD_ARGUMENTS = (
-    "Tensor target, Tensor lse, Tensor logprobs, Tensor entropy, Tensor columns, int ignore_index, "
-    "float label_smoothing, float z_loss, float softcap, float logit_scale"
-)
+_SAVED = "Tensor lse, Tensor logprobs, Tensor entropy, Tensor statistics"
 _GRADIENTS = "Tensor grad_loss, Tensor grad_lse, Tensor grad_logprobs, Tensor grad_entropy"
+# Results: the gradients of the logits and, unless it is not wanted and without rows, of the probabilities.
 _library.define(
-    f"cross_entropy_backward({_GRADIENTS}, Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor",
+    f"cross_entropy_backward({_GRADIENTS}, Tensor logits, {_TARGETS}, {_SAVED}, bool shift, bool probabilities_grad, "
+    f"{_NUMBERS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
-# The same, but the gradient replaces the logits.
+# The same, but the gradient replaces the logits, and the probabilities get none.
 _library.define(
-    f"cross_entropy_backward_({_GRADIENTS}, Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
+    f"cross_entropy_backward_({_GRADIENTS}, Tensor(a!) logits, {_TARGETS}, {_SAVED}, bool shift, {_NUMBERS}) -> ()",
     tags=_TAGS,
 )
 
@@ -46,6 +51,9 @@ _library.define(
 def _(
     logits: Tensor,
     target: Tensor,
+    class_weights: Tensor,
+    probabilities: Tensor,
+    shift: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -59,8 +67,9 @@ def _(
     def per_row(wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return logits.new_empty(rows if wanted else 0, dtype=dtype)
 
-    smoothing = label_smoothing != 0.0
-    return per_row(), per_row(), per_row(), per_row(entropy), per_row(argmax, torch.int64), per_row(smoothing)
+    has_statistics = probabilities.dim() == 2 or label_smoothing != 0.0
+    statistics = logits.new_empty((rows if has_statistics else 0, _STATISTICS), dtype=torch.float64)
+    return per_row(), per_row(), per_row(), per_row(entropy), per_row(argmax, torch.int64), statistics
 
 
 @torch.library.register_fake("maskops::cross_entropy_backward", lib=_library)  # type: ignore[untyped-decorator]
@@ -71,17 +80,22 @@ def _(
     grad_entropy: Tensor,
     logits: Tensor,
     target: Tensor,
+    class_weights: Tensor,
+    probabilities: Tensor,
     lse: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
-    columns: Tensor,
+    statistics: Tensor,
+    shift: bool,
+    probabilities_grad: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
     logit_scale: float,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
+) -> tuple[Tensor, Tensor]:
+    wanted = probabilities_grad and probabilities.dim() == 2
+    return logits.new_empty(logits.shape), probabilities.new_empty((logits.shape[0] if wanted else 0, logits.shape[1]))
 
 
 @torch.library.register_fake("maskops::cross_entropy_backward_", lib=_library)  # type: ignore[untyped-decorator]
@@ -92,10 +106,13 @@ def _(
     grad_entropy: Tensor,
     logits: Tensor,
     target: Tensor,
+    class_weights: Tensor,
+    probabilities: Tensor,
     lse: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
-    columns: Tensor,
+    statistics: Tensor,
+    shift: bool,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -113,12 +130,12 @@ class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        grad: Tensor = call("cross_entropy_backward", *args)
-        return grad
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor] = call("cross_entropy_backward", *args)
+        return grads
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Nothing is kept; torch.func asks for the method."""
 
     @staticmethod
@@ -131,8 +148,9 @@ class _Backward(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    # Arguments: logits, target, ignore_index, label_smoothing, z_loss, softcap, logit_scale, entropy, argmax,
-    # inplace_backward. The context is set up apart from the forward pass, which torch.func asks for.
+    # Arguments: logits, target, class_weights, probabilities, shift, ignore_index, label_smoothing, z_loss, softcap,
+    # logit_scale, entropy, argmax, inplace_backward. The context is set up apart from the forward pass, which
+    # torch.func asks for.
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -141,11 +159,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, *numbers, _entropy, _argmax, inplace_backward = inputs
-        _loss, lse, logprobs, entropy, argmax, columns = output
-        ctx.save_for_backward(logits, target, lse, logprobs, entropy, columns)
-        ctx.mark_non_differentiable(argmax, columns)
+        logits, target, class_weights, probabilities, shift, *numbers, _entropy, _argmax, inplace_backward = inputs
+        _loss, lse, logprobs, entropy, argmax, statistics = output
+        ctx.save_for_backward(logits, target, class_weights, probabilities, lse, logprobs, entropy, statistics)
+        ctx.mark_non_differentiable(argmax, statistics)
         ctx.set_materialize_grads(False)
+        ctx.shift = shift
         ctx.numbers = tuple(numbers)
         ctx.inplace_backward = inplace_backward
 
@@ -154,22 +173,23 @@ class _CrossEntropy(torch.autograd.Function):
         logits, *saved = ctx.saved_tensors
         nothing = logits.new_empty(0, dtype=torch.float32)
         incoming = [nothing if grad is None else grad for grad in grads[:4]]
-        grad: Tensor
+        probabilities_grad = ctx.needs_input_grad[3]
+        arguments = (*incoming, logits, *saved, ctx.shift, probabilities_grad, *ctx.numbers)
+        # Compiled code gets the functional operator: what is saved belongs to the compiler there. Rows that overlap in
+        # memory cannot hold a gradient each. The gradient of the probabilities needs the logits.
+        distinct = logits.stride(0) >= logits.shape[1] or logits.shape[0] <= 1
+        inplace = ctx.inplace_backward and distinct and not probabilities_grad
         if torch.is_grad_enabled():
             # create_graph=True: somebody may differentiate the gradient, and is told.
-            grad = _Backward.apply(*incoming, logits, *saved, *ctx.numbers)  # type: ignore[no-untyped-call]
-            return grad, *[None] * 9
-        # Compiled code gets the functional operator: what is saved belongs to the compiler there. Rows that overlap in
-        # memory cannot hold a gradient each.
-        distinct = logits.stride(0) >= logits.shape[1] or logits.shape[0] <= 1
-        if ctx.inplace_backward and distinct and not torch.compiler.is_compiling():
-            grad = logits.detach()
-            torch.ops.maskops.cross_entropy_backward_(*incoming, grad, *saved, *ctx.numbers)
+            grad, grad_probabilities = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
+        elif inplace and not torch.compiler.is_compiling():
+            grad, grad_probabilities = logits.detach(), None
+            torch.ops.maskops.cross_entropy_backward_(*incoming, grad, *saved, ctx.shift, *ctx.numbers)
             # Whoever else saved the logits for a backward pass of its own gets autograd's error, not a wrong gradient.
             torch.autograd.graph.increment_version(grad)
         else:
-            grad = call("cross_entropy_backward", *incoming, logits, *saved, *ctx.numbers)
-        return grad, *[None] * 9
+            grad, grad_probabilities = call("cross_entropy_backward", *arguments)
+        return grad, None, None, grad_probabilities if probabilities_grad else None, *[None] * 9
 
 
 def row_losses(
@@ -178,6 +198,10 @@ def row_losses(
     scoring: Scoring,
     numbers: tuple[float | Tensor, ...],
     inplace_backward: bool,
+    *,
+    class_weights: Tensor | None = None,
+    probabilities: Tensor | None = None,
+    shift: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the registered op, differentiably; the kernel is found by the device of the logits.
 
@@ -186,17 +210,25 @@ def row_losses(
         labels: (N,) int32 or int64; rows that hold ``scoring.ignore_index`` are skipped and never read.
         numbers: the floats of ``scoring`` in their order, as ``scalars.scalar`` gives them.
         inplace_backward: lets the backward pass write the gradient over the logits.
+        class_weights: (V,) float32, contiguous.
+        probabilities: (N, V), any row stride, contiguous columns: what rows are scored against instead of their labels,
+            which then only say whether they are skipped.
+        shift: row r is scored against row r + 1 of the probabilities.
 
     Returns:
         loss, lse, logprobs, entropy, argmax: one value per row; the last two are empty where they were not asked for.
     """
-    arguments = (logits, labels, scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax)
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    weights = logits.new_empty(0, dtype=torch.float32) if class_weights is None else class_weights
+    targets = logits.new_empty(0) if probabilities is None else probabilities
+    arguments = (
+        logits, labels, weights, targets, shift, scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax,
+    )  # fmt: skip
+    needs_grad = torch.is_grad_enabled() and (logits.requires_grad or targets.requires_grad)
     if not needs_grad and forward_ad._current_level < 0:
         # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
         # the function says that it has none, where the operator would drop the tangents without a word.
         results = call("cross_entropy_forward", *arguments)
     else:
         results = _CrossEntropy.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
-    loss, lse, logprobs, entropy, argmax, _columns = results
+    loss, lse, logprobs, entropy, argmax, _statistics = results
     return loss, lse, logprobs, entropy, argmax

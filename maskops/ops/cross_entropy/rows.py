@@ -37,6 +37,8 @@ class Rows(NamedTuple):
         sequence: (N,) int64, the ordinal of the row's sequence in ``cu_seqlens``, n_sequences outside of all; None
             without ``cu_seqlens``.
         n_sequences: how many sequences ``cu_seqlens`` has; 0 without.
+        label_weights: (N,) in the dtype of the loss, the class weight of every row's label: a factor of what the row
+            adds to a denominator, but not of its loss, which has it already. None: 1.
     """
 
     labels: Tensor
@@ -44,6 +46,7 @@ class Rows(NamedTuple):
     kept: Tensor
     sequence: Tensor | None
     n_sequences: int
+    label_weights: Tensor | None = None
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -66,8 +69,13 @@ def select_rows(
     cu_seqlens: Tensor | None,
     shift: bool,
     dtype: torch.dtype,
+    class_weights: Tensor | None = None,
 ) -> Rows:
-    """Folds the mask, the weights, the sequences and the shift into one label per row of the logits."""
+    """Folds the mask, the weights, the sequences and the shift into one label per row of the logits.
+
+    Args:
+        class_weights: (V,), or None where they weigh no denominator: rows that are scored against probabilities.
+    """
     labels = target
     weights = None
     if mask is not None:
@@ -95,7 +103,12 @@ def select_rows(
     kept = labels != ignore_index
     if weights is not None:
         weights = torch.where(kept, weights.reshape(-1), 0.0)
-    return Rows(labels, weights, kept, sequence, n_sequences)
+    label_weights = None
+    if class_weights is not None:
+        # Labels outside the vocabulary are an error that the op reports; here they must only not be followed.
+        index = torch.where(kept, labels, 0).clamp(0, class_weights.shape[0] - 1).long()
+        label_weights = class_weights.to(dtype)[index]
+    return Rows(labels, weights, kept, sequence, n_sequences, label_weights)
 
 
 def total(values: Tensor) -> Tensor:
@@ -127,21 +140,23 @@ def row_factors(
             ``cu_seqlens``.
     """
     weights = rows.kept.to(dtype) if rows.weights is None else rows.weights
+    shares = weights if rows.label_weights is None else weights * rows.label_weights  # in the denominators
+    counted = rows.weights is None and rows.label_weights is None
     if reduction == "mean":
         if num_items is None:
-            return _ratio(weights, rows.kept.sum() if rows.weights is None else total(weights))
+            return _ratio(weights, rows.kept.sum() if counted else total(shares))
         if isinstance(num_items, Tensor):
             return _ratio(weights, num_items.detach().reshape(()).to(weights.device))
         return weights / (num_items if num_items != 0 else math.inf)
     if reduction == "sequence_mean":
         if rows.sequence is None:
-            shares = _ratio(weights.reshape(shape), total(weights.reshape(shape))[..., None]).reshape(-1)
+            factors = _ratio(weights.reshape(shape), total(shares.reshape(shape))[..., None]).reshape(-1)
             counts = rows.kept.reshape(shape).sum(-1)
         else:
             sequence, places = rows.sequence, rows.n_sequences + 1
-            shares = _ratio(weights, weights.new_zeros(places).index_add(0, sequence, weights)[sequence])
+            factors = _ratio(weights, shares.new_zeros(places).index_add(0, sequence, shares)[sequence])
             counts = sequence.new_zeros(places).index_add(0, sequence, rows.kept.long())[:-1]
-        return _ratio(shares, (counts > 0).sum())
+        return _ratio(factors, (counts > 0).sum())
     return weights
 
 

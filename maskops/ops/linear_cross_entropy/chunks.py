@@ -163,7 +163,10 @@ def linear_cross_entropy(
                     torch.addmm(wide_bias[tile], x, part.t(), out=logits[:, tile])
                 else:
                     torch.mm(x, part.t(), out=logits[:, tile])
-            *scores, counts = torch.ops.maskops.cross_entropy_forward(logits, chunk_labels, *numbers, entropy, argmax)
+            targets = (chunk_labels, logits.new_empty(0), logits.new_empty(0))  # no class weights, no probabilities
+            *scores, statistics = torch.ops.maskops.cross_entropy_forward(
+                logits, *targets, False, *numbers, entropy, argmax
+            )
             if values:
                 for result, score in zip(outputs, scores, strict=True):
                     if result.numel():
@@ -174,8 +177,9 @@ def linear_cross_entropy(
             torch.ops.maskops.cross_entropy_backward_(
                 *[rows.take(grad, chunk) if grad.numel() else grad for grad in incoming],
                 logits,
-                chunk_labels,
-                *(lse, logprobs, uncertainty, counts),
+                *targets,
+                *(lse, logprobs, uncertainty, statistics),
+                False,
                 *numbers,
             )
             if hidden_gradient:
