@@ -30,9 +30,45 @@ struct AttentionShape {
   float softmax_scale, softcap;  // softcap 0 is off
 };
 
+// A (batch, heads, q_len, k_len) tensor; a stride is 0 along a dimension that it is broadcast over.
+struct Broadcast {
+  void* data;  // nullptr where the call has none
+  int64_t batch_stride, head_stride, row_stride, key_stride;
+};
+
+// One number for every head, or for every head of every batch element or sequence.
+struct PerHead {
+  const float* data;  // nullptr where the call has none
+  int64_t outer_stride, head_stride;
+  int64_t outer;     // batch elements or sequences; 1 where they share
+  bool by_sequence;  // outer counts sequences: a row belongs to the one of its ordinal
+};
+
+// Which weights are dropped: those whose random word is at most last_dropped.
+struct Dropout {
+  bool is_on;
+  uint32_t last_dropped;
+  float scale;  // of what is kept, 1 / (1 - p)
+  uint64_t seed;
+  uint32_t sequences;  // of a plan that several batch elements share: each of them counts on from the one before
+};
+
+// What a call uses beyond spans and a softcap.
+struct Features {
+  Broadcast bias;  // a -inf in it hides the pair
+  Element bias_element;
+  Broadcast dense;  // bytes, 0 hides the pair
+  PerHead alibi_slopes, sinks;
+  Dropout dropout;
+  // (3, batch, q_len): key aligned with the row, first key and ordinal of its sequence; nullptr where nothing needs it
+  const int32_t* positions;
+  int64_t positions_stride, positions_batch_stride;
+};
+
 struct AttentionForward {
   AttentionShape shape;
   Spans spans;
+  Features features;
   StridedRows q, k, v, out;
   float* lse;  // (batch, heads, q_len)
 };
@@ -40,9 +76,18 @@ struct AttentionForward {
 struct AttentionBackward {
   AttentionShape shape;
   Spans spans;
+  Features features;
   StridedRows q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   const float* lse;
   const float* grad_lse;  // (batch, heads, q_len), nullptr where the log-sum-exp was not used
+  // Gradients that are not wanted are nullptr. That of the bias is contiguous, in the bias's own sizes and element.
+  void* grad_bias;
+  int64_t bias_sizes[4];
+  bool bias_is_shared;  // broadcast: an element of the bias belongs to several pairs
+  float* grad_slopes;   // (outer, heads)
+  float* grad_sinks;    // (heads,)
+  // (batch, heads, q_len), what each row adds to its slope's and its sink's gradient; the schedule provides them.
+  float *row_grad_slopes, *row_grad_sinks;
 };
 
 }  // namespace maskops

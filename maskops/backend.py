@@ -174,11 +174,6 @@ BACKENDS: dict[str, Backend] = {
             "attention": Declaration(
                 dtypes=_HALVES_AND_SINGLE,
                 lacks={
-                    "dense mask": "masks.dense has no CPU kernel in this release",
-                    "bias": "bias has no CPU kernel in this release",
-                    "alibi_slopes": "alibi_slopes has no CPU kernel in this release",
-                    "sinks": "sinks has no CPU kernel in this release",
-                    "dropout": "dropout_p > 0 has no CPU kernel in this release",
                     "double backward": _NO_DOUBLE_BACKWARD,
                 },
             ),

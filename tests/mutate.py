@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ("tests/test_attention.py",)
+ATTENTION_FEATURES = ("tests/test_attention_features.py",)
 LOSS = (
     "tests/test_cross_entropy.py",
     "tests/test_cross_entropy_numerics.py",
@@ -49,9 +50,13 @@ class Mutation:
 
 
 LANES = "csrc/cpu/attention_lanes.inc"
+FEATURES = "csrc/cpu/attention_features.inc"
 FORWARD = "csrc/cpu/attention_forward.inc"
 BACKWARD = "csrc/cpu/attention_backward.inc"
+BIAS = "csrc/cpu/attention_bias.inc"
 SCHEDULE = "csrc/cpu/attention.cpp"
+GRADIENTS = "csrc/cpu/attention_gradients.cpp"
+BINDING = "csrc/ops/attention.cpp"
 VECTORS = "csrc/cpu/vec.h"
 PROGRAM = "csrc/cpu/plan_program.cpp"
 SPANS = "csrc/cpu/plan_spans.cpp"
@@ -71,12 +76,12 @@ MUTATIONS = (
     Mutation("full range one key too long", FORWARD, "key + M <= panel.full_end)", "key + M <= panel.full_end + 1)"),
     Mutation(
         "full range begins too early in backward",
-        BACKWARD,
+        LANES,
         "first_key >= panel.full_begin &&",
         "first_key + 1 >= panel.full_begin &&",
     ),
-    Mutation("scale forgotten in forward", FORWARD, "shape.softmax_scale * LOG2E :", "0.5f * LOG2E :"),
-    Mutation("scale forgotten in backward", BACKWARD, "shape.softmax_scale * LOG2E :", "0.5f * LOG2E :"),
+    Mutation("scale forgotten", FEATURES, "shape.softmax_scale : shape", "0.5f : shape"),
+    Mutation("scale forgotten on the fast path", FEATURES, ": shape.softmax_scale * LOG2E", ": 0.5f * LOG2E"),
     Mutation("running sum not rescaled", FORWARD, "panel.running_sum[v] * rescale[v]", "panel.running_sum[v]"),
     Mutation("accumulator not rescaled", LANES, "if (START == FROM_SCALED_C)", "if (false)"),
     Mutation("accumulator never started", FORWARD, "panel.fresh = false;", ""),
@@ -90,14 +95,23 @@ MUTATIONS = (
         "row of a GQA lane", LANES, "block.first_row + position / group", "block.first_row + position % block.rows"
     ),
     Mutation(
-        "sign of the log-sum-exp", BACKWARD, "scratch.lse[at] = log_sum * LOG2E", "scratch.lse[at] = -log_sum * LOG2E"
+        "sign of the log-sum-exp",
+        BACKWARD,
+        "features.general ? log_sum : log_sum * LOG2E",
+        "features.general ? log_sum : -log_sum * LOG2E",
     ),
     Mutation("log-sum-exp in base 2", FORWARD, "(maximum + log2f(sum)) * LN2", "(maximum + log2f(sum))"),
     Mutation("gradient of the log-sum-exp added", BACKWARD, "delta -= p.grad_lse", "delta += p.grad_lse"),
     Mutation("gradient of the log-sum-exp dropped", BACKWARD, "if (p.grad_lse != nullptr)", "if (false)"),
     Mutation("empty rows are not 0", FORWARD, "lanes.empty[lane] || sum == 0.0f;", "false;"),
+    Mutation("log-sum-exp of the general path", FORWARD, "maximum + logf(sum)", "maximum + log2f(sum)"),
     Mutation("gradients of empty rows", BACKWARD, "if (log_sum == -INFINITY) {", "if (false) {"),
-    Mutation("masked pairs keep their gradient", BACKWARD, "ds = allowed ? ds : (vf){};", ""),
+    Mutation(
+        "masked pairs keep their gradient",
+        BACKWARD,
+        "p = allowed ? p : (vf){};\n        ds = allowed ? ds : (vf){};",
+        "p = allowed ? p : (vf){};",
+    ),
     Mutation("masked pairs keep their probability", BACKWARD, "p = allowed ? p : (vf){};", ""),
     Mutation("holes are read", LANES, "while (last < limit && key_valid[last]) last++;", "last = limit;"),
     Mutation(
@@ -112,7 +126,7 @@ MUTATIONS = (
         "live && x < panel.lanes ? shape.softmax_scale",
         "live && x < panel.lanes ? 1.0f",
     ),
-    Mutation("derivative of the softcap", BACKWARD, "if (SOFTCAP) ds *=", "if (false) ds *="),
+    Mutation("derivative of the softcap", BACKWARD, "if (SOFTCAP) ds = allowed", "if (false) ds = allowed"),
     Mutation("stale probabilities outside a panel's keys", BACKWARD, "zero_rows(run_end);", ""),
     Mutation(
         "first partial sum dropped",
@@ -139,6 +153,179 @@ MUTATIONS = (
         "plan_lanes(lanes, p.spans, shape, block, first_key, last_key);",
         "plan_lanes(lanes, p.spans, shape, block, 0, (int32_t)shape.k_len);",
         HOSTILE,
+    ),
+    Mutation(
+        "features: softcap in base 2", FORWARD, "s = tanh_lanes(s) * cap;", "s = tanh_lanes(s) * cap * splat(LOG2E);"
+    ),
+    Mutation("features: sign of ALiBi", FORWARD, "s -= load(features.slope", "s += load(features.slope"),
+    Mutation("features: sign of ALiBi in backward", BACKWARD, "s -= load(features.slope", "s += load(features.slope"),
+    Mutation("features: distance with a sign", FEATURES, "return vmax(distance, -distance);", "return distance;"),
+    Mutation("features: sign of the slopes' gradient", BACKWARD, "grad_slope[v] -=", "grad_slope[v] +="),
+    Mutation("features: slopes of another head", FEATURES, "outer, lanes.head[lane]);", "outer, 0);"),
+    Mutation(
+        "features: slopes of another sequence",
+        "csrc/cpu/attention.h",
+        "2 * features.positions_stride + row",
+        "row",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: slopes past the last sequence",
+        BINDING,
+        "if (slopes_by_sequence && last >= slopes.outer)",
+        "if (false)",
+        ATTENTION_FEATURES,
+    ),
+    Mutation("features: bias of another head", FEATURES, "lanes.head[lane] * tensor.head_stride", "0"),
+    Mutation("features: bias of another row", FEATURES, "lanes.row[lane] * tensor.row_stride", "0"),
+    Mutation("features: bias of another batch element", FEATURES, "block.batch * tensor.batch_stride", "0"),
+    Mutation("features: bias of another key", FEATURES, "first_key * tensor.key_stride;", "0;"),
+    Mutation(
+        "features: one row of a bias for all",
+        FEATURES,
+        "alike = alike && (rows[x] == nullptr || row == nullptr || rows[x] == row);",
+        "",
+    ),
+    Mutation(
+        "features: bias of -inf does not hide",
+        FORWARD,
+        "bias == splat(-INFINITY) ? bias : s + bias",
+        "s + bias",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: bias of -inf does not hide in backward",
+        BACKWARD,
+        "allowed &= bias != splat(-INFINITY);",
+        "",
+        ATTENTION_FEATURES,
+    ),
+    Mutation("features: bias forgotten in backward", BACKWARD, "s += bias;", ""),
+    Mutation(
+        "features: dense mask inverted",
+        FEATURES,
+        "load(mine.dense + i * W) != (vf){}",
+        "load(mine.dense + i * W) == (vf){}",
+    ),
+    Mutation(
+        "features: dense mask without the bias",
+        FEATURES,
+        "!= (vf){} ? bias : splat",
+        "!= (vf){} ? (vf){} : splat",
+        ATTENTION_FEATURES,
+    ),
+    Mutation("features: sign of the sink", FORWARD, "sigmoid(lse - per_head", "sigmoid(-lse + per_head"),
+    Mutation("features: sink of another head", FORWARD, "0, lanes.head[lane]));", "0, 0));"),
+    Mutation("features: sink forgotten in dO", BACKWARD, "store(grad_row + d, load(grad_row + d) * splat(share));", ""),
+    Mutation("features: sink forgotten in delta", BACKWARD, "delta *= share;", ""),
+    Mutation("features: sign of the sink's gradient", BACKWARD, "= -delta * sigmoid", "= delta * sigmoid"),
+    Mutation(
+        "features: word of a draw",
+        FEATURES,
+        "random[key & 3] > last_dropped",
+        "random[0] > last_dropped",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: word of a draw in a shared vector",
+        FEATURES,
+        "upper = (key & 2) != 0",
+        "upper = (key & 4) != 0",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: keys counted from the buffer",
+        FEATURES,
+        "(uint32_t)(first_key + i) - mine.first[at]",
+        "(uint32_t)(first_key + i)",
+        ATTENTION_FEATURES,
+    ),
+    Mutation("features: draws of another head", FEATURES, "(uint32_t)lanes.head[lane];", "0;", ATTENTION_FEATURES),
+    Mutation(
+        "features: batch elements drop alike",
+        FEATURES,
+        "(uint32_t)block.batch * features.dropout.sequences",
+        "0",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: rows counted from the buffer",
+        FEATURES,
+        "(uint32_t)diagonal - (uint32_t)first;",
+        "(uint32_t)diagonal;",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: kept weights not scaled",
+        BINDING,
+        "static_cast<float>(1.0 / (1.0 - dropout_p))",
+        "1.0f",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: threshold of dropout",
+        BINDING,
+        "std::ceil(dropout_p * 0x1p32) - 1.0",
+        "dropout_p * 0x1p31",
+        ATTENTION_FEATURES,
+    ),
+    Mutation("features: six rounds", FEATURES, "round < 7", "round < 6", ATTENTION_FEATURES),
+    Mutation(
+        "features: dropped weights in the sum",
+        FORWARD,
+        "      sum[v] += p;\n      if (DROPOUT) {",
+        "      if (DROPOUT) {\n        sum[v] += load(kept + (i * NV + v) * W) != (vf){} ? p : (vf){};",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: dropout forgotten in dP", BACKWARD, "dp = kept ? dp * factor : (vf){};", "", ATTENTION_FEATURES
+    ),
+    Mutation(
+        "features: dropout forgotten in dV", BACKWARD, "weight = kept ? p * factor : (vf){};", "", ATTENTION_FEATURES
+    ),
+    Mutation(
+        "features: gradient of the bias after the softcap",
+        BACKWARD,
+        "if (ADDED) store(sum_at, ds);",
+        "if (ADDED) store(sum_at, SOFTCAP ? ds * tanh_slope_lanes(bent) : ds);",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: bias gradient not cleared",
+        SCHEDULE,
+        "if (p.grad_bias != nullptr && !p.bias_is_shared) clear",
+        "if (false) clear",
+        ATTENTION_FEATURES,
+    ),
+    Mutation("features: bias gradient of another row", BIAS, "(by_row ? row - first_row : 0)", "0", ATTENTION_FEATURES),
+    Mutation("features: bias gradient of another head", BIAS, "(by_head ? head % group : 0)", "0", ATTENTION_FEATURES),
+    Mutation(
+        "features: bias gradient of one batch element",
+        GRADIENTS,
+        "Steps batches(p.bias_sizes[0], shape.batch, 1)",
+        "Steps batches(p.bias_sizes[0], 1, 1)",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: bias gradient at another key",
+        BIAS,
+        "(piece.by_key ? at - piece.first_key : 0)",
+        "0",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: bias gradient skips rows",
+        BIAS,
+        "spans.end[at + row] > key_begin",
+        "spans.end[at + row] > key_begin + 1",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: slopes' gradient of empty rows",
+        BACKWARD,
+        "live ? ((const float*)panel.grad_slope)[x] : 0.0f",
+        "((const float*)panel.grad_slope)[x]",
+        ATTENTION_FEATURES,
     ),
     Mutation("exponential with a worse coefficient", VECTORS, "9.671512991189957e-3f", "9.5e-3f"),
     Mutation("exponential of -inf is not 0", VECTORS, "x = vmax(splat(-127.0f), x);", "x = vmax(splat(-126.0f), x);"),

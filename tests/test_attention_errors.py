@@ -213,9 +213,9 @@ ERRORS = [
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale is nan: expected a finite number"),
     ({"backend": "gpu"}, ValueError, "backend is 'gpu': expected one of 'auto', 'cpu', 'reference'"),
     (
-        {"backend": "cpu", "sinks": zeros(4)},
+        {"backend": "cpu"} | {name: zeros(2, 4, 6, 8, dtype=torch.float64) for name in "qkv"},
         ValueError,
-        "backend 'cpu' cannot run maskops.attention: sinks has no CPU kernel in this release",
+        "backend 'cpu' cannot run maskops.attention: it takes float32, bfloat16, float16, not float64",
     ),
 ]
 VARLEN_ERRORS = [
@@ -272,9 +272,9 @@ VARLEN_ERRORS = [
         "mask has shape (1, 7): for padding use masks.padding(mask)",
     ),
     (
-        {"alibi_slopes": zeros(2, 4)},
+        {"alibi_slopes": zeros(3, 4)},
         ValueError,
-        "alibi_slopes has shape (2, 4): packed sequences share one slope a head, (heads,)",
+        "alibi_slopes has shape (3, 4): expected (4,) or (2, 4)",
     ),
     ({"alibi_slopes": [0.1, 0.2]}, TypeError, "alibi_slopes is list: expected a floating tensor"),
     (

@@ -1,5 +1,6 @@
 """The choice of a backend: order, reasons, warnings, preferences, and what the package says when parts are missing."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -19,6 +20,16 @@ from maskops.backend import BACKENDS, Call, choose
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test meets each fallback for the first time."""
     monkeypatch.setattr(backend, "_warned", set())
+
+
+@pytest.fixture(autouse=True)
+def a_backend_that_lacks_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a lack is told does not depend on whether this release has one."""
+    cpu = BACKENDS["cpu"]
+    features = {"bias": "bias", "sinks": "sinks", "dropout": "dropout_p > 0", "dense mask": "masks.dense"}
+    lacks = {feature: f"{name} has no CPU kernel in this release" for feature, name in features.items()}
+    ops = {**cpu.ops, "attention": dataclasses.replace(cpu.ops["attention"], lacks=lacks)}
+    monkeypatch.setitem(BACKENDS, "cpu", dataclasses.replace(cpu, ops=ops))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import torch
 
 import maskops
 from maskops import extension, masks
+from maskops.ops.attention.registration import Features, filled, operator_arguments
 from tests.mutate import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +116,7 @@ def test_errors_of_the_binary_are_value_errors() -> None:
     spans = masks.causal().spans(16, 16)
     wrong = spans.tiles.clone()
     wrong[0, 2] += 1  # one row more than there is
-    arguments = (spans.start, spans.end, spans.key_valid, wrong, spans.tile_count, 1.0, 0.0)
+    arguments = filled(operator_arguments(spans._replace(tiles=wrong), Features()), q)
     with pytest.raises(ValueError, match="the work list does not cover the rows of q in order"):
         torch.ops.maskops.attention_forward(q, q, q, *arguments)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import maskops
 from maskops import backend as choice
 from maskops import masks
+from maskops.ops.attention import registration
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -143,19 +144,33 @@ def test_lengths_do_not_recompile(backend: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_features_of_the_reference() -> None:
+def test_features(backend: str) -> None:
     def step(x: Tensor, bias: Tensor, slopes: Tensor, sinks: Tensor) -> Any:
         return maskops.attention(
-            x, x, x, masks.causal(), bias=bias, alibi_slopes=slopes, sinks=sinks, return_lse=True, backend="reference"
+            x, x, x, masks.causal(), bias=bias, alibi_slopes=slopes, sinks=sinks, return_lse=True, backend=backend
         )
 
     sizes = ((2, 2, 9, 4), (1, 2, 9, 9), (2,), (2,))
     assert_same(step, tuple(torch.randn(size, requires_grad=True) for size in sizes))
 
 
-def test_dropout_of_the_reference() -> None:
+def test_one_tensor_in_several_features(backend: str) -> None:
+    def step(x: Tensor, y: Tensor) -> Any:
+        return maskops.attention(x, x, x, masks.causal(), bias=x, alibi_slopes=y, sinks=y, backend=backend)
+
+    assert_same(step, (torch.randn(2, 3, 4, 4, requires_grad=True), torch.rand(3, requires_grad=True)))
+
+
+def test_dense_masks(backend: str) -> None:
+    def step(x: Tensor, allowed: Tensor) -> Any:
+        return maskops.attention(x, x, x, masks.dense(allowed) & masks.causal(), return_lse=True, backend=backend)
+
+    assert_same(step, (torch.randn(2, 2, 9, 4, requires_grad=True), torch.rand(2, 1, 9, 9) < 0.5))
+
+
+def test_dropout(backend: str) -> None:
     def step(x: Tensor) -> Any:
-        return maskops.attention(x, x, x, dropout_p=0.5, backend="reference")
+        return maskops.attention(x, x, x, dropout_p=0.5, backend=backend)
 
     x = torch.zeros(1, 2, 40, 40)
     weights = compiled(step)(x.index_fill(3, torch.tensor([0]), 1.0))
@@ -178,20 +193,20 @@ def test_backend_is_chosen_while_tracing() -> None:
 def test_fallback_warns_while_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_warned", set())
 
-    def step(x: Tensor, sinks: Tensor) -> Any:
-        return maskops.attention(x, x, x, sinks=sinks)
+    def step(x: Tensor) -> Any:
+        return maskops.attention(x, x, x)
 
-    x, sinks = torch.randn(1, 2, 9, 4), torch.randn(2)
-    with pytest.warns(maskops.BackendFallbackWarning, match="sinks"):
-        compiled(step)(x, sinks)
+    with pytest.warns(maskops.BackendFallbackWarning, match="float64"):
+        compiled(step)(torch.randn(1, 2, 9, 4, dtype=torch.float64))
 
 
 def operator_inputs() -> dict[str, tuple[Any, ...]]:
-    """Arguments of the forward op: contiguous, transposed, packed, grouped, expanded, empty."""
+    """Arguments of the forward op: contiguous, transposed, packed, grouped, expanded, empty, with features."""
 
-    def arguments(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask) -> tuple[Any, ...]:
-        plan = mask.spans(q.shape[2], k.shape[2], batch=q.shape[0], grad=False)
-        return (q, k, v, plan.start, plan.end, plan.key_valid, plan.tiles, plan.tile_count, 0.5, 2.0)
+    def arguments(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, **features: Any) -> tuple[Any, ...]:
+        plan = mask.spans(q.shape[2], k.shape[2], batch=q.shape[0], grad=False, positions="seed" in features)
+        used = registration.Features(**{"softmax_scale": 0.5, "softcap": 2.0, **features})
+        return (q, k, v, *registration.filled(registration.operator_arguments(plan, used), q))
 
     packed = torch.randn(12, 4, 8).transpose(0, 1)[None]
     rows = torch.randn(2, 9, 4, 8).transpose(1, 2)
@@ -205,6 +220,17 @@ def operator_inputs() -> dict[str, tuple[Any, ...]]:
         "grouped": arguments(rows, grouped, torch.randn(2, 2, 9, 3), masks.full()),
         "expanded": arguments(torch.randn(2, 1, 9, 8).expand(2, 4, 9, 8), grouped, grouped.clone(), masks.full()),
         "empty": arguments(torch.randn(2, 4, 0, 8), torch.randn(2, 4, 0, 8), torch.randn(2, 4, 0, 8), masks.full()),
+        "features": arguments(
+            rows,
+            grouped,
+            torch.randn(2, 2, 9, 3),
+            masks.dense(torch.rand(1, 4, 9, 9) < 0.5),
+            bias=torch.randn(9, 9, 4).permute(2, 0, 1)[None].bfloat16(),
+            alibi_slopes=torch.rand(2, 4),
+            sinks=torch.randn(1, 4),
+            seed=torch.tensor(5),
+            dropout_p=0.4,
+        ),
     }
 
 
@@ -216,8 +242,9 @@ def test_opcheck(layout: str) -> None:
     arguments = operator_inputs()[layout]
     torch.library.opcheck(torch.ops.maskops.attention_forward.default, arguments)
     out, lse = torch.ops.maskops.attention_forward(*arguments)
+    wanted = (layout == "features",) * 3
     for grad_lse in (torch.randn(lse.shape), torch.empty(0)):
-        backward = (torch.randn_like(out), grad_lse, *arguments[:3], out, lse, *arguments[3:])
+        backward = (torch.randn_like(out), grad_lse, *arguments[:3], out, lse, *arguments[3:], *wanted)
         torch.library.opcheck(torch.ops.maskops.attention_backward.default, backward)
 
 

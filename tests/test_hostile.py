@@ -11,6 +11,7 @@ from torch import Tensor
 
 import maskops
 from maskops import extension, masks
+from maskops.ops.attention.registration import Features, filled, operator_arguments
 from maskops.spans import RowSpans
 
 pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
@@ -19,16 +20,18 @@ INT32_MAX = 2**31 - 1
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans) -> tuple[Tensor, Tensor]:
-    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count)
-    out, lse = torch.ops.maskops.attention_forward(q, k, v, *plan, 1.0, 0.0)
+    plan = filled(operator_arguments(spans, Features()), q)
+    out, lse = torch.ops.maskops.attention_forward(q, k, v, *plan)
     return out, lse
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: RowSpans
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count)
-    dq, dk, dv = torch.ops.maskops.attention_backward(grad, torch.empty(0), q, k, v, out, lse, *plan, 1.0, 0.0)
+    plan = filled(operator_arguments(spans, Features()), q)
+    dq, dk, dv, *_ = torch.ops.maskops.attention_backward(
+        grad, torch.empty(0), q, k, v, out, lse, *plan, False, False, False
+    )
     return dq, dk, dv
 
 

@@ -3,13 +3,11 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
 #include "isa.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace maskops {
@@ -21,29 +19,6 @@ constexpr double FLOPS_PER_WORKER = 2e6;
 constexpr int64_t SHARED_TASKS = 32;
 constexpr int32_t MERGED_KEYS = 256;  // keys whose partial sums one task adds up
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(size_t bytes) {
-  auto* memory = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-  if (memory == nullptr) throw std::bad_alloc();
-  return Memory(memory);
-}
-
-int useful_workers(const Threads& threads, double flops, int64_t n_tasks) {
-  const double useful = 1 + flops / FLOPS_PER_WORKER;
-  return static_cast<int>(std::min({static_cast<double>(threads.count), useful, std::max<double>(1, n_tasks)}));
-}
-
-// One scratch buffer for each worker, allocated before the team starts: a task cannot fail.
-std::vector<Memory> scratch_for(int workers, size_t bytes) {
-  std::vector<Memory> scratch;
-  for (int i = 0; i < workers; i++) scratch.push_back(allocate(bytes));
-  return scratch;
-}
-
 const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
 
 double pairs_of(const Spans& spans, const AttentionShape& shape) {
@@ -53,6 +28,11 @@ double pairs_of(const Spans& spans, const AttentionShape& shape) {
 }
 
 }  // namespace
+
+int useful_workers(const Threads& threads, double flops, int64_t n_tasks) {
+  const double useful = 1 + flops / FLOPS_PER_WORKER;
+  return static_cast<int>(std::min({static_cast<double>(threads.count), useful, std::max<double>(1, n_tasks)}));
+}
 
 void attention_forward(const AttentionForward& p, const Threads& threads) {
   const AttentionShape& shape = p.shape;
@@ -169,8 +149,15 @@ std::vector<int32_t> cut(const Spans& spans, const Component& component, int64_t
 
 }  // namespace
 
-void attention_backward(const AttentionBackward& p, const Threads& threads) {
+void attention_backward(const AttentionBackward& call, const Threads& threads) {
+  AttentionBackward p = call;
   const AttentionShape& shape = p.shape;
+  const size_t row_bytes = shape.batch * shape.heads * shape.q_len * sizeof(float);
+  const Memory row_grad_slopes = allocate(p.grad_slopes != nullptr ? row_bytes : 0);
+  const Memory row_grad_sinks = allocate(p.grad_sinks != nullptr ? row_bytes : 0);
+  if (p.grad_slopes != nullptr) p.row_grad_slopes = reinterpret_cast<float*>(row_grad_slopes.get());
+  if (p.grad_sinks != nullptr) p.row_grad_sinks = reinterpret_cast<float*>(row_grad_sinks.get());
+  if (p.grad_bias != nullptr && !p.bias_is_shared) clear_bias_gradient(p, threads);
   const Spans& spans = p.spans;
   const auto k_len = static_cast<int32_t>(shape.k_len);
   const KernelTable& table = kernels();
@@ -262,7 +249,7 @@ void attention_backward(const AttentionBackward& p, const Threads& threads) {
     }
   }
 
-  const Memory partials = allocate(std::max<size_t>(64, partial_floats * sizeof(float)));
+  const Memory partials = allocate(partial_floats * sizeof(float));
   auto* next = reinterpret_cast<float*>(partials.get());
   for (const Group& group : groups) {
     for (int64_t i = 0; i < group.n_tasks; i++) {
@@ -307,6 +294,8 @@ void attention_backward(const AttentionBackward& p, const Threads& threads) {
         }
       },
       &context);
+  if (p.grad_bias != nullptr && p.bias_is_shared) attention_bias_gradient(p, flops, threads);
+  sum_row_gradients(p);
 }
 
 }  // namespace maskops

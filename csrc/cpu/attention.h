@@ -9,6 +9,13 @@ namespace maskops {
 
 void attention_forward(const AttentionForward& p, const Threads& threads);
 void attention_backward(const AttentionBackward& p, const Threads& threads);
+// The schedules of attention_backward for the gradients of what is broadcast (attention_gradients.cpp).
+void attention_bias_gradient(const AttentionBackward& p, double flops, const Threads& threads);
+void clear_bias_gradient(const AttentionBackward& p, const Threads& threads);
+void sum_row_gradients(const AttentionBackward& p);
+
+// Workers that a call of so many floating-point operations keeps busy.
+int useful_workers(const Threads& threads, double flops, int64_t n_tasks);
 
 // Query rows x heads of one GQA group that a task keeps in fast memory at a time.
 constexpr int BLOCK_LANES = 128;
@@ -31,5 +38,28 @@ struct BackwardTask {
   // fixed order. nullptr where the task owns its keys alone and writes the gradients itself.
   float* partial;
 };
+
+// One task of the gradient of a broadcast bias owns the piece of it that belongs to these batch elements, key heads,
+// rows and keys: all of them along a dimension of size 1.
+struct BiasTask {
+  int32_t batch_begin, batch_end, kv_head_begin, kv_head_end, row_begin, row_end, key_begin, key_end;
+};
+
+// Which of the outer numbers of ALiBi's slopes a row takes: those of its batch element or sequence, or the shared ones.
+// Rows outside every sequence have the ordinal -1.
+inline int64_t slopes_of_row(const Features& features, int64_t batch, int64_t row) {
+  const PerHead& slopes = features.alibi_slopes;
+  if (slopes.outer == 1) return 0;
+  if (!slopes.by_sequence) return batch;
+  const int64_t ordinal =
+      features.positions[batch * features.positions_batch_stride + 2 * features.positions_stride + row];
+  return ordinal < 0 ? 0 : ordinal < slopes.outer ? ordinal : slopes.outer - 1;
+}
+
+// Query rows that a block of lanes holds.
+inline int32_t rows_of_block(const AttentionShape& shape) {
+  const int64_t rows = BLOCK_LANES * shape.kv_heads / shape.heads;
+  return rows > 1 ? static_cast<int32_t>(rows) : 1;
+}
 
 }  // namespace maskops

@@ -10,6 +10,7 @@ struct AttentionBackward;
 struct AttentionForward;
 struct AttentionShape;
 struct BackwardTask;
+struct BiasTask;
 struct CrossEntropyBackward;
 struct CrossEntropyForward;
 struct DecodeForward;
@@ -28,6 +29,8 @@ struct KernelTable {
   void (*attention_backward)(const AttentionBackward&, const BackwardTask&, char* scratch);
   void (*attention_backward_merge)(const AttentionBackward&, const BackwardTask*, int n_tasks, int64_t key,
                                    float* scratch);
+  size_t (*attention_bias_scratch)(const AttentionBackward&, const BiasTask& largest);
+  void (*attention_bias)(const AttentionBackward&, const BiasTask&, char* scratch);
   size_t (*decode_scratch)(const AttentionShape&, int n_spans, int rows);
   int64_t (*decode_partial_width)(const AttentionShape&);  // floats of a row's partial result
   void (*decode_forward)(const DecodeForward&, const DecodeTask&, char* scratch);

@@ -8,7 +8,7 @@
 
 typedef float vf __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES), may_alias));
-typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES), may_alias));  // bits: sums of them wrap around
+typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES), may_alias));  // wraps around, compares without a sign
 typedef float vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t vi_halves __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));  // pairs of bfloat16
@@ -40,6 +40,41 @@ static ALWAYS_INLINE void store(float* p, vf v) { *(vf_unaligned*)p = v; }
 static ALWAYS_INLINE vi load_int(const int32_t* p) { return *(const vi_unaligned*)p; }
 static ALWAYS_INLINE vf splat(float x) { return x - (vf){}; }
 static ALWAYS_INLINE vi splat_int(int32_t x) { return x - (vi){}; }
+static ALWAYS_INLINE vu splat_unsigned(uint32_t x) { return x - (vu){}; }
+static ALWAYS_INLINE vf to_float_lanes(vi x) { return __builtin_convertvector(x, vf); }
+
+// The 64-bit products of the lanes and a factor, in two halves.
+static ALWAYS_INLINE void multiply_wide(vu x, uint32_t factor, vu& high, vu& low) {
+#if defined(__x86_64__)
+  // The machine multiplies every other lane.
+#if VECTOR_BYTES == 64
+  const __m512i m = _mm512_set1_epi32((int)factor);
+  const vu even = (vu)_mm512_mul_epu32((__m512i)x, m);
+  const vu odd = (vu)_mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), m);
+  low = (vu)_mm512_mask_blend_epi32(0xaaaa, (__m512i)even, _mm512_slli_epi64((__m512i)odd, 32));
+  high = (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64((__m512i)even, 32), (__m512i)odd);
+#elif VECTOR_BYTES == 32
+  const __m256i m = _mm256_set1_epi32((int)factor);
+  const vu even = (vu)_mm256_mul_epu32((__m256i)x, m);
+  const vu odd = (vu)_mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), m);
+  low = (vu)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xaa);
+  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64((__m256i)even, 32), (__m256i)odd, 0xaa);
+#else
+  const __m128i m = _mm_set1_epi32((int)factor);
+  const __m128i even = _mm_mul_epu32((__m128i)x, m);
+  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)x, 32), m);
+  const __m128i first = _mm_set_epi32(0, -1, 0, -1);
+  low = (vu)_mm_or_si128(_mm_and_si128(even, first), _mm_slli_epi64(odd, 32));
+  high = (vu)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(first, odd));
+#endif
+#else
+  for (int i = 0; i < W; i++) {
+    const uint64_t product = (uint64_t)x[i] * factor;
+    low[i] = (uint32_t)product;
+    high[i] = (uint32_t)(product >> 32);
+  }
+#endif
+}
 
 // The maximum instruction of the machine: where one operand is NaN, x86 returns b, so keep the running maximum in b.
 static ALWAYS_INLINE vf vmax(vf a, vf b) {
@@ -201,6 +236,19 @@ static ALWAYS_INLINE vf load_lanes(const float16* p) {
 #else
   vf v;
   for (int i = 0; i < W; i++) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+// W bytes of a bool tensor, as 0 and other numbers.
+static ALWAYS_INLINE float to_float(uint8_t x) { return (float)x; }
+static ALWAYS_INLINE vf load_lanes(const uint8_t* p) {
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__x86_64__) && VECTOR_BYTES == 32
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vf v;
+  for (int i = 0; i < W; i++) v[i] = (float)p[i];
   return v;
 #endif
 }

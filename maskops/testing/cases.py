@@ -34,6 +34,7 @@ class Case:
         softcap: 0 for none.
         bias_shape: shape of a bias, None for none. ``blocked_row`` makes row 0 of it -inf.
         alibi, sinks: whether the case uses them.
+        alibi_per_element: the slopes differ by batch element.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     bias_shape: tuple[int, ...] | None = None
     blocked_row: bool = False
     alibi: bool = False
+    alibi_per_element: bool = False
     sinks: bool = False
 
     @property
@@ -114,7 +116,8 @@ class Case:
                 bias[..., 0, :] = -torch.inf
             extras["bias"] = bias
         if self.alibi:
-            extras["alibi_slopes"] = draw(self.heads).abs()
+            sizes = (self.batch, self.heads) if self.alibi_per_element else (self.heads,)
+            extras["alibi_slopes"] = draw(*sizes).abs()
         if self.sinks:
             extras["sinks"] = draw(self.heads)
         return extras
@@ -321,7 +324,37 @@ def _feature_cases() -> Iterator[Case]:
     yield Case("bias", "broadcast over the batch (T5)", bias_shape=(1, 4, 40, 40), **padding)
     yield Case("bias per key", "broadcast over heads and rows", bias_shape=(2, 1, 1, 40), **padding)
     yield Case("bias that empties a row", "-inf for every key", bias_shape=(40, 40), blocked_row=True, **padding)
+    yield Case("bias per row", "broadcast over keys and batch", bias_shape=(4, 40, 1), **padding)
+    yield Case("bias for all heads", "one gradient for several key heads", bias_shape=(2, 1, 40, 40), **padding)
+    yield Case("bias per head and key", "one gradient for all rows", bias_shape=(4, 1, 40), **padding)
+    yield _packed(
+        "bias, packed",
+        "a bias with a place for pairs of different documents, which nobody reads",
+        (20, 0, 31),
+        pattern=masks.causal(),
+        tail=9,
+        bias_shape=(1, 4, 60, 60),
+        softcap=2.0,
+    )
     yield Case("ALiBi", "distance from the diagonal of the sequence", alibi=True, **padding)
+    yield Case("ALiBi per element", "slopes for each batch element", alibi=True, alibi_per_element=True, **padding)
+    yield Case(
+        "dense for all heads",
+        "one bit for all heads and batch elements, under another mask",
+        mask=lambda d: masks.dense(_random_mask(1, 1, 40, 40).to(d)) & masks.padding(_lengths(40, 23)(d)),
+        q_len=40,
+        k_len=40,
+        alibi=True,
+        bias_shape=(2, 1, 1, 40),
+    )
+    yield Case(
+        "two spans with features",
+        "both spans read the same bias and positions",
+        mask=lambda d: masks.causal() & (masks.sliding_window(30, 0) | masks.prefix(4)),
+        bias_shape=(4, 72, 72),
+        alibi=True,
+        sinks=True,
+    )
     yield Case("sinks", "a logit without a value (gpt-oss)", sinks=True, **padding)
     yield _packed(
         "ALiBi, packed", "positions begin anew in each document", (20, 31), pattern=masks.causal(), alibi=True

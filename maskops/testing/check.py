@@ -198,7 +198,7 @@ def _additive(extras: Mapping[str, Any], distance: Tensor | None) -> Tensor | No
     if distance is None:
         return bias
     slopes: Tensor = extras["alibi_slopes"]
-    penalty = -slopes[:, None, None] * distance.to(slopes.dtype)
+    penalty = -slopes[..., None, None] * distance.to(slopes.dtype)
     return penalty if bias is None else bias + penalty
 
 
@@ -323,7 +323,9 @@ def _check_numbers(fn: Function, case: Case, problem: _Problem) -> Iterator[Find
 def _check_poison(fn: Function, case: Case, problem: _Problem) -> Iterator[Finding]:
     """NaN wherever nothing may be read: results must be those of the clean problem."""
     row_used, key_used = problem.allowed.any(-1), problem.allowed.any(-2).any(1)
-    if bool(row_used.all()) and bool(key_used.all()):
+    bias = problem.extras.get("bias")
+    bias_used = None if bias is None else _used_of(bias, problem.allowed.expand(*problem.q.shape[:3], -1))
+    if all(bool(used.all()) for used in (row_used, key_used, bias_used) if used is not None):
         return
     # With one mask for all heads a row is empty for all heads; otherwise q stays clean where one head uses it.
     rows = row_used.expand(*problem.q.shape[:3])[..., None]
@@ -341,7 +343,21 @@ def _check_poison(fn: Function, case: Case, problem: _Problem) -> Iterator[Findi
     clean = clean._replace(
         grad_out=torch.where(rows, problem.grad_out, 0.0), grad_lse=torch.where(rows[..., 0], problem.grad_lse, 0.0)
     )
+    if bias is not None and bias_used is not None:
+        poisoned, clean = (
+            x._replace(extras={**x.extras, "bias": torch.where(bias_used, bias, hidden)})
+            for x, hidden in ((poisoned, math.nan), (clean, 0.0))
+        )
     yield from _compare("poison: ", case, _run(fn, case, poisoned), clean)
+
+
+def _used_of(bias: Tensor, allowed: Tensor) -> Tensor:
+    """Which elements of a bias some allowed pair reads; ``allowed`` (batch, heads, q_len, k_len)."""
+    sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    for dimension, size in enumerate(sizes):
+        if size == 1:
+            allowed = allowed.any(dimension, keepdim=True)
+    return allowed.reshape(bias.shape)
 
 
 def _read_out(fn: Function, case: Case, q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
@@ -493,8 +509,9 @@ def check(fn: Function, case: Case, *, parts: Collection[str] = PARTS, device: t
             * ``"numbers"``: outputs and gradients, within twice the error of plain PyTorch in the same dtype plus a
               few roundings; rows without a key, and the gradients of keys that nobody sees, exactly 0.
             * ``"readout"``: the mask that the function realises, pair by pair, and its addressing of keys.
-            * ``"poison"``: NaN in keys that nobody sees, in rows that see nothing, and in the gradients that arrive
-              there, reaches no result. (torch's own scaled_dot_product_attention does not promise this.)
+            * ``"poison"``: NaN in keys that nobody sees, in rows that see nothing, in the gradients that arrive there,
+              and in a bias where the mask hides all its pairs, reaches no result. (torch's own
+              scaled_dot_product_attention does not promise this.)
             * ``"invariances"``: reversed batch, repeated heads, each packed sequence alone, keys split and merged.
         device: where to run.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from maskops import backend as backends
 from maskops import masks
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
         backend: str | None
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*_HALVES_AND_SINGLE, torch.float64)
 # Scores, their exponentials and the weights, which autograd keeps.
 _SCORE_SIZED_TENSORS_OF_REFERENCE = 3
 
@@ -118,8 +120,10 @@ def attention(
         softcap: 0 for none.
         softmax_scale: None for ``1 / sqrt(head_dim)``.
         dropout_p: probability with which a weight is dropped, in [0, 1). Which ones depends on a seed drawn from
-            torch's generator of the device, the sequence, the head and the places in the sequence: never on padding
-            or packing.
+            torch's generator of the device, the sequence, the head and the places of row and key in the sequence:
+            never on padding, packing, the backend or the number of threads. The weight of row place i and key place j
+            (of a sequence's first key) in head h of sequence s is dropped where word j % 4 of Philox4x32-7 with the key
+            ``seed`` and the counter (j // 4, i, h, s) is below ``dropout_p * 2**32``.
         return_lse: also return the lse; gradients that arrive at it are honoured.
         backend: name of a backend, which then serves the call or raises; None or ``"auto"`` for the choice of
             ``maskops.use_backend`` or the environment variable ``MASKOPS_BACKEND``, else the fastest that serves it.
@@ -134,18 +138,31 @@ def attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value, or the named backend refuses the call.
 
-    Under autocast q, k and v are cast as in ``scaled_dot_product_attention``. float32 and below accumulate in float32.
+    Under autocast q, k, v and bias are cast as in ``scaled_dot_product_attention``. float32 and below accumulate in
+    float32.
 
     Source: FlashAttention, Dao et al., arXiv 2205.14135, algorithms 1 and 4; FlashAttention-2, Dao, arXiv 2307.08691,
     section 3.1. ALiBi: Press et al., arXiv 2108.12409, section 3. Softcap: Gemma 2, arXiv 2408.00118, section 2.
-    Sinks: gpt-oss model card, arXiv 2508.10925, section 2.2.
+    Sinks: gpt-oss model card, arXiv 2508.10925, section 2.2. Philox: Salmon et al., SC 2011, section 3.3 and table 2.
     """
     q, k, v = _cast_and_check(q, k, v, 4, "(batch, heads, length, head_dim)")
     if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0]:
         raise ValueError(f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}: they must be equal")
     _check_heads_and_lengths(q.shape[1], k.shape[1], v.shape[1], k.shape[2], v.shape[2], q.shape[3], k.shape[3])
     out, lse = _attention(
-        q, k, v, mask, bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, packed=False
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        alibi_slopes,
+        sinks,
+        softcap,
+        softmax_scale,
+        dropout_p,
+        backend,
+        packed=False,
+        sequences=q.shape[0],
     )
     return (out, lse) if return_lse else out
 
@@ -225,7 +242,7 @@ def varlen_attention(
             a ``RowSpans`` of the packed rows, planned once with
             ``(masks.documents(cu_seqlens=...) & pattern).spans(total_q, total_k)``. Exactly one of both.
         bias: as in ``attention``, broadcastable to (1, heads, total_q, total_k).
-        alibi_slopes: (heads,).
+        alibi_slopes: (heads,), or (sequences, heads) with a row for each sequence, empty ones counted.
         sinks: (heads,).
         softcap: as in ``attention``.
         softmax_scale: as in ``attention``.
@@ -251,6 +268,7 @@ def varlen_attention(
                 "mask is a RowSpans, which already holds the sequences: leave out cu_seqlens_q and cu_seqlens_k"
             )
         plan: Mask | RowSpans = mask
+        sequences = None
     elif cu_seqlens_q is None:
         raise ValueError("varlen_attention needs cu_seqlens_q, or a RowSpans of the packed rows as mask")
     else:
@@ -258,17 +276,26 @@ def varlen_attention(
         _check_offsets("cu_seqlens_q", cu_seqlens_q, q.device)
         if cu_seqlens_k is not None:
             _check_offsets("cu_seqlens_k", cu_seqlens_k, q.device)
+        sequences = cu_seqlens_q.shape[0] - 1
         plan = masks.packed_rows(cu_seqlens_q, cu_seqlens_k, VARLEN)
         if mask is not None:
             plan = plan & mask
-    if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2:
-        raise ValueError(
-            f"alibi_slopes has shape {tuple(alibi_slopes.shape)}: packed sequences share one slope a head, (heads,)"
-        )
     # Packed is the batch = 1 case of padded: the same memory, seen as (1, heads, total, head_dim).
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out, lse = _attention(
-        q, k, v, plan, bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, packed=True
+        q,
+        k,
+        v,
+        plan,
+        bias,
+        alibi_slopes,
+        sinks,
+        softcap,
+        softmax_scale,
+        dropout_p,
+        backend,
+        packed=True,
+        sequences=sequences,
     )
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out
@@ -285,8 +312,7 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
             raise TypeError(f"{name} is {x.dtype}: expected float32, bfloat16, float16 or float64")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
-    if _has_autocast(q.device.type) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if (dtype := _autocast_dtype(q.device)) is not None:
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if q.dtype not in _DTYPES:
         raise TypeError(f"q is {q.dtype}: expected float32, bfloat16, float16 or float64")
@@ -299,6 +325,13 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
 def _has_autocast(device: str) -> bool:
     """Whether autocast knows the type of the device; of meta and others it does not want to be asked."""
     return torch.amp.is_autocast_available(device)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to in this place of the program, None where it is off."""
+    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _check_heads_and_lengths(
@@ -387,6 +420,26 @@ def _check_per_head(name: str, x: Tensor, allowed: tuple[tuple[int, ...], ...], 
     _check_device(name, x, device)
 
 
+def _check_slopes(slopes: Tensor, heads: int, sequences: int | None, device: torch.device) -> None:
+    rows = sequences
+    if rows is None:  # any number that the plan does not exceed
+        rows = slopes.shape[0] if isinstance(slopes, Tensor) and slopes.dim() == 2 else 1
+    _check_per_head("alibi_slopes", slopes, ((heads,), (rows, heads)), device)
+
+
+def _check_ordinals(slopes: Tensor, positions: Tensor) -> None:
+    """Whether every sequence of a packed plan has its row of slopes; where the values may be read."""
+    if torch.compiler.is_compiling() or positions.is_meta or isinstance(positions, FakeTensor):
+        return
+    if (positions.device.type == "cpu" or backends.validating()) and positions.numel():
+        sequences = int(positions[2].max()) + 1
+        if sequences > slopes.shape[0]:
+            raise ValueError(
+                f"alibi_slopes has shape {tuple(slopes.shape)}: expected ({slopes.shape[1]},) or one row for each of "
+                f"the {sequences} sequences of the plan"
+            )
+
+
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, q on {device}: they must be on one device")
@@ -417,8 +470,12 @@ def _attention(
     dropout_p: float,
     backend: str | None,
     packed: bool,
+    sequences: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Both public functions, on checked (batch, heads, length, head_dim) tensors."""
+    """Both public functions, on checked (batch, heads, length, head_dim) tensors.
+
+    ``sequences`` is how many rows two-dimensional slopes must have, None where only the plan's values know.
+    """
     batch, heads, q_len, head_dim = q.shape
     k_len = k.shape[2]
     device = q.device
@@ -428,8 +485,10 @@ def _attention(
     _check_mask_type(mask, batch, q_len, k_len)
     if bias is not None:
         bias = _check_bias(bias, (batch, heads, q_len, k_len), device)
+        if bias.dtype != torch.float64 and (dtype := _autocast_dtype(device)) is not None:
+            bias = bias.to(dtype)
     if alibi_slopes is not None:
-        _check_per_head("alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), device)
+        _check_slopes(alibi_slopes, heads, sequences, device)
     if sinks is not None:
         _check_per_head("sinks", sinks, ((heads,),), device)
 
@@ -442,6 +501,9 @@ def _attention(
                 f"{'alibi_slopes' if alibi_slopes is not None else 'dropout_p'} needs the positions of rows, which "
                 f"this RowSpans lacks: plan it with mask.spans(..., positions=True)"
             )
+        if packed and alibi_slopes is not None and alibi_slopes.dim() == 2:
+            assert spans.positions is not None
+            _check_ordinals(alibi_slopes, spans.positions)
     else:
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         spans = (masks.full() if mask is None else mask).spans(
@@ -472,10 +534,22 @@ def _attention(
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     scale_of_kernel = scale if softmax_scale is None else scalar(softmax_scale)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    if name != backends.REFERENCE:
-        return registration.span_attention(q, k, v, spans, scale_of_kernel, scalar(softcap, neutral=0.0))
+    by_sequence = packed and alibi_slopes is not None and alibi_slopes.dim() == 2
     # Drawn from torch's generator, so that manual_seed and fork_rng reach it; a tensor, so that it costs no sync.
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device) if dropout_p > 0 else None
+    if name != backends.REFERENCE:
+        features = registration.Features(
+            bias=bias if bias is None or bias.dtype in _HALVES_AND_SINGLE else bias.float(),
+            # Views: one tensor in two roles would be refused by Dynamo.
+            alibi_slopes=None if alibi_slopes is None else alibi_slopes.float()[(None,) * (2 - alibi_slopes.dim())],
+            sinks=None if sinks is None else sinks.float()[None],
+            seed=seed,
+            slopes_by_sequence=by_sequence,
+            softmax_scale=scale_of_kernel,
+            softcap=scalar(softcap, neutral=0.0),
+            dropout_p=scalar(dropout_p, neutral=0.0),
+        )
+        return registration.span_attention(q, k, v, spans, features)
     with torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else contextlib.nullcontext():
         out, lse = reference.attention(
             q,
@@ -489,6 +563,7 @@ def _attention(
             sinks=sinks,
             dropout_p=float(dropout_p),
             seed=seed,
+            slopes_by_sequence=by_sequence,
         )
     return registration.in_order_of(out, q), lse
 

@@ -86,19 +86,21 @@ def _visible(spans: RowSpans, batch: slice, block: _Block) -> Tensor:
     return visible if spans.dense is None else visible & _slice(spans.dense, batch, block)
 
 
-def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """First output word of Philox4x32-10 (Salmon et al., SC 2011), in int64 arithmetic that runs on every device.
+def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-7 (Salmon et al., SC 2011, section 3.3), in int64 arithmetic that runs on every device.
+
+    Seven rounds are the fewest that pass BigCrush (table 2 there).
 
     Args:
         seed: int64, 0-dim: the two key words, the low one first.
         counter: four int64 tensors that broadcast together; their low 32 bits count.
 
     Returns:
-        int64 in [0, 2**32).
+        Four int64 tensors in [0, 2**32).
     """
     key_0, key_1 = seed & _LOW_32_BITS, (seed >> 32) & _LOW_32_BITS
     word_0, word_1, word_2, word_3 = (word & _LOW_32_BITS for word in counter)
-    for _ in range(10):
+    for _ in range(7):
         # The products wrap around in int64, which leaves the 64 bits of the unsigned product.
         product_0, product_2 = word_0 * 0xD2511F53, word_2 * 0xCD9E8D57
         word_0, word_1, word_2, word_3 = (
@@ -108,7 +110,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tens
             product_0 & _LOW_32_BITS,
         )
         key_0, key_1 = (key_0 + 0x9E3779B9) & _LOW_32_BITS, (key_1 + 0xBB67AE85) & _LOW_32_BITS
-    return word_0
+    return word_0, word_1, word_2, word_3
 
 
 def _positions(spans: RowSpans, batch: slice, batch_size: int, block: _Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +134,10 @@ def _kept(
     diagonal, first, ordinal = positions
     key = torch.arange(block.key, block.key_end, device=seed.device)
     head = torch.arange(heads, device=seed.device)[:, None, None]
-    word = philox(seed, (key - first, diagonal - first, head, ordinal))
+    # Four consecutive keys of a sequence share one draw, a word each.
+    place = (key - first) & _LOW_32_BITS
+    words = philox(seed, (place >> 2, diagonal - first, head, ordinal))
+    word = torch.stack(torch.broadcast_tensors(*words)).gather(0, (place & 3).expand_as(words[0])[None])[0]
     return word >= math.ceil(dropout_p * 2**32)
 
 
@@ -147,6 +152,7 @@ class _Extras(NamedTuple):
     sinks: Tensor | None
     dropout_p: float
     seed: Tensor | None
+    slopes_by_sequence: bool
     batch_size: int
 
 
@@ -186,7 +192,14 @@ def _block_attention(
     if extras.alibi_slopes is not None:
         assert positions is not None
         slopes = extras.alibi_slopes.to(q.dtype)
-        slopes = (slopes[batch] if slopes.dim() == 2 else slopes[None])[:, :, None, None]
+        if slopes.dim() == 1:
+            slopes = slopes[None, :, None, None]
+        elif extras.slopes_by_sequence:
+            # (batch, 1, rows, 1) ordinals to (batch, heads, rows, 1) slopes; rows outside every sequence have -1.
+            ordinals = positions[2].squeeze(3).squeeze(1).clamp(0, slopes.shape[0] - 1)
+            slopes = slopes[ordinals].transpose(1, 2)[..., None]
+        else:
+            slopes = slopes[batch, :, None, None]
         distance = (positions[0] - torch.arange(block.key, block.key_end, device=q.device)).abs()
         scores = scores - slopes * distance
     scores = torch.where(visible, scores, -math.inf)
@@ -220,11 +233,13 @@ def attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    slopes_by_sequence: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q (B, Hq, Sq, D) over k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) under a plan.
 
     The arguments are those of ``maskops.attention``, checked there; ``bias`` has four dimensions, and ``seed`` is an
-    int64 0-dim tensor, needed for dropout. ALiBi and dropout need ``spans.positions``.
+    int64 0-dim tensor, needed for dropout. ALiBi and dropout need ``spans.positions``. With ``slopes_by_sequence`` the
+    first dimension of two-dimensional ``alibi_slopes`` counts the sequences of the plan instead of batch elements.
 
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype, and the natural-log normaliser without sinks, lse (B, Hq, Sq), float32, or
@@ -233,7 +248,9 @@ def attention(
     inputs = [x for x in (q, k, v, bias, alibi_slopes, sinks) if x is not None]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch_size, _, rows, _ = q.shape
-    extras = _Extras(spans, softmax_scale, softcap, bias, alibi_slopes, sinks, dropout_p, seed, batch_size)
+    extras = _Extras(
+        spans, softmax_scale, softcap, bias, alibi_slopes, sinks, dropout_p, seed, slopes_by_sequence, batch_size
+    )
     working = (q.to(dtype), k.to(dtype), v.to(dtype))
     if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or q.is_meta:
         out, lse = _block_attention(*working, slice(None), _Block(0, rows, 0, k.shape[2]), extras)

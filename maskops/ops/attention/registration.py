@@ -3,7 +3,7 @@
 The C++ extension registers implementations for these schemas; it never repeats them. An absent tensor is an empty one.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +16,46 @@ _library = torch.library.Library("maskops", "FRAGMENT")
 # The outputs' strides follow those of the inputs, so Inductor must hand the inputs over as they were traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-_library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, Tensor key_valid, Tensor tiles, "
-    "Tensor tile_count, float softmax_scale, float softcap) -> (Tensor, Tensor)",
-    tags=_TAGS,
+_PLAN = (
+    "Tensor start, Tensor end, Tensor key_valid, Tensor tiles, Tensor tile_count, Tensor positions, Tensor dense, "
+    "Tensor bias, Tensor alibi_slopes, Tensor sinks, Tensor seed, bool slopes_by_sequence, float softmax_scale, "
+    "float softcap, float dropout_p"
 )
 _library.define(
-    "attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor start, Tensor end, Tensor key_valid, Tensor tiles, Tensor tile_count, float softmax_scale, float softcap) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
+# Gradients of q, k, v, bias, alibi_slopes and sinks; one that is not wanted is an empty tensor.
+_library.define(
+    f"attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PLAN}, bool wants_bias, bool wants_alibi_slopes, bool wants_sinks) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+class Features(NamedTuple):
+    """What a call uses beyond q, k, v and the spans, as the operators take it.
+
+    Attributes:
+        bias: (B|1, H|1, Sq|1, Sk|1), float32, bfloat16 or float16, any strides, or None.
+        alibi_slopes: float32 (n, H) or None.
+        sinks: float32 (1, H) or None.
+        seed: int64, one element, where there is dropout, else None.
+        slopes_by_sequence: whether the n of the slopes are sequences, by ``RowSpans.positions``; else they are 1 or B.
+        softmax_scale: factor of the scores; this number and the next two as ``scalars.scalar`` gives them.
+        softcap: 0 for none.
+        dropout_p: 0 for none.
+    """
+
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    seed: Tensor | None = None
+    slopes_by_sequence: bool = False
+    softmax_scale: float | Tensor = 1.0
+    softcap: float | Tensor = 0.0
+    dropout_p: float | Tensor = 0.0
 
 
 def dimension_order(x: Tensor) -> tuple[int, int, int]:
@@ -71,42 +100,19 @@ def in_order_of(out: Tensor, x: Tensor) -> Tensor:
     return out.permute(order).contiguous().permute([order.index(dimension) for dimension in range(4)])
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    end: Tensor,
-    key_valid: Tensor,
-    tiles: Tensor,
-    tile_count: Tensor,
-    softmax_scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return empty_in_order(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward_fake(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor,
-    end: Tensor,
-    key_valid: Tensor,
-    tiles: Tensor,
-    tile_count: Tensor,
-    softmax_scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        empty_in_order(q, q.shape[3]),
-        empty_in_order(k, k.shape[3]),
-        empty_in_order(v, v.shape[3]),
-    )
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *_, bias, slopes, sinks, _seed, _by_sequence, _scale, _softcap, _dropout_p = arguments[:-3]
+    extras = [
+        x.new_empty(x.shape) if is_wanted else x.new_empty(0, dtype=torch.float32)
+        for x, is_wanted in zip((bias, slopes, sinks), arguments[-3:], strict=True)
+    ]
+    return (*(empty_in_order(x, x.shape[3]) for x in (q, k, v)), *extras)
 
 
 torch.library.register_fake("maskops::attention_forward", _forward_fake, lib=_library)
@@ -115,16 +121,28 @@ define_open(_library, "attention_forward", _TAGS)
 define_open(_library, "attention_backward", _TAGS)
 
 
+_ABSENT = torch.empty(0, device="cpu")
+
+
+def filled(arguments: tuple[Any, ...], like: Tensor) -> list[Any]:
+    """The arguments of an operator, with an empty tensor in the place of each None."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor or like.device.type != "cpu":
+        absent = like.new_empty(0)
+    else:
+        absent = _ABSENT  # a new one costs more than all the rest of this call's arguments
+    return [absent if argument is None else argument for argument in arguments]
+
+
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor, Tensor] = call("attention_backward", *args)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = call("attention_backward", *args)
         return grads
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Nothing is kept; torch.func asks for the method."""
 
     @staticmethod
@@ -136,64 +154,73 @@ class _Backward(torch.autograd.Function):
 
 
 class _SpanAttention(torch.autograd.Function):
-    # Arguments: q, k, v, start, end, key_valid, tiles, tile_count, softmax_scale, softcap.
+    # Arguments: q, k, v, start, end, key_valid, tiles, tile_count, positions, dense, then the fields of Features. An
+    # absent tensor is None here.
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = call("attention_forward", *args)
+        outputs: tuple[Tensor, Tensor] = call("attention_forward", *filled(args, args[0]))
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, *plan, softmax_scale, softcap = inputs
-        ctx.save_for_backward(q, k, v, *output, *plan)
+        q, k, v, *plan = inputs
+        *tensors, by_sequence, softmax_scale, softcap, dropout_p = plan
+        ctx.save_for_backward(q, k, v, *output, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.softmax_scale = softmax_scale
-        ctx.softcap = softcap
+        ctx.numbers = (by_sequence, softmax_scale, softcap, dropout_p)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *plan = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         elif grad_out.stride(3) != 1:
             grad_out = grad_out.contiguous()
-        grad_lse = lse.new_empty(0) if grad_lse is None else grad_lse.contiguous()
-        arguments = (grad_out, grad_lse, q, k, v, out, lse, *plan, ctx.softmax_scale, ctx.softcap)
-        if torch.is_grad_enabled():
-            # create_graph=True: somebody may differentiate the gradients, and is told.
-            dq, dk, dv = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            dq, dk, dv = call("attention_backward", *arguments)
-        return dq, dk, dv, None, None, None, None, None, None, None
+        if grad_lse is not None:
+            grad_lse = grad_lse.contiguous()
+        wanted = tuple(ctx.needs_input_grad[10:13])  # bias, alibi_slopes, sinks
+        arguments = filled((grad_out, grad_lse, q, k, v, out, lse, *tensors, *ctx.numbers, *wanted), q)
+        # Under create_graph=True somebody may differentiate the gradients, and is told.
+        is_kept = torch.is_grad_enabled()
+        grads = _Backward.apply(*arguments) if is_kept else call("attention_backward", *arguments)  # type: ignore[no-untyped-call]
+        extras = [grad if is_wanted else None for grad, is_wanted in zip(grads[3:], wanted, strict=True)]
+        return (*grads[:3], *(None,) * 7, *extras, *(None,) * 5)
 
 
-def span_attention(
-    q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, softmax_scale: float | Tensor, softcap: float | Tensor
-) -> tuple[Tensor, Tensor]:
+def operator_arguments(spans: RowSpans, features: Features) -> tuple[Any, ...]:
+    """What the operators take after q, k and v (the backward operator: after out and lse); None for absent tensors."""
+    needs_positions = features.alibi_slopes is not None or features.seed is not None
+    positions = spans.positions if needs_positions else None
+    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count, positions, spans.dense)
+    return (*plan, *features)
+
+
+def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, features: Features) -> tuple[Tensor, Tensor]:
     """Runs the registered op, differentiably; the kernel is found by the device of the tensors.
 
     Args:
         q: (B, Hq, Sq, D), any strides with a contiguous last dimension, as k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv).
-        spans: plan without dense mask.
-        softmax_scale: factor of the scores; this number and the next as ``scalars.scalar`` gives them.
-        softcap: 0 for none.
+        spans: the plan, with positions where there are ALiBi slopes or dropout.
+        features: everything else.
 
     Returns:
         out (B, Hq, Sq, Dv) in q's dimension order, lse (B, Hq, Sq) float32.
     """
-    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    differentiable = (q, k, v, features.bias, features.alibi_slopes, features.sinks)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     if not needs_grad and forward_ad._current_level < 0:
         # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
         # the function says that it has none, where the operator would drop the tangents without a word.
-        outputs: tuple[Tensor, Tensor] = call("attention_forward", q, k, v, *plan, softmax_scale, softcap)
+        arguments = filled((q, k, v, *operator_arguments(spans, features)), q)
+        outputs: tuple[Tensor, Tensor] = call("attention_forward", *arguments)
         return outputs
     # Dynamo rejects the same tensor given twice to an autograd.Function; a view is another tensor.
+    bias = features.bias
+    if bias is not None and (bias is q or bias is k or bias is v):
+        features = features._replace(bias=bias.view_as(bias))
     if v is q or v is k:
         v = v.view_as(v)
     if k is q:
         k = k.view_as(k)
-    return _SpanAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
-        q, k, v, *plan, softmax_scale, softcap
-    )
+    return _SpanAttention.apply(q, k, v, *operator_arguments(spans, features))  # type: ignore[no-any-return, no-untyped-call]
