@@ -3,7 +3,9 @@
 #include "softmax.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "isa.h"
@@ -15,6 +17,10 @@ constexpr int64_t TASK_BYTES = 1 << 17;     // elements of a task
 constexpr int64_t STRIP_OVERHEAD = 1 << 7;  // what a strip costs beyond its elements, in bytes
 constexpr int64_t WORKER_BYTES = 1 << 18;   // waking a thread pays off for this much
 
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+
 template <class Parameters>
 void run_strips(const Parameters& p, const Threads& threads, size_t scratch_bytes,
                 void (*fn)(const Parameters&, int64_t begin, int64_t end, char* scratch)) {
@@ -22,7 +28,7 @@ void run_strips(const Parameters& p, const Threads& threads, size_t scratch_byte
     const Parameters& p;
     int64_t n_strips, strips_per_task;
     void (*fn)(const Parameters&, int64_t begin, int64_t end, char* scratch);
-    std::vector<std::unique_ptr<char[]>> scratch;
+    std::vector<std::unique_ptr<char, Free>> scratch;
   };
   const SoftmaxShape& shape = p.shape;
   const int64_t width = std::min<int64_t>(shape.lanes, kernels().softmax_width);
@@ -34,7 +40,10 @@ void run_strips(const Parameters& p, const Threads& threads, size_t scratch_byte
   const double useful = static_cast<double>(n_strips) * static_cast<double>(strip_bytes) / WORKER_BYTES;
   const int workers = static_cast<int>(std::clamp(useful, 1.0, static_cast<double>(threads.count)));
   // Allocated before the team starts: a task cannot fail.
-  for (int worker = 0; worker < workers; worker++) job.scratch.emplace_back(new char[scratch_bytes]);
+  for (int worker = 0; worker < workers; worker++) {
+    job.scratch.emplace_back(static_cast<char*>(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64)));
+    if (job.scratch.back() == nullptr) throw std::bad_alloc();
+  }
   const auto run_task = [](int64_t task, int worker, void* context) {
     const Job& job = *static_cast<const Job*>(context);
     const int64_t begin = task * job.strips_per_task;
