@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full test lint package mutate sanitize fuzz ci clean
+.PHONY: bench bench-full test grid lint package mutate sanitize fuzz ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
@@ -20,6 +20,9 @@ bench-full: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest
+
+grid: $(READY)
+	$(RUN) -m pytest -m grid
 
 lint: $(READY)
 	$(RUN) -m tools.lint

@@ -149,12 +149,8 @@ def plain_varlen(q: Tensor, k: Tensor, v: Tensor, **arguments: object) -> Tensor
     return torch.cat((*parts, q.new_zeros(q.shape[0] - int(CU_Q[-1]), *parts[0].shape[1:])))
 
 
-# The kernel of varlen_attention takes one slope a head.
-_PACKED_ARGUMENTS = {name: arguments for name, arguments in _ARGUMENTS.items() if name != "alibi of each sequence"}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arguments", _PACKED_ARGUMENTS.values(), ids=_PACKED_ARGUMENTS)
+@pytest.mark.parametrize("arguments", _ARGUMENTS.values(), ids=_ARGUMENTS)
 def test_packed(arguments: dict[str, object], dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     tensors = [torch.randn(10, 4, 8), torch.randn(13, 2, 8), torch.randn(13, 2, 6)]

@@ -240,6 +240,31 @@ def test_cross_entropy(shape: tuple[int, ...], reduction: str) -> None:
         assert report.served == {CROSS_ENTROPY: 1} and not report.unserved
 
 
+@pytest.mark.parametrize("shape", _LOSS_SHAPES.values(), ids=_LOSS_SHAPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_with_weights_and_probabilities(shape: tuple[int, ...], reduction: str) -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(shape, requires_grad=True)
+    labels = torch.randint(7, () if len(shape) == 1 else (shape[0], *shape[2:]))
+    probabilities = torch.rand(shape).softmax(0 if len(shape) == 1 else 1).requires_grad_()
+    weight = torch.rand(7)
+    for target, arguments in (
+        (labels, {"weight": weight}),
+        (labels, {"weight": weight, "label_smoothing": 0.2}),
+        (probabilities, {}),
+        (probabilities, {"weight": weight, "label_smoothing": 0.2}),
+    ):
+
+        def run(target: Tensor = target, arguments: dict[str, object] = arguments) -> list[Tensor]:
+            loss = F.cross_entropy(logits, target, **arguments, reduction=reduction)
+            return [loss.detach(), *torch.autograd.grad(loss.sum(), [x for x in (logits, target) if x.requires_grad])]
+
+        expected = run()
+        with maskops.replace_sdpa() as report:
+            assert_same(run(), expected)
+        assert report.served == {CROSS_ENTROPY: 1} and not report.unserved
+
+
 def test_cross_entropy_of_nothing_is_zero() -> None:
     logits = torch.randn(3, 4, requires_grad=True)
     with maskops.replace_sdpa():

@@ -31,18 +31,23 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if weight is not None:
-        raise NotServedError("weight is not served")
-    if target.is_floating_point():
-        raise NotServedError("probabilities as target are not served")
-    if target.dtype != torch.int64 or reduction not in ("mean", "sum", "none") or input.dim() == 0:
+    is_soft = target.is_floating_point()
+    if (not is_soft and target.dtype != torch.int64) or reduction not in ("mean", "sum", "none") or input.dim() == 0:
         raise NotServedError("torch refuses these arguments")
     reason = backend.refusal("cross_entropy", input.device.type, input.dtype)
     if reason is not None:
         raise NotServedError(reason)
-    logits = input if input.dim() <= 2 else input.movedim(1, -1)
+    # Classes in the second dimension: a view, which is copied only where rows of classes are not dense.
+    logits, target = (
+        x.movedim(1, -1) if x.dim() > 2 and moves else x for x, moves in ((input, True), (target, is_soft))
+    )
     loss: Tensor = api.cross_entropy(
-        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=cast(Reduction, reduction)
+        logits,
+        target,
+        class_weights=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=cast(Reduction, reduction),
     )
     # torch's loss has the dtype of the logits, except under autocast, which computes it in float32.
     return loss if is_autocast(input.device.type) else loss.to(input.dtype)
