@@ -151,7 +151,15 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED.keys())
+# What is compiled of the reference are operations of torch alone.
+@pytest.mark.parametrize(
+    "backend, options",
+    [
+        *(pytest.param("cpu", options, id=f"cpu-{key}") for key, options in COMPILED.items()),
+        pytest.param("reference", COMPILED["outputs"], id="reference-outputs"),
+    ],
+    indirect=["backend"],
+)
 def test_compiles_as_one_graph(backend: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     logits, target = problem((3, 5), 30)
@@ -167,7 +175,8 @@ def test_compiles_as_one_graph(backend: str, options: dict[str, Any]) -> None:
         torch.testing.assert_close(eager, other, rtol=1e-6, atol=1e-6)
 
 
-def test_compiles_with_inductor_and_dynamic_shapes(backend: str) -> None:
+def test_compiles_with_inductor_and_dynamic_shapes() -> None:
+    needs_extension()
     torch._dynamo.reset()
 
     def scored(x: Tensor, target: Tensor) -> Tensor:
@@ -187,19 +196,22 @@ def test_needs_no_value_of_a_tensor(backend: str) -> None:
     with torch._subclasses.FakeTensorMode():
         logits = torch.empty(3, 5, 30, requires_grad=True)
         target = torch.empty(3, 5, dtype=torch.int64)
-        outputs = maskops.cross_entropy(
-            logits,
-            target,
-            mask=target > 0,
-            token_weights=torch.empty(3, 5),
-            cu_seqlens=torch.empty(4, dtype=torch.int32),
-            num_items=torch.empty((), dtype=torch.int64),
-            shift=True,
-            label_smoothing=0.1,
-            **RETURNS,
-        )
-        (grad,) = torch.autograd.grad(outputs.loss + outputs.entropy.sum(), logits)
-    assert outputs.lse.shape == (3, 5) and grad.shape == (3, 5, 30)
+        soft = torch.empty(3, 5, 30, requires_grad=True)
+        for scored, inputs in ((target, [logits]), (soft, [logits, soft])):
+            outputs = maskops.cross_entropy(
+                logits,
+                scored,
+                mask=target > 0,
+                token_weights=torch.empty(3, 5),
+                class_weights=torch.empty(30),
+                cu_seqlens=torch.empty(4, dtype=torch.int32),
+                num_items=torch.empty((), dtype=torch.int64),
+                shift=True,
+                label_smoothing=0.1,
+                **RETURNS,
+            )
+            grads = torch.autograd.grad(outputs.loss + outputs.entropy.sum(), inputs)
+            assert outputs.lse.shape == (3, 5) and all(grad.shape == (3, 5, 30) for grad in grads)
 
 
 @pytest.mark.parametrize("extras", [False, True])

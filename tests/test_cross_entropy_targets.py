@@ -69,15 +69,13 @@ def test_agrees_with_torch(backend: str, reduction: str, smoothing: float, weigh
 
 SCORING: dict[str, dict[str, float]] = {
     "plain": {},
-    "smoothing": {"label_smoothing": 0.1},
-    "softcap": {"softcap": 5.0},
     "everything": {"label_smoothing": 0.2, "z_loss": 0.05, "softcap": 7.0, "logit_scale": 1.5},
 }
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "class weights", "both"])
 @pytest.mark.parametrize("scoring", SCORING.values(), ids=SCORING.keys())
-@pytest.mark.parametrize("vocabulary", [1, 7, 64, 333])
+@pytest.mark.parametrize("vocabulary", [1, 7, 333])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scoring(backend: str, dtype: torch.dtype, vocabulary: int, scoring: dict[str, float], kind: str) -> None:
     logits, target = problem((6,), vocabulary, dtype)
