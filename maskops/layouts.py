@@ -245,8 +245,10 @@ def values_can_be_read(tensors: list[Tensor], device: torch.device) -> bool:
     """Whether values may be checked: never while tracing, never where it would sync unless asked to."""
     if torch.compiler.is_compiling() or device.type == "meta":
         return False
-    # Fake tensors and tensors of function transforms are subclasses.
+    # Fake tensors are a subclass; tensors of function transforms are not, and one under vmap has many values.
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return False
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
         return False
     return device.type == "cpu" or validating()
 

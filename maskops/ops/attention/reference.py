@@ -29,6 +29,11 @@ class _Block(NamedTuple):
     key_end: int
 
 
+def _has_unknown_values(x: Tensor) -> bool:
+    """Whether values cannot be read: of fake and meta tensors, and under vmap, where there are many."""
+    return isinstance(x, FakeTensor) or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _segments(start: Tensor, end: Tensor) -> list[_Block]:
     """Cuts the rows of one batch element where the keys of neighbouring rows do not overlap. Reads values."""
     rows = start.shape[1]
@@ -252,7 +257,7 @@ def attention(
         spans, softmax_scale, softcap, bias, alibi_slopes, sinks, dropout_p, seed, slopes_by_sequence, batch_size
     )
     working = (q.to(dtype), k.to(dtype), v.to(dtype))
-    if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or q.is_meta:
+    if torch.compiler.is_compiling() or any(_has_unknown_values(x) for x in (q, spans.start)):
         out, lse = _block_attention(*working, slice(None), _Block(0, rows, 0, k.shape[2]), extras)
         return out.to(q.dtype), lse
 

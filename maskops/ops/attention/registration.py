@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from maskops.ops.scalars import call, define_open
+from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode
 from maskops.spans import RowSpans
 
 _library = torch.library.Library("maskops", "FRAGMENT")
@@ -120,6 +120,33 @@ torch.library.register_fake("maskops::attention_backward", _backward_fake, lib=_
 define_open(_library, "attention_forward", _TAGS)
 define_open(_library, "attention_backward", _TAGS)
 
+_OF_HEADS = ("q", "k", "v", "out", "lse", "grad_out", "grad_lse")
+_OF_ROWS_AND_KEYS = ("start", "end", "key_valid", "tiles", "tile_count")
+
+
+def _fold_into_heads(arguments: dict[str, Argument], samples: int) -> dict[str, Any] | None:
+    """Under vmap the heads of all samples are heads of one call, as long as they share all that depends on heads."""
+    others = [x for name, x in arguments.items() if name not in _OF_HEADS and isinstance(x.value, Tensor)]
+    if any(x.has_samples or (x.name not in _OF_ROWS_AND_KEYS and not is_absent(x)) for x in others):
+        return None
+    folded = {}
+    for name in _OF_HEADS:
+        if name in arguments:
+            x = arguments[name].of_every_sample(samples)
+            x = x if x.dim() == 1 else x.movedim(0, 1).flatten(1, 2)
+            folded[name] = x if x.dim() == 4 and x.stride(3) == 1 else x.contiguous()
+    return folded
+
+
+def _unfold_heads(x: Tensor, samples: int) -> Tensor:
+    if x.dim() == 1:
+        return x.expand(samples, 0)  # a gradient that is not wanted
+    return x.reshape(x.shape[0], samples, x.shape[1] // samples, *x.shape[2:]).movedim(1, 0)
+
+
+define_vmap(_library, "attention_forward", _fold_into_heads, _unfold_heads)
+define_vmap(_library, "attention_backward", _fold_into_heads, _unfold_heads)
+
 
 _ABSENT = torch.empty(0, device="cpu")
 
@@ -135,6 +162,8 @@ def filled(arguments: tuple[Any, ...], like: Tensor) -> list[Any]:
 
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -156,6 +185,8 @@ class _Backward(torch.autograd.Function):
 class _SpanAttention(torch.autograd.Function):
     # Arguments: q, k, v, start, end, key_valid, tiles, tile_count, positions, dense, then the fields of Features. An
     # absent tensor is None here.
+
+    generate_vmap_rule = True  # from those of the operators
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -207,11 +238,11 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, features: F
     Returns:
         out (B, Hq, Sq, Dv) in q's dimension order, lse (B, Hq, Sq) float32.
     """
-    differentiable = (q, k, v, features.bias, features.alibi_slopes, features.sinks)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    if not needs_grad and forward_ad._current_level < 0:
-        # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
-        # the function says that it has none, where the operator would drop the tangents without a word.
+    extras = (features.bias, features.alibi_slopes, features.sinks)
+    differentiable = (q, k, v, *(x for x in extras if x is not None))
+    refuse_forward_mode("attention", *differentiable)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
+        # The bare operator: an autograd.Function costs more than a small problem.
         arguments = filled((q, k, v, *operator_arguments(spans, features)), q)
         outputs: tuple[Tensor, Tensor] = call("attention_forward", *arguments)
         return outputs

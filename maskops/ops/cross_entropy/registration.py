@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from maskops.ops.cross_entropy.rows import Scoring
 from maskops.ops.scalars import call, define_open
+from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 # The columns of a row are contiguous, so Inductor must hand the logits over as they were traced.
@@ -125,9 +125,39 @@ def _(
 define_open(_library, "cross_entropy_forward", _TAGS)
 define_open(_library, "cross_entropy_backward", _TAGS)
 
+_OF_ROWS = ("logits", "target", "lse", "logprobs", "entropy", "columns")
+
+
+def _fold_into_rows(arguments: dict[str, Argument], samples: int) -> dict[str, Any] | None:
+    """Under vmap the rows of all samples are rows of one call, as long as each has logits of its own."""
+    if not is_absent(arguments["probabilities"]):
+        return None
+    folded = {}
+    for name, argument in arguments.items():
+        if isinstance(argument.value, Tensor) and (name in _OF_ROWS or name.startswith("grad_")):
+            if name == "logits" and not argument.has_samples:
+                return None  # one after the other: logits are not to be repeated in memory
+            x = argument.of_every_sample(samples)
+            folded[name] = x if is_absent(argument) else x.flatten(0, 1)
+        elif argument.has_samples:
+            return None
+    logits = folded["logits"]
+    folded["logits"] = logits if logits.stride(1) == 1 else logits.contiguous()
+    return folded
+
+
+def _unfold_rows(x: Tensor, samples: int) -> Tensor:
+    return x.unflatten(0, (samples, x.shape[0] // samples))
+
+
+define_vmap(_library, "cross_entropy_forward", _fold_into_rows, _unfold_rows)
+define_vmap(_library, "cross_entropy_backward", _fold_into_rows, _unfold_rows)
+
 
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -151,6 +181,8 @@ class _CrossEntropy(torch.autograd.Function):
     # Arguments: logits, target, class_weights, probabilities, shift, ignore_index, label_smoothing, z_loss, softcap,
     # logit_scale, entropy, argmax, inplace_backward. The context is set up apart from the forward pass, which
     # torch.func asks for.
+
+    generate_vmap_rule = True  # from those of the operators
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -223,10 +255,9 @@ def row_losses(
     arguments = (
         logits, labels, weights, targets, shift, scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax,
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and (logits.requires_grad or targets.requires_grad)
-    if not needs_grad and forward_ad._current_level < 0:
-        # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
-        # the function says that it has none, where the operator would drop the tangents without a word.
+    refuse_forward_mode("cross_entropy", logits, targets)
+    if not (torch.is_grad_enabled() and (logits.requires_grad or targets.requires_grad)):
+        # The bare operator: an autograd.Function costs more than a small problem.
         results = call("cross_entropy_forward", *arguments)
     else:
         results = _CrossEntropy.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode
 from maskops.spans import RowSpans
 
 _library = torch.library.Library("maskops", "FRAGMENT")
@@ -44,6 +44,24 @@ def _(
     return weights.new_empty(weights.shape)
 
 
+def _fold_into_leading(arguments: dict[str, Argument], samples: int) -> dict[str, Any] | None:
+    """Under vmap the samples are one more leading dimension, as long as they share a plan that has no batch."""
+    plan = [arguments[name] for name in ("start", "end", "key_valid")]
+    if any(x.has_samples or not (is_absent(x) or x.value.shape[-2] == 1) for x in plan):
+        return None
+    names = [name for name in arguments if name in ("x", "mask", "weights") or name.startswith("grad_")]
+    folded = {name: arguments[name].of_every_sample(samples) for name in names}
+    return {**folded, "dim": arguments["dim"].value + 1}
+
+
+def _samples_lead(x: Tensor, samples: int) -> Tensor:
+    return x.expand(samples, 0) if x.dim() == 1 and x.shape[0] == 0 else x
+
+
+define_vmap(_library, "masked_softmax_forward", _fold_into_leading, _samples_lead)
+define_vmap(_library, "masked_softmax_backward", _fold_into_leading, _samples_lead)
+
+
 def readable(x: Tensor, dim: int) -> Tensor:
     """``x``, copied where the kernel would step from row to row in memory for every element it reads.
 
@@ -70,6 +88,8 @@ def _differentiable_backward(grad_weights: Tensor, grad_lse: Tensor | None, weig
 class _MaskedSoftmax(torch.autograd.Function):
     # Arguments: x, mask, start, end, key_valid, dim, return_lse. The context is set up apart from the forward pass,
     # which torch.func asks for.
+
+    generate_vmap_rule = True  # from those of the operators
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -122,10 +142,9 @@ def masked_softmax(
 
     plan = (absent(), absent(), absent()) if spans is None else (spans.start, spans.end, spans.key_valid)
     arguments = (readable(x, dim), absent() if mask is None else mask, *plan, dim, return_lse)
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
-    if not needs_grad and forward_ad._current_level < 0:
-        # The bare operator: an autograd.Function costs more than a small problem. Under forward-mode differentiation
-        # the function says that it has none, where the operator would drop the tangents without a word.
+    refuse_forward_mode("masked_softmax", x)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        # The bare operator: an autograd.Function costs more than a small problem.
         weights, lse = torch.ops.maskops.masked_softmax_forward(*arguments)
     else:
         weights, lse = _MaskedSoftmax.apply(*arguments)  # type: ignore[no-untyped-call]
