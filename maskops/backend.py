@@ -13,9 +13,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Literal, NamedTuple
 
 import torch
+
+from maskops.checks import constant_when_compiling
 
 ENVIRONMENT_VARIABLE = "MASKOPS_BACKEND"
 REFERENCE = "reference"
@@ -23,8 +25,6 @@ AUTO = "auto"
 
 _HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _ALL_FLOATS = (*_HALVES_AND_SINGLE, torch.float64)
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class BackendFallbackWarning(UserWarning):
@@ -204,11 +204,6 @@ BACKENDS: dict[str, Backend] = {
 
 # Names of the design that no kernel of this release answers to: a user who writes one reads why, not "unknown".
 NOT_YET = {"triton": "this release has no Triton kernels", "cuda": "this release has no CUDA kernels"}
-
-
-def constant_when_compiling(function: _Function) -> _Function:
-    """Makes Dynamo run the function while it traces, and keep the answer: it cannot trace a context variable."""
-    return cast(_Function, torch.compiler.assume_constant_result(function))
 
 
 class _Preference(NamedTuple):

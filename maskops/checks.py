@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_when_compiling(function: _Function) -> _Function:
+    """Makes Dynamo run the function while it traces, and keep the answer: for what it cannot trace."""
+    return cast(_Function, torch.compiler.assume_constant_result(function))
+
+
+@constant_when_compiling
+def has_autocast(device: str) -> bool:
+    """Whether autocast knows a type of device; of meta and others it does not want to be asked."""
+    return torch.amp.is_autocast_available(device)
 
 
 def check_tensor(name: str, value: object, expected: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskops import backend
 from maskops import masks as maskops_masks
+from maskops.checks import has_autocast
 from maskops.compat import recognise
 from maskops.masks import Mask
 from maskops.ops.attention.api import attention
@@ -286,7 +287,7 @@ def _check_tensor(name: str, x: object, query: Tensor) -> None:
 
 def is_autocast(device: str) -> bool:
     """Whether autocast is on for a type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def _check_numbers(dropout_p: float, scale: float | None) -> None:

@@ -90,7 +90,7 @@ def refuse_forward_mode(op: str, *inputs: Tensor) -> None:
         return
     if any(_has_tangent(x) for x in inputs):
         raise NotImplementedError(
-            f"maskops.{op} has no forward-mode derivative in a kernel (jvp, jacfwd, hessian): "
+            f"maskops.{op} has no derivative for forward mode AD in a kernel (jvp, jacfwd, hessian): "
             f"maskops.use_backend('reference') has; vjp, grad and jacrev are served by every backend"
         )
 
@@ -110,3 +110,10 @@ def _has_tangent(x: Tensor) -> bool:
         if x_level in levels and x_level != functorch.maybe_current_level():
             return True
     return False
+
+
+def under_transform(*tensors: Tensor) -> bool:
+    """Whether one of the tensors is of a transform of ``torch.func``. Not while compiling, where that is unknown."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)

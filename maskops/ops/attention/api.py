@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from maskops import backend as backends
 from maskops import masks
+from maskops.checks import has_autocast
 from maskops.layouts import VARLEN
 from maskops.masks import Mask
 from maskops.ops.attention import reference, registration
@@ -321,15 +322,9 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
     return q, k, v
 
 
-@backends.constant_when_compiling
-def _has_autocast(device: str) -> bool:
-    """Whether autocast knows the type of the device; of meta and others it does not want to be asked."""
-    return torch.amp.is_autocast_available(device)
-
-
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to in this place of the program, None where it is off."""
-    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
+    if not has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
@@ -550,7 +545,7 @@ def _attention(
             dropout_p=scalar(dropout_p, neutral=0.0),
         )
         return registration.span_attention(q, k, v, spans, features)
-    with torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else contextlib.nullcontext():
+    with torch.autocast(device.type, enabled=False) if has_autocast(device.type) else contextlib.nullcontext():
         out, lse = reference.attention(
             q,
             k,

@@ -147,7 +147,7 @@ def _fold_into_rows(arguments: dict[str, Argument], samples: int) -> dict[str, A
 
 
 def _unfold_rows(x: Tensor, samples: int) -> Tensor:
-    return x.unflatten(0, (samples, x.shape[0] // samples))
+    return x.reshape(samples, x.shape[0] // samples, *x.shape[1:])
 
 
 define_vmap(_library, "cross_entropy_forward", _fold_into_rows, _unfold_rows)

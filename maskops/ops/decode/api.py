@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskops import backend as backends
 from maskops import masks
-from maskops.checks import check_tensor
+from maskops.checks import check_tensor, has_autocast
 from maskops.layouts import values_can_be_read
 from maskops.masks import Mask
 from maskops.ops.attention import reference as attention_reference
@@ -310,7 +310,7 @@ def decode_attention(
     if values_can_be_read(integer_tensors, device):
         reference.check_filled(lengths, leftpad, block_table, batch_index, k_cache)
     spans = _within(_plan(mask, q, capacity, lengths, leftpad, alibi_slopes is not None), lengths, leftpad)
-    autocast = torch.amp.is_autocast_available(device.type)
+    autocast = has_autocast(device.type)
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
         out, lse = attention_reference.attention(
             q,

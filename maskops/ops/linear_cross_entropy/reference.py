@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskops.checks import has_autocast
 from maskops.ops.cross_entropy import reference
 from maskops.ops.cross_entropy.rows import Scoring
 
@@ -34,7 +35,7 @@ def row_losses(
     dtype = torch.float64 if torch.float64 in [x.dtype for x in inputs] else torch.float32
     hidden = torch.where((labels != scoring.ignore_index)[:, None], hidden.to(dtype), 0.0)
     device = hidden.device.type
-    known = torch.amp.is_autocast_available(device)
+    known = has_autocast(device)
     with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
         logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     return reference.row_losses(logits, labels, scoring)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from maskops.ops.cross_entropy.rows import Scoring, total
 from maskops.ops.linear_cross_entropy import chunks
 from maskops.ops.scalars import call, define_open
+from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode, under_transform
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -73,6 +73,24 @@ def _(
 
 define_open(_library, "linear_cross_entropy", _TAGS)
 
+_OF_ROWS = ("hidden", "labels", "grad_loss", "grad_lse", "grad_logprobs", "grad_entropy")
+
+
+def _fold_into_rows(arguments: dict[str, Argument], samples: int) -> dict[str, Any] | None:
+    """Under vmap the rows of all samples are rows of one call, as long as no sum over the rows is wanted."""
+    sums = arguments["weight_gradient"].value or arguments["bias_gradient"].value
+    if sums or arguments["weight"].has_samples or arguments["bias"].has_samples:
+        return None
+    folded = {name: arguments[name].of_every_sample(samples) for name in _OF_ROWS}
+    return {name: x if is_absent(arguments[name]) else x.flatten(0, 1) for name, x in folded.items()}
+
+
+def _unfold_rows(x: Tensor, samples: int) -> Tensor:
+    return x.reshape(samples, x.shape[0] // samples, *x.shape[1:])
+
+
+define_vmap(_library, "linear_cross_entropy", _fold_into_rows, _unfold_rows)
+
 
 class Inputs(NamedTuple):
     """What the operator reads in either pass; ``bias`` is empty where there is none."""
@@ -106,6 +124,8 @@ def _operator(
 
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it says why it cannot be done."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -143,6 +163,8 @@ def _for_all_arguments(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 class _RowLosses(torch.autograd.Function):
     # Arguments: those of the operator without the gradients and ``values``: hidden, weight, bias, labels, seven that
     # say how rows are scored, three that say which gradients are needed.
+
+    generate_vmap_rule = True  # from that of the operator
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -200,10 +222,9 @@ class _Loss(torch.autograd.Function):
 
 
 def _differentiates(inputs: Inputs) -> bool:
-    # The bare operator where nothing is differentiated: an autograd.Function costs more than a small problem. Under
-    # forward-mode differentiation the function says that it has none, where the operator would drop the tangents
-    # without a word.
-    return (torch.is_grad_enabled() and any(inputs.needed_gradients())) or forward_ad._current_level >= 0
+    # The bare operator where nothing is differentiated: an autograd.Function costs more than a small problem.
+    refuse_forward_mode("linear_cross_entropy", *inputs[:3])
+    return torch.is_grad_enabled() and any(inputs.needed_gradients())
 
 
 def row_losses(
@@ -236,7 +257,8 @@ def loss(
     Returns:
         The sum, 0-dim, and argmax of every row, empty where it was not asked for.
     """
-    if not _differentiates(inputs):
+    # A transform may differentiate with many cotangents, or each sample by itself: the gradients are not one to keep.
+    if not _differentiates(inputs) or under_transform(*inputs):
         losses, _, _, _, argmax = row_losses(inputs, scoring, numbers)
         return total(losses * factors), argmax
     arguments = (scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskops import backend as backends
-from maskops.checks import INTEGERS, check_mask_values, check_tensor
+from maskops.checks import INTEGERS, check_mask_values, check_tensor, has_autocast
 from maskops.layouts import values_can_be_read
 from maskops.masks import Mask
 from maskops.ops.softmax import reference, registration
@@ -120,7 +120,7 @@ def masked_softmax(
     if x.dtype not in _FLOATS:
         raise TypeError(f"x has dtype {x.dtype}: expected float32, bfloat16, float16 or float64")
     dim = _check_dim(x, dim)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type):
         # Asked, not copied: the list of operations that autocast casts differs from device to device.
         x = x.to(torch.softmax(x.new_empty(0), 0).dtype)
     shape = x.shape
