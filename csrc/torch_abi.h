@@ -7,10 +7,18 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <tuple>
 #include <utility>
+#include <vector>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 extern "C" {
 struct AtenTensorOpaque;
@@ -226,6 +234,41 @@ class CpuLibrary {
   TorchLibraryHandle handle_;  // lives as long as the process: torch unregisters the operators when it is deleted
 };
 
+// The pool of torch's threads does not survive a fork: a child that asks OpenMP for it waits for ever, inside torch's
+// own operators as well. This is how a child knows that it is one.
+#ifdef _WIN32
+inline bool in_forked_child() { return false; }
+#else
+inline std::atomic<bool> was_forked{false};
+inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { was_forked = true; });
+inline bool in_forked_child() { return was_forked; }
+#endif
+
+// As torch_parallel_for does it with a grain of 1, body(worker, worker + 1, context) for every worker in [0, workers),
+// on threads that live as long as the call. Where there are no more threads to be had, those that run are enough: each
+// of their bodies takes tasks as long as there are any.
+inline void run_on_own_threads(int64_t workers, ParallelFunc body, void* context) {
+  std::vector<std::exception_ptr> errors(static_cast<size_t>(workers));
+  auto run = [&](int64_t worker) noexcept {
+    try {
+      body(worker, worker + 1, context);
+    } catch (...) {
+      errors[static_cast<size_t>(worker)] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(workers));
+  try {
+    for (int64_t worker = 1; worker < workers; worker++) threads.emplace_back(run, worker);
+  } catch (const std::system_error&) {
+  }
+  run(0);
+  for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+}
+
 // Runs fn(task, worker, context) for every task in [0, n_tasks) on at most max_workers threads of torch's own pool. The
 // workers pull tasks from one counter in order, so put the longest first. Which worker runs a task is not determined;
 // a task must not depend on it for its result.
@@ -255,6 +298,8 @@ inline void run_tasks(int64_t n_tasks, int max_workers, void (*fn)(int64_t task,
   };
   if (workers <= 1) {
     body(0, 1, &team);
+  } else if (in_forked_child()) {
+    run_on_own_threads(workers, body, &team);
   } else {
     MASKOPS_CHECK_TORCH(torch_parallel_for(0, workers, 1, body, &team));
   }
