@@ -95,7 +95,8 @@ WEIGHT = torch.linspace(-1, 1, HEADS * HEAD_DIM * VOCABULARY).reshape(HEADS * HE
 def packed_step(x: Tensor, cu_seqlens: Tensor, target: Tensor) -> Tensor:
     """Attention planned from the offsets inside, and the loss of the next token."""
     out = maskops.varlen_attention(x, x * 0.5, x + 1, cu_seqlens, mask=masks.causal() & masks.sliding_window(40, 0))
-    return maskops.cross_entropy(out.flatten(1) @ WEIGHT, target, cu_seqlens=cu_seqlens, shift=True)
+    logits = out.flatten(1) @ WEIGHT
+    return maskops.cross_entropy(logits, target, cu_seqlens=cu_seqlens, shift=True, reduction="sequence_mean")
 
 
 def padded_step(x: Tensor, lengths: Tensor, target: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ def row_factors(
         else:
             sequence, places = rows.sequence, rows.n_sequences + 1
             factors = _ratio(weights, shares.new_zeros(places).index_add(0, sequence, shares)[sequence])
-            counts = sequence.new_zeros(places).index_add(0, sequence, rows.kept.long())[:-1]
+            # The last place, of rows outside of every sequence, has none: without it sizes could be 1.
+            counts = sequence.new_zeros(places).index_add(0, sequence, rows.kept.long())
         return _ratio(factors, (counts > 0).sum())
     return weights
 
