@@ -143,15 +143,21 @@ def test_only_visited_keys_are_read() -> None:
     assert out.isfinite().all()
 
 
-def test_rows_do_not_touch_each_others_keys() -> None:
+@pytest.mark.parametrize("first_rows", [1, 2, 3, 4, 5])
+def test_rows_do_not_touch_each_others_keys(first_rows: int) -> None:
     """A plan may give the rows of one tile windows far apart; a value that is not finite stays with who sees it."""
     k, v, q = draw(1, 1, 300, 16, seed=1), draw(1, 1, 300, 16, seed=2), draw(1, 1, 8, 16, seed=3)
-    v[:, :, 200] = math.nan
-    spans = masks.full().spans(8, 300)
-    start = torch.tensor([0, 0, 0, 0, 190, 190, 190, 190], dtype=torch.int32).view(1, 1, 8)
-    plan = spans._replace(start=start, end=start + 20)
-    out = maskops.decode_attention(q, k, v, torch.tensor([300]), plan, backend="cpu")
-    assert out[:, :, :4].isfinite().all() and out[:, :, 4:].isnan().all()
+    start = torch.where(torch.arange(8) < first_rows, 0, 50).to(torch.int32).view(1, 1, 8)
+    plan = masks.full().spans(8, 300)._replace(start=start, end=start + 20)
+    expected = maskops.decode_attention(q, k, v, torch.tensor([300]), plan, backend="reference")
+    for place, touched in ((10, slice(0, first_rows)), (60, slice(first_rows, 8))):
+        poisoned = v.clone()
+        poisoned[:, :, place] = math.nan
+        out = maskops.decode_attention(q, k, poisoned, torch.tensor([300]), plan, backend="cpu")
+        kept = torch.ones(8, dtype=torch.bool)
+        kept[touched] = False
+        assert out[:, :, ~kept].isnan().all()
+        torch.testing.assert_close(out[:, :, kept], expected[:, :, kept])
 
 
 def test_scores_that_underflow_and_overflow() -> None:
