@@ -33,15 +33,9 @@ struct DecodeForward {
   CachePlaces at;
   const int32_t* first;
   const int32_t* length;
+  Features features;  // no bias, no dropout
   StridedRows q, k, v, out;
-  const uint8_t* dense;  // bool, nullptr without; the keys of a row are adjacent
-  int64_t dense_batch_stride, dense_head_stride, dense_row_stride;
-  const int32_t* diagonal;  // the key aligned with each row; only with slopes
-  int64_t diagonal_batch_stride;
-  const float* slopes;  // ALiBi's slope of each head, nullptr without
-  int64_t slopes_batch_stride;
-  const float* sinks;  // (heads), nullptr without
-  float* lse;          // (batch, heads, q_len)
+  float* lse;  // (batch, heads, q_len)
 
   int32_t begin_of(int64_t b) const { return first == nullptr || first[b] < 0 ? 0 : first[b]; }
   int32_t end_of(int64_t b) const {

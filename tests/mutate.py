@@ -866,19 +866,23 @@ MUTATIONS = (
     Mutation(
         "decode: sign of the distance",
         DECODE_KERNEL,
-        "fabsf((float)((int64_t)position[i] - diagonal))",
-        "((float)((int64_t)position[i] - diagonal))",
+        "x -= vmax(distance, -distance) * splat(slope);",
+        "x -= distance * splat(slope);",
         DECODE,
     ),
     Mutation(
         "decode: slopes of the first sequence",
         DECODE_KERNEL,
-        "p.slopes[task.batch * p.slopes_batch_stride + head]",
-        "p.slopes[head]",
+        "slopes_of_row(p.features, task.batch, row), head)",
+        "0, head)",
         DECODE,
     ),
     Mutation(
-        "decode: a sink of another head", DECODE_KERNEL, "p.sinks[head] - lse", "p.sinks[task.kv_head] - lse", DECODE
+        "decode: a sink of another head",
+        DECODE_KERNEL,
+        "per_head(p.features.sinks, 0, head)",
+        "per_head(p.features.sinks, 0, task.kv_head)",
+        DECODE,
     ),
     Mutation(
         "decode: log-sum-exp in base 2", DECODE_KERNEL, "(maximum + log2f(sum)) * LN2", "(maximum + log2f(sum))", DECODE
@@ -893,8 +897,8 @@ MUTATIONS = (
     Mutation(
         "decode: dense mask of the first head",
         DECODE_KERNEL,
-        "head * p.dense_head_stride",
-        "0 * p.dense_head_stride",
+        "head * mask.head_stride",
+        "0 * mask.head_stride",
         DECODE,
     ),
     Mutation(

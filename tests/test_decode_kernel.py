@@ -160,6 +160,46 @@ def test_rows_do_not_touch_each_others_keys(first_rows: int) -> None:
         torch.testing.assert_close(out[:, :, kept], expected[:, :, kept])
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "q_len"), [(4, 2, 1), (2, 2, 8), (8, 1, 1), (3, 1, 2)])
+def test_span_attention_of_few_rows(instruction_set: str, heads: int, kv_heads: int, q_len: int) -> None:
+    """Where there are few queries and many keys, ``attention`` runs on the kernel of decode, with its gradients."""
+    q = draw(3, heads, q_len, 24, seed=1).requires_grad_()
+    k, v = (draw(3, kv_heads, 700, 24, seed=seed).requires_grad_() for seed in (2, 3))
+    lengths = torch.tensor([700, 0, 130])
+    layout = masks.key_padding(lengths)
+    dense = torch.rand(1, heads, q_len, 700, generator=torch.Generator().manual_seed(4)) > 0.3
+    sides: list[tuple[masks.Mask, dict[str, Any]]] = [
+        (layout & masks.causal(), {}),
+        (layout & masks.causal() & masks.sliding_window(40, 0), features(3, heads)),
+        (layout & masks.dense(dense), {"sinks": draw(heads, seed=9)}),
+    ]
+    for mask, more in sides:
+        results = []
+        for backend in ("cpu", "reference"):
+            out, lse = maskops.attention(q, k, v, mask, return_lse=True, backend=backend, **more)
+            loss = (out * draw(*out.shape, seed=5)).sum() + lse[[0, 2]].sum()
+            results.append([out, lse, *torch.autograd.grad(loss, (q, k, v))])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_attention_of_few_rows() -> None:
+    """A new token for each of several packed sequences, with slopes that go by the sequence."""
+    q = draw(4, 2, 16, seed=1)
+    k, v = draw(900, 2, 16, seed=2), draw(900, 2, 16, seed=3)
+    k[850:], v[850:] = math.nan, math.nan
+    offsets_q, offsets_k = torch.tensor([0, 1, 2, 2, 4]), torch.tensor([0, 300, 310, 400, 850])
+    results = [
+        maskops.varlen_attention(
+            q, k, v, offsets_q, offsets_k, masks.causal(), alibi_slopes=slopes, return_lse=True, backend=backend
+        )
+        for slopes in (torch.tensor([0.5, 0.25]), draw(4, 2, seed=5).abs())
+        for backend in ("cpu", "reference")
+    ]
+    for ours, theirs in ((results[0], results[1]), (results[2], results[3])):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_scores_that_underflow_and_overflow() -> None:
     """The largest score sets the scale, wherever among the splits it lies."""
     for place in (0, 511, 512, 1200):

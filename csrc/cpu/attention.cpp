@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "decode.h"
 #include "isa.h"
 #include "memory.h"
 #include "threads.h"
@@ -35,6 +36,7 @@ int useful_workers(const Threads& threads, double flops, int64_t n_tasks) {
 }
 
 void attention_forward(const AttentionForward& p, const Threads& threads) {
+  if (decode_serves(p)) return decode_forward(decode_of(p), threads);
   const AttentionShape& shape = p.shape;
   const auto group = static_cast<int32_t>(shape.heads / shape.kv_heads);
   // Tasks of one (batch element, key head) stay together, so that its keys and values come from a core's own cache; the

@@ -3,13 +3,11 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace maskops {
 namespace {
@@ -22,19 +20,10 @@ constexpr double FLOPS_PER_WORKER = 2e6;
 // With more rows than these, queries as vectors are faster (measured with AVX2 and AVX-512: they are equal at about
 // 12).
 constexpr int64_t MOST_ROWS = 8;
+// Below it, span attention is over before a difference could be felt.
+constexpr int64_t FEWEST_KEYS = 128;
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(size_t bytes) {
-  auto* memory = static_cast<char*>(std::aligned_alloc(64, (std::max<size_t>(bytes, 1) + 63) / 64 * 64));
-  if (memory == nullptr) throw std::bad_alloc();
-  return Memory(memory);
-}
-
-int useful_workers(const Threads& threads, double shares, size_t n_tasks) {
+int workers_for(const Threads& threads, double shares, size_t n_tasks) {
   return static_cast<int>(std::min({static_cast<double>(threads.count), 1 + shares, std::max<double>(1, n_tasks)}));
 }
 
@@ -116,7 +105,7 @@ void decode_forward(const DecodeForward& p, const Threads& threads) {
   const double widths = static_cast<double>(shape.head_dim + shape.value_dim);
   const double shares = std::max(2.0 * pairs * widths / FLOPS_PER_WORKER,
                                  keys * widths * static_cast<double>(bytes_of(shape.element)) / BYTES_PER_WORKER);
-  const int workers = useful_workers(threads, shares, tasks.size());
+  const int workers = workers_for(threads, shares, tasks.size());
   struct Context {
     const DecodeForward& p;
     const KernelTable& table;
@@ -126,7 +115,7 @@ void decode_forward(const DecodeForward& p, const Threads& threads) {
   } context{p, table, tasks, merges, {}};
   const size_t bytes =
       table.decode_scratch(shape, p.spans.n_spans, static_cast<int>(std::min<int64_t>(rows, DECODE_ROWS)));
-  for (int worker = 0; worker < workers; worker++) context.scratch.push_back(allocate(bytes));
+  context.scratch = scratch_for(workers, bytes);
   threads.run(
       static_cast<int64_t>(tasks.size()), workers,
       [](int64_t task, int worker, void* pointer) {
@@ -146,11 +135,19 @@ void decode_forward(const DecodeForward& p, const Threads& threads) {
 }
 
 void cache_forward(const DecodeForward& p, const Threads& threads) {
-  const bool needs_decode = p.dense != nullptr || p.slopes != nullptr || p.sinks != nullptr;
-  if (needs_decode || suits_decode(p.shape))
+  if (suits_decode(p.shape))
     decode_forward(p, threads);
   else
     prefill_forward(p, threads);
+}
+
+bool decode_serves(const AttentionForward& p) {
+  return suits_decode(p.shape) && p.shape.k_len >= FEWEST_KEYS && p.features.bias.data == nullptr &&
+         !p.features.dropout.is_on;
+}
+
+DecodeForward decode_of(const AttentionForward& p) {
+  return {p.shape, p.spans, {nullptr, 1, p.shape.k_len}, nullptr, nullptr, p.features, p.q, p.k, p.v, p.out, p.lse};
 }
 
 namespace {
@@ -188,7 +185,7 @@ void append_kv(const AppendKv& p, const Threads& threads) {
       static_cast<double>(p.batch * p.kv_heads * p.new_keys) * static_cast<double>(p.key_bytes + p.value_bytes);
   const int64_t n_tasks = p.batch * p.kv_heads;
   threads.run(
-      n_tasks, useful_workers(threads, bytes / BYTES_PER_WORKER, static_cast<size_t>(n_tasks)),
+      n_tasks, workers_for(threads, bytes / BYTES_PER_WORKER, static_cast<size_t>(n_tasks)),
       [](int64_t task, int, void* pointer) {
         const auto& p = *static_cast<const AppendKv*>(pointer);
         append_rows(p, p.k_cache, p.k, p.key_bytes, task / p.kv_heads, task % p.kv_heads);

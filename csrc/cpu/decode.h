@@ -13,8 +13,12 @@ void cache_forward(const DecodeForward& p, const Threads& threads);
 // Few rows over many keys, which is what decode_forward is for. A matter of shapes alone.
 bool suits_decode(const AttentionShape& shape);
 void decode_forward(const DecodeForward& p, const Threads& threads);
-// Many rows: gathers pages and runs the kernel of span attention. No dense mask, slopes or sinks.
+// Many rows: gathers pages and runs the kernel of span attention.
 void prefill_forward(const DecodeForward& p, const Threads& threads);
+
+// Whether decode_forward computes a call of span attention, and as what.
+bool decode_serves(const AttentionForward& p);
+DecodeForward decode_of(const AttentionForward& p);
 
 // Keys that meet the rows of a task at a time.
 constexpr int DECODE_KEYS = 64;

@@ -129,6 +129,7 @@ void prefill_forward(const DecodeForward& p, const Threads& threads) {
   AttentionForward attention{};
   attention.shape = p.shape;
   attention.shape.k_len = longest;
+  attention.features = p.features;
   attention.q = p.q;
   attention.k = p.k;
   attention.v = p.v;

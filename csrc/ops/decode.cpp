@@ -251,28 +251,23 @@ std::tuple<Tensor, Tensor> decode_forward_cpu(const Tensor& q, const Tensor& k_c
     require(dense.dtype() == DType::boolean && fits(dense.size(0)) && (dense.size(1) == 1 || dense.size(1) == heads) &&
                 dense.size(2) == q_len && dense.size(3) == places.capacity && last_is_contiguous(dense),
             "decode: dense must be bool (batch or 1, heads or 1, q_len, keys)");
-    p.dense = dense.data<uint8_t>();
-    p.dense_batch_stride = step(dense, 0);
-    p.dense_head_stride = step(dense, 1);
-    p.dense_row_stride = dense.stride(2);
+    p.features.dense = {dense.data(), step(dense, 0), step(dense, 1), dense.stride(2), 1};
   }
   if (alibi_slopes.dim() == 2) {
-    require(alibi_slopes.dtype() == DType::float32 && fits(alibi_slopes.size(0)) && alibi_slopes.size(1) == heads &&
-                (heads <= 1 || alibi_slopes.stride(1) == 1),
+    require(alibi_slopes.dtype() == DType::float32 && fits(alibi_slopes.size(0)) && alibi_slopes.size(1) == heads,
             "decode: alibi_slopes must be float32 (batch or 1, heads)");
     require(diagonal.dtype() == DType::int32 && diagonal.dim() == 2 && fits(diagonal.size(0)) &&
                 diagonal.size(1) == q_len && (q_len <= 1 || diagonal.stride(1) == 1),
             "decode: the diagonal must be int32 (batch or 1, q_len)");
-    p.slopes = alibi_slopes.data<float>();
-    p.slopes_batch_stride = step(alibi_slopes, 0);
-    p.diagonal = diagonal.data<int32_t>();
-    p.diagonal_batch_stride = step(diagonal, 0);
+    p.features.alibi_slopes = {alibi_slopes.data<float>(), alibi_slopes.stride(0), alibi_slopes.stride(1),
+                               alibi_slopes.size(0), false};
+    p.features.positions = diagonal.data<int32_t>();
+    p.features.positions_batch_stride = step(diagonal, 0);
   }
   if (sinks.numel() != 0) {
-    require(sinks.dtype() == DType::float32 && sinks.dim() == 1 && sinks.size(0) == heads &&
-                (heads <= 1 || sinks.stride(0) == 1),
+    require(sinks.dtype() == DType::float32 && sinks.dim() == 1 && sinks.size(0) == heads,
             "decode: sinks must be float32 (heads)");
-    p.sinks = sinks.data<float>();
+    p.features.sinks = {sinks.data<float>(), 0, sinks.stride(0), 1, false};
   }
 
   Tensor out = empty_in_order_of(q, p.shape.value_dim);
