@@ -307,7 +307,7 @@ class _Count:
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> _Count:
-    recognise._plans.clear()
+    monkeypatch.setattr(recognise, "_plans", [])
     return _Count(monkeypatch)
 
 

@@ -9,9 +9,7 @@ layer; and by the spans, for a model that makes the same mask anew in every laye
 from __future__ import annotations
 
 import math
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +45,8 @@ class Reading(NamedTuple):
 
 def can_be_read(mask: Tensor) -> bool:
     """Whether the values of a mask may be looked at, and whether a plan may stand for it."""
-    if not values_can_be_read([mask], mask.device):
+    # On other devices to look at a mask is to wait for it; there it stays dense.
+    if mask.device.type != "cpu" or not values_can_be_read([mask], mask.device):
         return False
     return not (mask.requires_grad and torch.is_grad_enabled())
 
@@ -188,26 +187,22 @@ def _intersection(a: Runs, b: Runs) -> Runs | None:
 
 # ---- from runs to plans ----------------------------------------------------------------------------------------------
 
-_lock = threading.Lock()
-_plans: OrderedDict[int, tuple[tuple[object, ...], Runs, RowSpans]] = OrderedDict()
-_plan_numbers = iter(range(2**63))
+_plans: list[tuple[tuple[object, ...], Runs, RowSpans]] = []
+"""The newest plans. Replaced, never changed: threads (and forked children) may read it at any time without a lock."""
 
 
 def _plan(runs: Runs, q_len: int, k_len: int, whole_batch: int | None) -> RowSpans:
     """The plan of runs; one that was made of equal runs before is used again."""
+    global _plans
     start, end, key_holes = runs
     batch = max(start.shape[1], 1 if key_holes is None else key_holes.shape[0]) if whole_batch is None else whole_batch
     start, end = (x.expand(x.shape[0], batch, q_len) for x in (start, end))
     key_holes = None if key_holes is None else key_holes.expand(batch, k_len)
     runs = Runs(start, end, key_holes)
     sizes = (k_len, whole_batch, tuple(start.shape), key_holes is None)
-    with _lock:
-        candidates = [(number, known, plan) for number, (of, known, plan) in _plans.items() if of == sizes]
-    for number, known, plan in candidates:
-        if all(torch.equal(x, y) for x, y in zip(runs, known, strict=True) if x is not None and y is not None):
-            with _lock:
-                if number in _plans:
-                    _plans.move_to_end(number)
+    for of, known, plan in _plans:
+        pairs = zip(runs, known, strict=True)
+        if of == sizes and all(torch.equal(x, y) for x, y in pairs if x is not None and y is not None):
             return plan
     positions = None
     if whole_batch is not None:
@@ -219,10 +214,7 @@ def _plan(runs: Runs, q_len: int, k_len: int, whole_batch: int | None) -> RowSpa
         ).to(torch.int32)
     grad = backend.needs_key_tiles("attention", start.device.type)
     plan = build_row_spans(start, end, k_len, key_holes=key_holes, grad=grad, positions=positions)
-    with _lock:
-        _plans[next(_plan_numbers)] = (sizes, runs, plan)
-        while len(_plans) > _REMEMBERED_PLANS:
-            _plans.popitem(last=False)
+    _plans = [(sizes, runs, plan), *_plans[: _REMEMBERED_PLANS - 1]]
     return plan
 
 
@@ -247,30 +239,23 @@ class _Readings:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: OrderedDict[object, tuple[list[weakref.ref[Tensor]], Reading]] = OrderedDict()
+        # Replaced, never changed, so that no lock is needed; of two threads that write at once one is forgotten.
+        self._known: dict[object, tuple[list[weakref.ref[Tensor]], Reading]] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
     def find(self, key: object, owners: Sequence[Tensor]) -> Reading | None:
-        with self._lock:
-            known = self._known.get(key)
-            # The id of a tensor that is gone may belong to another one by now.
-            if known is None or any(ref() is not owner for ref, owner in zip(known[0], owners, strict=True)):
-                return None
-            self._known.move_to_end(key)
-            return known[1]
+        known = self._known.get(key)
+        # The id of a tensor that is gone may belong to another one by now.
+        if known is None or any(ref() is not owner for ref, owner in zip(known[0], owners, strict=True)):
+            return None
+        return known[1]
 
     def keep(self, key: object, owners: Sequence[Tensor], reading: Reading) -> None:
-        # Without a callback: it could run inside of the lock, in the thread that holds it.
-        references = [weakref.ref(owner) for owner in owners]
-        with self._lock:
-            self._known[key] = (references, reading)
-            for old in [old for old, (refs, _) in self._known.items() if any(ref() is None for ref in refs)]:
-                del self._known[old]
-            while len(self._known) > _REMEMBERED_MASKS:
-                self._known.popitem(last=False)
+        alive = [(old, entry) for old, entry in self._known.items() if all(ref() is not None for ref in entry[0])]
+        entry = ([weakref.ref(owner) for owner in owners], reading)
+        self._known = dict(alive[1 - _REMEMBERED_MASKS :]) | {key: entry}
 
 
 _readings = _Readings()
