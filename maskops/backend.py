@@ -156,6 +156,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens take no part in a matrix product",
         "layer": "`bias`; `hidden` and `weight` of different dtypes; gradients of all three, summed in float32",
         "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
+        "class_weights": "`class_weights`, with torch's denominators",
         "reductions": "`mean`, `sum`, `none`, `sequence_mean` over `cu_seqlens`, `num_items`, `shift`",
         "outputs": "`return_lse`, `return_logprobs`, `return_entropy` with gradients, `return_argmax`",
         "compile": "`torch.compile(fullgraph=True)`, forward and backward",

@@ -331,6 +331,7 @@ PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
         LAYER,
         _layer_loss(label_smoothing=0.1, z_loss=0.01, softcap=3.0, logit_scale=0.5),
     ),
+    ("linear_cross_entropy", "class_weights"): (LAYER, _layer_loss(class_weights=torch.linspace(0.0, 2.0, 11))),
     ("linear_cross_entropy", "reductions"): (LAYER, _layer_reductions),
     ("linear_cross_entropy", "outputs"): (
         LAYER,

@@ -138,7 +138,14 @@ SCORING = {
     "z loss": {"z_loss": 1e-2},
     "softcap": {"softcap": 5.0},
     "scale": {"logit_scale": 0.6},
-    "everything": {"label_smoothing": 0.2, "z_loss": 0.05, "softcap": 7.0, "logit_scale": 1.5},
+    "class weights": {"class_weights": torch.linspace(0.0, 2.0, 33)},
+    "everything": {
+        "label_smoothing": 0.2,
+        "z_loss": 0.05,
+        "softcap": 7.0,
+        "logit_scale": 1.5,
+        "class_weights": torch.linspace(2.0, 0.5, 33).double(),
+    },
 }
 REDUCTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -156,6 +163,7 @@ MASKING: dict[str, dict[str, Any]] = {
     "mask": {"mask": MASK},
     "weights": {"token_weights": WEIGHTS},
     "both, shifted": {"mask": MASK.bool(), "token_weights": WEIGHTS.double(), "shift": True},
+    "class weights": {"token_weights": WEIGHTS, "class_weights": torch.linspace(0.5, 2.0, 33)},
 }
 
 
@@ -551,6 +559,7 @@ def record(problem: Problem, incoming: Tensor | None = None, *, gradients: bool 
             problem.weight,
             problem.bias,
             problem.target,
+            nothing,
             *(nothing if incoming is None else incoming, nothing, nothing, nothing),
             *(IGNORE, 0.0, 0.0, 0.0, 1.0, False, False, True),
             *[gradients] * 3,
@@ -602,7 +611,8 @@ def test_operator(on_cpu: None) -> None:
     problem = Problem((9,))
     nothing, ones = torch.empty(0), torch.ones(9)
     numbers = (IGNORE, 0.1, 0.01, 5.0, 0.7)
-    tensors = (problem.hidden, problem.weight.t().contiguous().t(), problem.bias, problem.target)
+    weights = torch.linspace(0.5, 2.0, 33)
+    tensors = (problem.hidden, problem.weight.t().contiguous().t(), problem.bias, problem.target, weights)
     operator = torch.ops.maskops.linear_cross_entropy.default
     for incoming, flags in (
         ((nothing, nothing, nothing, nothing), (True, True, True, False, False, False)),
@@ -676,6 +686,13 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
         {"target": TARGET.mT},
     ),
     (TypeError, "target has dtype int16: expected int64 or int32", {"target": TARGET.short()}),
+    (
+        TypeError,
+        "target has dtype float32: expected int64 or int32 labels. Probabilities for every token are as large as the "
+        "logits: maskops.cross_entropy(torch.nn.functional.linear(hidden, weight, bias), target)",
+        {"target": torch.zeros(2, 3, 10)},
+    ),
+    (ValueError, "class_weights has shape (8,): expected (10,)", {"class_weights": torch.ones(8)}),
     (
         ValueError,
         "target: the label that row 0 of the logits is scored against is 10, outside the vocabulary of 10",

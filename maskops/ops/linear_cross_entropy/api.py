@@ -12,6 +12,7 @@ from maskops.ops.cross_entropy.api import CrossEntropyOutput
 from maskops.ops.cross_entropy.arguments import (
     FLOATS,
     Reduction,
+    check_class_weights,
     check_cu_seqlens,
     check_numbers,
     check_reduction,
@@ -56,6 +57,7 @@ def linear_cross_entropy(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     token_weights: Tensor | None = ...,
+    class_weights: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
     z_loss: float = ...,
@@ -79,6 +81,7 @@ def linear_cross_entropy(
     bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     token_weights: Tensor | None = ...,
+    class_weights: Tensor | None = ...,
     ignore_index: int = ...,
     label_smoothing: float = ...,
     z_loss: float = ...,
@@ -101,6 +104,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -137,6 +141,7 @@ def linear_cross_entropy(
         bias: (V,) or None. A bias of -inf bans its column.
         mask: as the remaining arguments, what it is for ``maskops.cross_entropy``.
         token_weights: see there.
+        class_weights: see there.
         ignore_index: see there.
         label_smoothing: see there.
         z_loss: see there.
@@ -167,12 +172,20 @@ def linear_cross_entropy(
         >>> loss = maskops.linear_cross_entropy(hidden, weight, target, shift=True)
     """
     _check_layer(hidden, weight, bias)
+    check_tensor("target", target, "of int64 or int32 labels")
+    if target.is_floating_point():
+        raise TypeError(
+            f"target has dtype {dtype_name(target)}: expected int64 or int32 labels. Probabilities for every token are "
+            f"as large as the logits: maskops.cross_entropy(torch.nn.functional.linear(hidden, weight, bias), target)"
+        )
     check_target(target, hidden, "hidden")
     check_tokens(target, mask, token_weights)
     check_numbers(target, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     check_reduction(target, reduction, cu_seqlens, num_items, shift)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, target)
+    if class_weights is not None:
+        check_class_weights(class_weights, weight.shape[0], weight.device)
 
     layer = (hidden, weight) if bias is None else (hidden, weight, bias)
     dtypes = [tensor.dtype for tensor in layer]
@@ -185,6 +198,7 @@ def linear_cross_entropy(
         cu_seqlens=cu_seqlens,
         shift=shift,
         dtype=dtype,
+        class_weights=class_weights,
     )
     states = hidden.reshape(target.numel(), hidden.shape[-1])
     # The reference holds the logits, their exponentials, and a few temporaries of that size.
@@ -206,7 +220,14 @@ def linear_cross_entropy(
     )
     shape = target.shape
     of_rows = return_lse or return_logprobs or return_entropy
-    inputs = registration.Inputs(states, weight, weight.new_empty(0) if bias is None else bias, rows.labels)
+    weights = None if class_weights is None else class_weights.detach().to(dtype).contiguous()
+    inputs = registration.Inputs(
+        states,
+        weight,
+        weight.new_empty(0) if bias is None else bias,
+        rows.labels,
+        weight.new_empty(0, dtype=dtype) if weights is None else weights,
+    )
     # Compiled code may keep numbers open, which an operator takes as tensors.
     numbers = (scalar(label_smoothing, 0.0), scalar(z_loss, 0.0), scalar(softcap, 0.0), scalar(logit_scale, 1.0))
     if chosen != backend.REFERENCE and reduction != "none" and not of_rows and torch.float16 not in dtypes:
@@ -217,7 +238,7 @@ def linear_cross_entropy(
     if chosen == backend.REFERENCE:
         if values_can_be_read([rows.labels], rows.labels.device):
             check_labels(rows.labels, weight.shape[0], ignore_index)
-        results = reference.row_losses(states, weight, bias, rows.labels, scoring)
+        results = reference.row_losses(states, weight, bias, rows.labels, scoring, weights)
     else:
         results = registration.row_losses(inputs, scoring, numbers)
     row_loss, lse, logprobs, entropy, argmax = results

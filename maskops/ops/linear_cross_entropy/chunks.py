@@ -111,6 +111,7 @@ def linear_cross_entropy(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
+    class_weights: Tensor,
     grad_loss: Tensor,
     grad_lse: Tensor,
     grad_logprobs: Tensor,
@@ -157,13 +158,13 @@ def linear_cross_entropy(
         for chunk in rows.chunks:
             x = rows.take(hidden, chunk).float()
             n = x.shape[0]
-            logits, chunk_labels = buffer[:n], rows.take(labels, chunk)
+            logits = buffer[:n]
             for tile, part in columns:
                 if bias.numel():
                     torch.addmm(wide_bias[tile], x, part.t(), out=logits[:, tile])
                 else:
                     torch.mm(x, part.t(), out=logits[:, tile])
-            targets = (chunk_labels, logits.new_empty(0), logits.new_empty(0))  # no class weights, no probabilities
+            targets = (rows.take(labels, chunk), class_weights, logits.new_empty(0))  # no probabilities
             *scores, statistics = torch.ops.maskops.cross_entropy_forward(
                 logits, *targets, False, *numbers, entropy, argmax
             )

@@ -4,8 +4,6 @@ Hidden states of skipped rows are replaced before they are used: their logits wo
 the weight multiplies them by zeros, and 0 * NaN is NaN.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +14,12 @@ from maskops.ops.cross_entropy.rows import Scoring
 
 
 def row_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scoring: Scoring
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scoring: Scoring,
+    class_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Scores ``hidden @ weight.T + bias``, computed in float32 (float64 where an input is), as cross-entropy does.
 
@@ -26,6 +29,7 @@ def row_losses(
         bias: (V,) or None.
         labels: (N,); rows that hold ``scoring.ignore_index`` are skipped.
         scoring: how a row is scored.
+        class_weights: (V,) or None: factors of the columns' shares of the loss.
 
     Returns:
         loss, lse, logprobs, entropy, argmax: one value per row, 0 (argmax: -1) in skipped rows; the last two are empty
@@ -38,4 +42,4 @@ def row_losses(
     known = has_autocast(device)
     with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
         logits = F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
-    return reference.row_losses(logits, labels, scoring)
+    return reference.row_losses(logits, labels, scoring, class_weights=class_weights)

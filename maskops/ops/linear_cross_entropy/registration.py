@@ -23,14 +23,16 @@ from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forw
 _library = torch.library.Library("maskops", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-# hidden (N, H), weight (V, H), bias (V,), labels (N,), and the gradients of the results that the rows' losses, lse,
-# logprobs and entropies bring, (N,) float32 each. An absent tensor is an empty one. Results: loss, lse, logprobs,
-# entropy, argmax, empty without ``values``; and the gradients of hidden, weight and bias, empty where not wanted.
+# hidden (N, H), weight (V, H), bias (V,), labels (N,), class_weights (V,) float32, and the gradients that come in for
+# the losses, lse, logprobs and entropies, (N,) float32 each. An absent tensor is an empty one. Results: loss, lse,
+# logprobs, entropy, argmax, empty without ``values``; and gradients of hidden, weight and bias, empty where they are
+# not wanted.
 _library.define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor grad_loss, Tensor grad_lse, "
-    "Tensor grad_logprobs, Tensor grad_entropy, int ignore_index, float label_smoothing, float z_loss, float softcap, "
-    "float logit_scale, bool entropy, bool argmax, bool values, bool hidden_gradient, bool weight_gradient, "
-    "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor class_weights, "
+    "Tensor grad_loss, Tensor grad_lse, Tensor grad_logprobs, Tensor grad_entropy, int ignore_index, "
+    "float label_smoothing, float z_loss, float softcap, float logit_scale, bool entropy, bool argmax, bool values, "
+    "bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _library.impl("linear_cross_entropy", chunks.linear_cross_entropy, "CPU")
@@ -42,6 +44,7 @@ def _(
     weight: Tensor,
     bias: Tensor,
     labels: Tensor,
+    class_weights: Tensor,
     grad_loss: Tensor,
     grad_lse: Tensor,
     grad_logprobs: Tensor,
@@ -79,7 +82,7 @@ _OF_ROWS = ("hidden", "labels", "grad_loss", "grad_lse", "grad_logprobs", "grad_
 def _fold_into_rows(arguments: dict[str, Argument], samples: int) -> dict[str, Any] | None:
     """Under vmap the rows of all samples are rows of one call, as long as no sum over the rows is wanted."""
     sums = arguments["weight_gradient"].value or arguments["bias_gradient"].value
-    if sums or arguments["weight"].has_samples or arguments["bias"].has_samples:
+    if sums or any(arguments[name].has_samples for name in ("weight", "bias", "class_weights")):
         return None
     folded = {name: arguments[name].of_every_sample(samples) for name in _OF_ROWS}
     return {name: x if is_absent(arguments[name]) else x.flatten(0, 1) for name, x in folded.items()}
@@ -93,12 +96,13 @@ define_vmap(_library, "linear_cross_entropy", _fold_into_rows, _unfold_rows)
 
 
 class Inputs(NamedTuple):
-    """What the operator reads in either pass; ``bias`` is empty where there is none."""
+    """What the operator reads in either pass; ``bias`` and ``class_weights`` are empty where there are none."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor
     labels: Tensor
+    class_weights: Tensor
 
     def needed_gradients(self) -> tuple[bool, bool, bool]:
         """Which of hidden, weight and bias want a gradient."""
@@ -129,7 +133,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, incoming, scoring, needed = arguments[:4], arguments[4:8], arguments[8:-3], arguments[-3:]
+        inputs, incoming, scoring, needed = arguments[:5], arguments[5:9], arguments[9:-3], arguments[-3:]
         return _operator(inputs, incoming, scoring, False, needed)[5:]
 
     @staticmethod
@@ -161,19 +165,19 @@ def _for_all_arguments(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
 
 class _RowLosses(torch.autograd.Function):
-    # Arguments: those of the operator without the gradients and ``values``: hidden, weight, bias, labels, seven that
-    # say how rows are scored, three that say which gradients are needed.
+    # Arguments: those of the operator without the gradients and ``values``: hidden, weight, bias, labels,
+    # class_weights, seven that say how rows are scored, three that say which gradients are needed.
 
     generate_vmap_rule = True  # from that of the operator
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _operator(arguments[:4], _NO_GRADIENTS, arguments[4:-3], True, _NOT_NEEDED)[:5]
+        return _operator(arguments[:5], _NO_GRADIENTS, arguments[5:-3], True, _NOT_NEEDED)[:5]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.scoring, ctx.needed, ctx.count = inputs[4:-3], inputs[-3:], len(inputs)
+        ctx.save_for_backward(*inputs[:5])
+        ctx.scoring, ctx.needed, ctx.count = inputs[5:-3], inputs[-3:], len(inputs)
         ctx.mark_non_differentiable(output[4])
         ctx.set_materialize_grads(False)
 
@@ -183,35 +187,35 @@ class _RowLosses(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    # Arguments: as of _RowLosses, and ``factors`` after the labels.
+    # Arguments: as of _RowLosses, and ``factors`` after the class weights.
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        factors, scoring, needed = arguments[4], arguments[5:-3], arguments[-3:]
-        loss, _, _, _, argmax, *grads = _operator(arguments[:4], (factors, None, None, None), scoring, True, needed)
+        factors, scoring, needed = arguments[5], arguments[6:-3], arguments[-3:]
+        loss, _, _, _, argmax, *grads = _operator(arguments[:5], (factors, None, None, None), scoring, True, needed)
         return total(loss * factors), argmax, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *others = output
-        ctx.scoring, ctx.needed, ctx.count = inputs[5:-3], inputs[-3:], len(inputs)
+        ctx.scoring, ctx.needed, ctx.count = inputs[6:-3], inputs[-3:], len(inputs)
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         # Gradients as large as the weight are handed out once, not kept for a second backward pass, which would need a
         # copy of its own. Compiled code cannot give away what it saved, and manages its memory itself.
         ctx.compiled = torch.compiler.is_compiling()
         ctx.gradients = None if ctx.compiled else others[1:]
-        ctx.save_for_backward(*inputs[:5], *(others[1:] if ctx.compiled else ()))
+        ctx.save_for_backward(*inputs[:6], *(others[1:] if ctx.compiled else ()))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return tuple(None for _ in range(ctx.count))
-        *inputs, factors = ctx.saved_tensors[:5]
+        *inputs, factors = ctx.saved_tensors[:6]
         if torch.is_grad_enabled():
             return _gradients(ctx, tuple(inputs), (grad * factors, None, None, None))
         if ctx.compiled:
-            return _for_all_arguments(ctx, [(made * grad).to(made.dtype) for made in ctx.saved_tensors[5:]])
+            return _for_all_arguments(ctx, [(made * grad).to(made.dtype) for made in ctx.saved_tensors[6:]])
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             return _gradients(ctx, tuple(inputs), (grad * factors, None, None, None))
