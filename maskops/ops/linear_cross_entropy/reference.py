@@ -4,6 +4,8 @@ Hidden states of skipped rows are replaced before they are used: their logits wo
 the weight multiplies them by zeros, and 0 * NaN is NaN.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
