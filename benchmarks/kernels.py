@@ -46,8 +46,7 @@ class Contest:
 
 
 def contests() -> Iterator[Contest]:
-    """Attention B8 H12 S512 D64, softmax of its scores, cross-entropy of 4096 rows over 32,000 words, in float32."""
-    """Attention B8 H12 S512 D64, dense and causal, and cross-entropy of 4096 rows over 32,000 words, in float32.
+    """Attention B8 H12 S512 D64, softmax of its scores, cross-entropy of 4096 rows over 32,000 words, in float32.
 
     Also the cross-entropy of a linear layer of 768 inputs, 512 rows, where all count and where a quarter does. Against
     rows that are gathered first: torch alone does no better.
@@ -126,6 +125,8 @@ def backward(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Cal
 def upstream_of(result: Tensor) -> Tensor:
     """A gradient that differs from element to element: what a softmax passes on of a constant is only its rounding."""
     return torch.rand(result.shape, generator=torch.Generator().manual_seed(1))
+
+
 def both(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """Runs the forward and the backward pass."""
     return lambda: torch.autograd.grad(function(*inputs), inputs)
