@@ -666,7 +666,6 @@ MUTATIONS = (
         "before[v] == splat(-INFINITY) ? (vf){} : splat(1.0f)",
         SOFTMAX_TESTS,
     ),
-    Mutation("softmax: compensation forgotten in rescaling", SOFTMAX, "    lost[v] *= factor;\n", "", SOFTMAX_TESTS),
     Mutation(
         "softmax: nothing visible is NaN",
         SOFTMAX,
@@ -752,13 +751,6 @@ MUTATIONS = (
         SOFTMAX,
         "total.sums[v] -= load(values + v * W);",
         "total.sums[v] -= load(values);",
-        SOFTMAX_TESTS,
-    ),
-    Mutation(
-        "softmax: dimensions joined across the softmax",
-        SOFTMAX_OPERATORS,
-        "bool joins = count > 0 && (d < dim || after > 0);",
-        "bool joins = count > 0;",
         SOFTMAX_TESTS,
     ),
     Mutation(

@@ -485,6 +485,23 @@ def test_function_transforms(backend: str) -> None:
 
     expected = torch.autograd.grad(loss(leaf := x.clone().requires_grad_(), mask), leaf)[0]
     assert torch.allclose(torch.func.grad(loss)(x, mask), expected, atol=1e-6)
+    # Per-sample gradients, and the gradient of a vmapped function: neither falls back to a loop, which would warn.
+    assert torch.allclose(torch.vmap(torch.func.grad(loss))(x, mask), expected, atol=1e-6)
+    assert torch.allclose(torch.func.grad(lambda x: torch.vmap(loss)(x, mask).sum())(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+def test_vmap(backend: str, in_dim: int) -> None:
+    x, mask = noise(3, 4, 5, 5), coins(4, 1, 5)
+    plan = masks.padding(torch.tensor([5, 2, 0, 4])) & masks.causal()
+    for given, dim in ((mask, -1), (mask, 0), (plan, -1), (None, 1)):
+        one = torch.stack([maskops.masked_softmax(sample, given, dim) for sample in x])
+        vmapped = torch.vmap(lambda x, given=given, dim=dim: maskops.masked_softmax(x, given, dim), in_dim)
+        assert torch.equal(vmapped(x.movedim(0, in_dim)), one)
+    weights, lse = torch.vmap(lambda m: maskops.masked_softmax(x[0], m, return_lse=True))(coins(3, 4, 5, 5))
+    expected = [maskops.masked_softmax(x[0], m, return_lse=True) for m in coins(3, 4, 5, 5)]
+    assert torch.equal(weights, torch.stack([pair[0] for pair in expected]))
+    assert torch.equal(lse, torch.stack([pair[1] for pair in expected]))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp loads its decompositions

@@ -261,6 +261,25 @@ def test_vmap_of_softmax(kind: str, dim: int) -> None:
     assert_close(vmap(grads)(x, own, lengths), expected)
 
 
+@pytest.mark.parametrize("op", ["attention", "cross_entropy", "linear_cross_entropy", "masked_softmax"])
+def test_grad_of_vmap(op: str) -> None:
+    """Inside of vmap a tensor does not say that it is differentiated outside of it."""
+    x, weight, target = torch.randn(3, 2, 4, 6), torch.randn(6, 6), torch.tensor([[1, 5, 0, 3], [2, 2, 4, 0]])
+
+    def loss(x: Tensor) -> Tensor:
+        if op == "attention":
+            return maskops.attention(x[None], x[None], x[None], masks.causal()).square().sum()
+        if op == "masked_softmax":
+            return maskops.masked_softmax(x, torch.arange(6) < 4).square().sum()
+        extra = (weight,) if op == "linear_cross_entropy" else ()
+        result: Tensor = getattr(maskops, op)(x, *extra, target)
+        return result
+
+    expected = torch.stack([grad(loss)(sample) for sample in x])
+    assert expected.abs().max() > 1e-3
+    assert_close(grad(lambda x: vmap(loss)(x).sum())(x), expected)
+
+
 def test_vmap_of_merge() -> None:
     parts = (torch.randn(3, 2, 4, 6, 8), torch.randn(3, 2, 4, 6), torch.randn(3, 2, 4, 6, 8), torch.randn(3, 2, 4, 6))
     expected = [maskops.merge_attention(*sample) for sample in zip(*parts, strict=True)]

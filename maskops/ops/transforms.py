@@ -117,3 +117,12 @@ def under_transform(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a gradient of one of the tensors may be asked for.
+
+    Under ``vmap`` inside ``torch.func.grad`` a tensor does not tell: its ``requires_grad`` is False, and what it wraps
+    is differentiated.
+    """
+    return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or under_transform(*tensors))

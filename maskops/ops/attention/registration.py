@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskops.ops.scalars import call, define_open
-from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode
+from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
 from maskops.spans import RowSpans
 
 _library = torch.library.Library("maskops", "FRAGMENT")
@@ -241,7 +241,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, features: F
     extras = (features.bias, features.alibi_slopes, features.sinks)
     differentiable = (q, k, v, *(x for x in extras if x is not None))
     refuse_forward_mode("attention", *differentiable)
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)):
+    if not is_differentiated(*differentiable):
         # The bare operator: an autograd.Function costs more than a small problem.
         arguments = filled((q, k, v, *operator_arguments(spans, features)), q)
         outputs: tuple[Tensor, Tensor] = call("attention_forward", *arguments)

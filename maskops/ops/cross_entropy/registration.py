@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskops.ops.cross_entropy.rows import Scoring
 from maskops.ops.scalars import call, define_open
-from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode
+from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 # The columns of a row are contiguous, so Inductor must hand the logits over as they were traced.
@@ -256,7 +256,7 @@ def row_losses(
         logits, labels, weights, targets, shift, scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax,
     )  # fmt: skip
     refuse_forward_mode("cross_entropy", logits, targets)
-    if not (torch.is_grad_enabled() and (logits.requires_grad or targets.requires_grad)):
+    if not is_differentiated(logits, targets):
         # The bare operator: an autograd.Function costs more than a small problem.
         results = call("cross_entropy_forward", *arguments)
     else:

@@ -18,7 +18,14 @@ from torch import Tensor
 from maskops.ops.cross_entropy.rows import Scoring, total
 from maskops.ops.linear_cross_entropy import chunks
 from maskops.ops.scalars import call, define_open
-from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode, under_transform
+from maskops.ops.transforms import (
+    Argument,
+    define_vmap,
+    is_absent,
+    is_differentiated,
+    refuse_forward_mode,
+    under_transform,
+)
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -106,7 +113,8 @@ class Inputs(NamedTuple):
 
     def needed_gradients(self) -> tuple[bool, bool, bool]:
         """Which of hidden, weight and bias want a gradient."""
-        return self.hidden.requires_grad, self.weight.requires_grad, self.bias.requires_grad
+        has_bias = self.bias.numel() > 0
+        return is_differentiated(self.hidden), is_differentiated(self.weight), has_bias and is_differentiated(self.bias)
 
 
 _NOT_NEEDED = (False, False, False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskops.ops.transforms import Argument, define_vmap, is_absent, refuse_forward_mode
+from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
 from maskops.spans import RowSpans
 
 _library = torch.library.Library("maskops", "FRAGMENT")
@@ -143,7 +143,7 @@ def masked_softmax(
     plan = (absent(), absent(), absent()) if spans is None else (spans.start, spans.end, spans.key_valid)
     arguments = (readable(x, dim), absent() if mask is None else mask, *plan, dim, return_lse)
     refuse_forward_mode("masked_softmax", x)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not is_differentiated(x):
         # The bare operator: an autograd.Function costs more than a small problem.
         weights, lse = torch.ops.maskops.masked_softmax_forward(*arguments)
     else:
