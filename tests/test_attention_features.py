@@ -118,6 +118,16 @@ def test_the_lowest_finite_bias_hides_nothing(backend: str) -> None:
     assert lse[0, 0, 3] == torch.finfo(torch.float32).min
 
 
+def test_a_row_that_a_bias_empties_may_hold_anything(backend: str) -> None:
+    tensors = {"q": draw(1, 2, 20, 4), "k": draw(1, 2, 30, 4), "v": draw(1, 2, 30, 4), "bias": torch.zeros(20, 30)}
+    tensors["bias"][7] = -math.inf
+    expected = results(None, tensors, "reference", torch.float64)
+    tensors["q"] = tensors["q"].detach().index_fill(2, torch.tensor(7), math.nan)
+    actual = results(None, tensors, backend, torch.float32)
+    assert_close(actual, expected)
+    assert not actual[0][:, :, 7].any() and not actual[2][:, :, 7].any() and not actual[5][7].any()
+
+
 def test_a_bias_under_autocast_is_that_of_torch(backend: str) -> None:
     q, k, v, bias = draw(1, 2, 9, 4), draw(1, 2, 9, 4), draw(1, 2, 9, 4), draw(1, 1, 9, 9)
     with torch.autocast("cpu", torch.bfloat16):
