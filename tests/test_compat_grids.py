@@ -8,6 +8,7 @@ of their values meets all lengths; batch and heads are smaller.
 
 import itertools
 import math
+import os
 import random
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,15 @@ def _falling_back_is_fine() -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", maskops.BackendFallbackWarning)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _large_cases_take_every_core(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("grid") is not None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else before)
+    yield
+    torch.set_num_threads(before)
 
 
 def marked(cases: Iterator[tuple[object, ...]], always: object) -> list[object]:
