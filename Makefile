@@ -2,15 +2,15 @@
 #   .venv/bin/python -m maskops bench | -m pytest | -m tools.lint | -m tools.package | -m tests.mutate
 # PYTHON=python3.12  another Python          TORCH='torch==2.11.0'  another torch (any arguments of pip install)
 # VENV=/disk/venv    another place           CXX=clang++            another compiler
-# FUZZ_SECONDS=900   for each target of `make fuzz`
+# FUZZ_SECONDS=900   for each target and property of `make fuzz`
 PYTHON ?= python3
 VENV ?= .venv
-FUZZ_SECONDS ?= 20
+FUZZ_SECONDS ?= 15
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full test grid lint package mutate sanitize fuzz ci clean
+.PHONY: bench bench-full test grid lint package mutate sanitize fuzz coverage ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
@@ -38,6 +38,10 @@ sanitize: $(READY)
 
 fuzz: $(READY)
 	$(RUN) -m tools.fuzz --seconds $(FUZZ_SECONDS)
+	$(RUN) -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+coverage: $(READY)
+	$(RUN) -m tools.coverage
 
 ci: test lint package sanitize fuzz
 
