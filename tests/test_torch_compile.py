@@ -210,6 +210,19 @@ def test_numbers_stay_open(dynamic: bool | None) -> None:
     assert (counting.forwards, counting.backwards) == ((1, 1) if dynamic else (2, 2))
 
 
+def test_numbers_of_decoding_stay_open() -> None:
+    def step(q: Tensor, keys: Tensor, lengths: Tensor, scale: float, softcap: float) -> Tensor:
+        return maskops.decode_attention(q, keys, keys, lengths, softmax_scale=scale, softcap=softcap)
+
+    def batches() -> Iterator[tuple[Any, ...]]:
+        for number in range(1, 5):
+            keys, lengths = torch.randn(2, HEADS, 9, HEAD_DIM), torch.tensor([9, number])
+            yield torch.randn(2, HEADS, 1, HEAD_DIM), keys, lengths, 0.3 * number, 1.0 + number
+
+    with maskops.use_backend(available("cpu"), fallback="error"):
+        assert run_stream(step, batches(), training=False).forwards == 2
+
+
 def test_inductor() -> None:
     """The default compiler, once: a training step over the stream, with open numbers."""
 

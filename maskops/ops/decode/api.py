@@ -18,6 +18,7 @@ from maskops.masks import Mask
 from maskops.ops.attention import reference as attention_reference
 from maskops.ops.attention.registration import in_order_of
 from maskops.ops.decode import reference, registration
+from maskops.ops.scalars import scalar
 from maskops.spans import RowSpans
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def decode_attention(
             _check_device(name, per_head, device)
     _check_numbers(softcap, softmax_scale)
     _check_mask_type(mask)
-    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
+    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
 
     used = {
         "paged": block_table is not None,
@@ -302,8 +303,8 @@ def decode_attention(
             spans,
             alibi_slopes,
             sinks,
-            scale,
-            float(softcap),
+            scale if softmax_scale is None else scalar(softmax_scale),
+            scalar(softcap, neutral=0.0),
         )
         return (out, lse) if return_lse else out
     integer_tensors = [x for x in (lengths, leftpad, block_table, batch_index) if x is not None]
@@ -317,7 +318,7 @@ def decode_attention(
             reference.gathered(k_cache, block_table, batch_index),
             reference.gathered(v_cache, block_table, batch_index),
             spans,
-            softmax_scale=scale,
+            softmax_scale=float(scale),
             softcap=float(softcap),
             alibi_slopes=alibi_slopes,
             sinks=sinks,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskops.ops.attention.registration import empty_in_order
+from maskops.ops.scalars import call, define_open
 from maskops.spans import RowSpans
 
 _library = torch.library.Library("maskops", "FRAGMENT")
@@ -63,6 +64,7 @@ def _decode_fake(
 
 torch.library.register_fake("maskops::append_kv", _append_fake, lib=_library)
 torch.library.register_fake("maskops::decode_forward", _decode_fake, lib=_library)
+define_open(_library, "decode_forward", _TAGS)
 
 
 def append(
@@ -98,8 +100,8 @@ def attend(
     spans: RowSpans | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    softmax_scale: float,
-    softcap: float,
+    softmax_scale: float | Tensor,
+    softcap: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Runs the registered op that attends.
 
@@ -114,7 +116,7 @@ def attend(
         spans: a plan over the whole capacity; None where every query sees every key in use.
         alibi_slopes: (H,) or (B, H); needs ``spans.positions``.
         sinks: (H,).
-        softmax_scale: factor of the scores.
+        softmax_scale: factor of the scores; this number and the next as ``scalars.scalar`` gives them.
         softcap: 0 for none.
 
     Returns:
@@ -130,7 +132,8 @@ def attend(
         assert spans is not None
         diagonal = spans.diag
         slopes = alibi_slopes.to(torch.float32).reshape(-1, alibi_slopes.shape[-1]).contiguous()
-    outputs: tuple[Tensor, Tensor] = torch.ops.maskops.decode_forward(
+    outputs: tuple[Tensor, Tensor] = call(
+        "decode_forward",
         q,
         k_cache,
         v_cache,
