@@ -14,6 +14,9 @@ from maskops import masks
 
 VOCABULARY, WIDTH, HEADS = 11, 16, 2
 
+# What torch 2.11 says when it loads a program.
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+
 
 @pytest.fixture(params=list(choice.BACKENDS), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
