@@ -622,7 +622,7 @@ def test_operator(on_cpu: None) -> None:
         torch.library.opcheck(operator, (*tensors, *incoming, *numbers, *flags))
 
 
-def test_compile(backend: str) -> None:
+def test_compile(on_cpu: None) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def step(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, scale: float) -> tuple[Tensor, ...]:
