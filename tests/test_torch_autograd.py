@@ -1,5 +1,6 @@
 """torch's ways of differentiating: checkpointing, repeated and double backward, torch.func."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -278,6 +279,21 @@ def test_grad_of_vmap(op: str) -> None:
     expected = torch.stack([grad(loss)(sample) for sample in x])
     assert expected.abs().max() > 1e-3
     assert_close(grad(lambda x: vmap(loss)(x).sum())(x), expected)
+
+
+def test_vmap_of_decoding() -> None:
+    """A cache holds no graph: gradients are refused, also where vmap hides that they are wanted."""
+    q, keys, lengths = torch.randn(3, 2, 4, 1, 8), torch.randn(2, 4, 9, 8), torch.tensor([9, 3])
+
+    def decoded(q: Tensor) -> Tensor:
+        return vmap(lambda q: maskops.decode_attention(q, keys, keys, lengths))(q)
+
+    expected = torch.stack([maskops.decode_attention(x, keys, keys, lengths) for x in q])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # torch runs the samples one by one
+        assert_close(decoded(q), expected)
+    with pytest.raises(ValueError, match="q requires a gradient"):
+        grad(lambda q: decoded(q).sum())(q)
 
 
 def test_vmap_of_merge() -> None:

@@ -126,3 +126,12 @@ def is_differentiated(*tensors: Tensor) -> bool:
     is differentiated.
     """
     return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or under_transform(*tensors))
+
+
+def requires_grad(x: Tensor) -> bool:
+    """Whether a gradient of the tensor is recorded, also where ``vmap`` inside of another transform hides it."""
+    while not x.requires_grad:
+        if not under_transform(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True

@@ -19,6 +19,7 @@ from maskops.ops.attention import reference as attention_reference
 from maskops.ops.attention.registration import in_order_of
 from maskops.ops.decode import reference, registration
 from maskops.ops.scalars import scalar
+from maskops.ops.transforms import requires_grad
 from maskops.spans import RowSpans
 
 if TYPE_CHECKING:
@@ -407,7 +408,7 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def _check_no_gradient(name: str, x: Tensor | None) -> None:
-    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+    if isinstance(x, Tensor) and torch.is_grad_enabled() and requires_grad(x):
         raise ValueError(
             f"{name} requires a gradient: a cache of keys and values is for inference and holds no graph. Call under "
             f"torch.no_grad(), or pass {name}.detach(); maskops.attention is differentiable"
