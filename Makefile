@@ -19,10 +19,10 @@ bench-full: $(READY)
 	$(RUN) -m maskops bench --full --chart bench.png --json bench.json
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 grid: $(READY)
-	$(RUN) -m pytest -m grid
+	$(RUN) -m pytest -n auto -m grid
 
 lint: $(READY)
 	$(RUN) -m tools.lint
@@ -43,7 +43,7 @@ fuzz: $(READY)
 coverage: $(READY)
 	$(RUN) -m tools.coverage
 
-ci: test lint package sanitize fuzz
+ci: test lint package grid sanitize fuzz
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info maskops/_native.so maskops/_build_report.json bench.png bench.json

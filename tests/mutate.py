@@ -458,8 +458,8 @@ MUTATIONS = (
     Mutation(
         "loss: long sums not carried in pieces",
         CROSS_ENTROPY,
-        "smaller<int64_t>(i + CE_PIECE, end)",
-        "end",
+        "smaller<int64_t>(i + CE_PIECE, end);\n    for (; i < stop; i += CE_BLOCK)",
+        "end;\n    for (; i < stop; i += CE_BLOCK)",
         LOSS,
     ),
     Mutation(
