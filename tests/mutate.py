@@ -219,6 +219,20 @@ MUTATIONS = (
     ),
     Mutation("features: bias forgotten in backward", BACKWARD, "s += bias;", ""),
     Mutation(
+        "features: sum of a large row forgotten",
+        BACKWARD,
+        "large ? sums.log2_sum[lane] : 0.0f",
+        "0.0f",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
+        "features: sum of a large row over its first keys",
+        BACKWARD,
+        "shape, block, 0, (int32_t)shape.k_len);",
+        "shape, block, 0, 64);",
+        ATTENTION_FEATURES,
+    ),
+    Mutation(
         "features: dense mask inverted",
         FEATURES,
         "load(mine.dense + i * W) != (vf){}",

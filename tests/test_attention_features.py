@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -116,6 +117,71 @@ def test_the_lowest_finite_bias_hides_nothing(backend: str) -> None:
     assert torch.allclose(out[:, :, kept], expected[:, :, kept], atol=1e-6)
     assert (out[:, :, 9] == 0).all() and (lse[:, :, 9] == -math.inf).all()
     assert lse[0, 0, 3] == torch.finfo(torch.float32).min
+
+
+@pytest.fixture(params=["reference", *extension.instruction_sets()])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend; the kernels with each of the instruction sets in turn."""
+    in_use = extension.instruction_set()
+    if request.param == "reference":
+        yield "reference"
+        return
+    try:
+        extension.select_instruction_set(request.param)
+        yield "cpu"
+    finally:
+        extension.select_instruction_set(in_use)
+
+
+def assert_absorbed(mask: Any, tensors: dict[str, Tensor], name: str, large: float, engine: str, **extra: Any) -> None:
+    """Gradients where ``large`` in a tensor absorbs the scores that float32 adds to it, as 1e30 does in float64."""
+    exact = {key: x.detach().double() for key, x in tensors.items()}
+    exact[name] = torch.where(tensors[name].double() == large, math.copysign(1e30, large), exact[name])
+    expected = results(mask, exact, "reference", torch.float64, **extra)
+    actual = results(mask, tensors, engine, torch.float32, **extra)
+    is_large = expected[1].abs() > 1e20
+    assert is_large[expected[1].isfinite()].any() and not is_large.all()
+    assert torch.allclose(actual[1][is_large].abs(), torch.tensor(abs(large)))
+    for result in (expected, actual):
+        result[1] = result[1].masked_fill(is_large, 0.0)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("large", [torch.finfo(torch.float32).min, -1e9, 1e9])
+@pytest.mark.parametrize("sizes", [(2, 4, 37, 150), (1, 1, 37, 150), (2, 1, 1, 150), (1, 4, 37, 1)], ids=str)
+def test_gradients_of_rows_under_a_large_bias(sizes: tuple[int, ...], large: float, engine: str) -> None:
+    """Their log-sum-exp is too coarse to hold the logarithm of the number of keys: they are means all the same."""
+    tensors = {"q": draw(2, 4, 37, 5), "k": draw(2, 2, 150, 5), "v": draw(2, 2, 150, 3)}
+    bias = draw(*sizes).detach()
+    if sizes[2] == 1:
+        bias[1] = large  # every row of the second batch element
+    else:
+        bias[:, :, ::3] = large
+        bias[:, :, 1::3, 100:] = large
+    mask = masks.causal() & masks.key_padding(torch.tensor([150, 141]))
+    assert_absorbed(mask, {**tensors, "bias": bias}, "bias", large, engine)
+    assert_absorbed(mask, {**tensors, "bias": bias}, "bias", large, engine, softcap=2.5, dropout_p=0.25)
+
+
+@pytest.mark.parametrize("large", [torch.finfo(torch.float32).min, -1e9, 1e9])
+@pytest.mark.parametrize("sizes", [(1, 4, 90, 90), (1, 1, 90, 90)], ids=str)
+def test_gradients_of_packed_rows_under_a_large_bias(sizes: tuple[int, ...], large: float, engine: str) -> None:
+    tensors = {"q": draw(1, 4, 90, 5), "k": draw(1, 2, 90, 5), "v": draw(1, 2, 90, 3), "bias": draw(*sizes).detach()}
+    tensors["bias"][:, :, ::3] = large
+    for mask in (
+        masks.documents(cu_seqlens=torch.tensor([0, 3, 9, 10, 12, 70, 90])) & masks.causal(),
+        masks.causal() & (masks.sliding_window(9, 0) | masks.prefix(6)),
+    ):
+        assert_absorbed(mask, tensors, "bias", large, engine)
+
+
+@pytest.mark.parametrize("large", [1e9, -1e9])
+def test_gradients_of_rows_under_a_large_slope(large: float, engine: str) -> None:
+    """Two keys at the same distance share a row, of which the diagonal, at no distance, is hidden."""
+    tensors = {"q": draw(1, 2, 41, 4), "k": draw(1, 2, 41, 4), "v": draw(1, 2, 41, 4)}
+    window = masks.sliding_window(1, 1) & masks.dense(~torch.eye(41, dtype=torch.bool)[None, None])
+    tensors["alibi_slopes"] = torch.tensor([0.5, large])
+    assert_absorbed(window, tensors, "alibi_slopes", large, engine)
 
 
 def test_a_row_that_a_bias_empties_may_hold_anything(backend: str) -> None:

@@ -114,7 +114,9 @@ def attention(
         mask: a ``masks.Mask``, planned at each call; or a ``RowSpans``, planned once with ``mask.spans(...)`` and used
             in every layer; None for no mask. Patterns are aligned to the bottom right: the last query row of a
             sequence sees its last key under ``masks.causal()``. diag[i] is the key aligned with row i.
-        bias: added to the scores, broadcastable to (batch, heads, q_len, k_len), floating. Differentiable.
+        bias: added to the scores, broadcastable to (batch, heads, q_len, k_len), floating. Differentiable. A -inf hides
+            a pair, but, unlike the mask, it does not keep what the key holds out of the arithmetic: k and v must be
+            finite there.
         alibi_slopes: (heads,) or (batch, heads), floating; ALiBi's penalty per key of distance. Differentiable.
         sinks: (heads,), floating: one learnable logit a head that takes part in the softmax and has no value. The lse
             excludes it, so that merging parts stays exact. Differentiable.
