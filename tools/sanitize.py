@@ -148,7 +148,9 @@ def start(name: str, build: Build, root: Path, folder: Path, tests: list[str]) -
     environment |= {key: value.format(folder=folder) for key, value in build.options.items()}
     environment["LD_PRELOAD"] = preload(name, build, folder)
     prefix = ["setarch", platform.machine(), "-R"] if name == "thread" else []  # addresses where the sanitizer looks
-    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", build.tests, *tests]
+    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", build.tests]
+    # The sanitizer of undefined behaviour writes to standard error and ends the process: pytest must not hold it back.
+    command += ["--capture=sys", *tests]
     return subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -173,7 +175,9 @@ def run(name: str, root: Path, tests: list[str]) -> tuple[int, str]:
             summary = re.findall(r"(\d+) passed", output)
             passed += int(summary[-1]) if summary else 0
             if process.returncode not in (0, 5):  # 5: none of its tests was chosen
-                wrong += f"{output[-3000:]}\n(the process ended with {process.returncode})\n"
+                report = REPORT.search(output)
+                shown = output[report.start() :][:6000] if report else output[-3000:]
+                wrong += f"{shown}\n(the process ended with {process.returncode})\n"
         for report in sorted(folder.glob("report*")):
             text = report.read_text(errors="replace")
             if REPORT.search(text):
