@@ -175,8 +175,8 @@ def run(name: str, root: Path, tests: list[str]) -> tuple[int, str]:
             summary = re.findall(r"(\d+) passed", output)
             passed += int(summary[-1]) if summary else 0
             if process.returncode not in (0, 5):  # 5: none of its tests was chosen
-                report = REPORT.search(output)
-                shown = output[report.start() :][:6000] if report else output[-3000:]
+                said = REPORT.search(output)
+                shown = output[said.start() :][:6000] if said else output[-3000:]
                 wrong += f"{shown}\n(the process ended with {process.returncode})\n"
         for report in sorted(folder.glob("report*")):
             text = report.read_text(errors="replace")
