@@ -71,7 +71,10 @@ Value Input::misshapen(const Value& value) {
   if (!once_in(48)) return value;
   std::vector<int64_t> sizes = value.sizes;
   DType dtype = value.dtype;
-  switch (below(5)) {
+  switch (below(6)) {
+    case 3:  // as many elements, elsewhere
+      if (sizes.size() >= 2) std::swap(sizes.front(), sizes.back());
+      break;
     case 0: sizes.push_back(1 + below(2)); break;
     case 1:
       if (!sizes.empty()) sizes.pop_back();

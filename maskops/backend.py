@@ -122,7 +122,7 @@ FEATURES: dict[str, dict[str, str]] = {
     },
     "decode_attention": {
         "masks": "masks, or a `RowSpans`; one query or many, lengths from 0 to the capacity",
-        "paged": "a `block_table`: pages are read in place",
+        "paged": "a `block_table`: read in place by few queries on `cpu`, else gathered",
         "batch_index": "`batch_index`",
         "leftpad": "`leftpad`",
         "dense mask": "`masks.dense`",
@@ -135,7 +135,7 @@ FEATURES: dict[str, dict[str, str]] = {
     "cross_entropy": {
         "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens are not read",
         "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
-        "confident": "loss and gradient to 1e-6 where the label's probability is within 1e-7 of 1",
+        "confident": "loss and gradient of the label's logit to 1e-6 where its probability is within 1e-7 of 1",
         "soft labels": "probabilities as `target`, with their gradient",
         "class_weights": "`class_weights`, with torch's denominators",
         "reductions": "`mean`, `sum`, `none`, `sequence_mean` over `cu_seqlens`, `num_items`, `shift`",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+_SINGLE = torch.finfo(torch.float32)
+_SMALLEST_SOFTCAP = 1e-30  # scores are divided by it
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -41,4 +43,15 @@ def check_mask_values(name: str, mask: Tensor) -> None:
         place = f"[{', '.join(map(str, at))}]" if at else ""
         raise ValueError(
             f"{name}{place}={int(mask[at])}: a mask holds 0 and 1; for document ids use masks.documents(ids)"
+        )
+
+
+def check_scale_and_softcap(softmax_scale: float | None, softcap: float) -> None:
+    """Raises for numbers that attention cannot compute with: kernels hold them, and softcap's inverse, in float32."""
+    if softmax_scale is not None and not -_SINGLE.max <= softmax_scale <= _SINGLE.max:
+        raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number, in the range of float32")
+    if softcap != 0 and not _SMALLEST_SOFTCAP <= softcap <= _SINGLE.max:
+        raise ValueError(
+            f"softcap is {softcap}: expected 0 (none) or a positive number, {_SMALLEST_SOFTCAP} or more, in the range "
+            f"of float32"
         )

@@ -204,6 +204,8 @@ ERRORS = [
     ),
     # Numbers
     ({"softcap": -1.0}, ValueError, "softcap is -1.0: expected 0 (none) or a positive number"),
+    ({"softcap": 1e-39}, ValueError, "softcap is 1e-39: expected 0 (none) or a positive number, 1e-30 or more"),
+    ({"softmax_scale": 1e39}, ValueError, "softmax_scale is 1e+39: expected a finite number, in the range of float32"),
     ({"softcap": float("nan")}, ValueError, "softcap is nan: expected 0 (none) or a positive number"),
     ({"softcap": None}, TypeError, "softcap is a NoneType: expected a float"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0: expected a probability in [0, 1)"),

@@ -274,6 +274,7 @@ _REFUSALS = [
         ValueError,
         "cache_batch_idx goes with a contiguous cache, block_table with pages",
     ),
+    ({"num_splits": None}, ValueError, "num_splits is None: expected 0"),
     ({"num_splits": -1}, ValueError, "num_splits is -1: expected 0"),
     ({"window_size": (1, 2, 3)}, ValueError, r"window_size is \(1, 2, 3\): expected \(left, right\)"),
     ({"q": torch.zeros(2, 4, 8)}, ValueError, r"q has shape \(2, 4, 8\): expected 4 dimensions"),

@@ -154,6 +154,24 @@ def test_rows_that_see_nothing() -> None:
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, average))
 
 
+def test_rows_of_the_smallest_number_under_causality() -> None:
+    """Left padding: its rows see only keys that a finite number hides, and average over them, as in torch."""
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    low = torch.zeros(1, 1, 6, 6)
+    low[..., :2] = torch.finfo(torch.float32).min
+    out = maskops.scaled_dot_product_attention(q, k, v, low, is_causal=True)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, low.masked_fill(~causal, -math.inf)))
+
+
+def test_a_learned_mask_gets_zeros_where_everything_is_dropped() -> None:
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    learned = torch.randn(6, 6, requires_grad=True)
+    out = maskops.scaled_dot_product_attention(q, k, v, learned, dropout_p=1.0)
+    (gradient,) = torch.autograd.grad(out.sum(), learned)
+    assert not out.any() and not gradient.any()
+
+
 def test_hidden_keys_may_hold_nan() -> None:
     q, k, v = torch.randn(3, 2, 2, 5, 4).unbind()
     attn_mask = torch.tensor([[True, True, True, False, False], [True, False, True, True, False]])[:, None, None]

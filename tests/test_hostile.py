@@ -165,3 +165,17 @@ def test_halves_at_odd_addresses(dtype: torch.dtype) -> None:
     out = maskops.decode_attention(q, k, v, lengths, backend="cpu")
     expected = maskops.decode_attention(q.float(), k.float(), v.float(), lengths, backend="reference")
     torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("which", ["lse", "grad_lse"])
+def test_a_log_sum_exp_of_another_shape(which: str) -> None:
+    """As many elements as there are rows, but one of them in memory."""
+    q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 4, 16, 8)
+    arguments = filled(operator_arguments(masks.full().spans(1, 16), Features(softmax_scale=0.3)), q)
+    out, lse = torch.ops.maskops.attention_forward(q, k, k, *arguments)
+    wrong = torch.zeros(1).as_strided((1, 1, 4), (4, 1, 0))
+    grad_lse, lse = (torch.empty(0), wrong) if which == "lse" else (wrong, lse)
+    with pytest.raises(ValueError, match=r"lse and its gradient must be contiguous float32 \(batch, heads, q_len\)"):
+        torch.ops.maskops.attention_backward(
+            torch.ones_like(out), grad_lse, q, k, k, out, lse, *arguments, False, False, False
+        )

@@ -374,3 +374,23 @@ def test_forward_mode_of_something_else() -> None:
     out, tangent = jvp(lambda s: attend(q, k, v) * s, (torch.tensor(2.0),), (torch.tensor(1.0),))
     assert_close(out, 2 * attend(q, k, v))
     assert_close(tangent, attend(q, k, v))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_batched_incoming_gradients(backend: str) -> None:
+    """Also where a loss has its gradients already, or may write them over the logits."""
+    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    target, scales = torch.tensor([1, 2, -100, 3]), torch.tensor([0.5, -2.0, 3.0])
+    with maskops.use_backend(backend):
+
+        def linear() -> torch.Tensor:
+            return maskops.linear_cross_entropy(hidden, weight, target)
+
+        def in_place() -> torch.Tensor:
+            return maskops.cross_entropy((hidden @ weight.t()) * 1.0, target, inplace_backward=True)
+
+        for loss in (linear, in_place):
+            batched = torch.autograd.grad(loss(), [hidden, weight], scales, is_grads_batched=True)
+            single = torch.autograd.grad(loss(), [hidden, weight])
+            for ours, expected in zip(batched, single, strict=True):
+                torch.testing.assert_close(ours, expected * scales[:, None, None])

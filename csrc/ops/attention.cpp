@@ -221,7 +221,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cp
   }
   const int64_t rows = shape.batch * shape.heads * shape.q_len;
   const auto is_dense = [&](const Tensor& tensor) {
-    return tensor.dtype() == DType::float32 && tensor.numel() == rows && tensor.dim() == 3 &&
+    return tensor.dtype() == DType::float32 && tensor.dim() == 3 && tensor.size(0) == shape.batch &&
+           tensor.size(1) == shape.heads && tensor.size(2) == shape.q_len &&
            (rows == 0 ||
             ((shape.q_len == 1 || tensor.stride(2) == 1) && (shape.heads == 1 || tensor.stride(1) == shape.q_len) &&
              (shape.batch == 1 || tensor.stride(0) == shape.heads * shape.q_len)));

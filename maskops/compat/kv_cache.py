@@ -81,8 +81,8 @@ def flash_attn_with_kvcache(
         raise ValueError("rotary_cos is given without k: only what is appended is rotated, and the query with it")
     if cache_batch_idx is not None and block_table is not None:
         raise ValueError("cache_batch_idx goes with a contiguous cache, block_table with pages: give one of them")
-    if num_splits < 0:
-        raise ValueError(f"num_splits is {num_splits}: expected 0 (as many as are good) or more")
+    if not isinstance(num_splits, int) or num_splits < 0:
+        raise ValueError(f"num_splits is {num_splits!r}: expected 0 (as many as are good) or more")
     mask, cap = pattern_of(causal, window_size), softcap_of(softcap)
     capacity = k_cache.shape[1]
     if block_table is not None:

@@ -32,6 +32,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     is_soft = target.is_floating_point()
+    if target.dtype == torch.uint8:
+        target = target.long()
     if (not is_soft and target.dtype != torch.int64) or reduction not in ("mean", "sum", "none") or input.dim() == 0:
         raise NotServedError("torch refuses these arguments")
     reason = backend.refusal("cross_entropy", input.device.type, input.dtype)

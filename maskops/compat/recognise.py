@@ -71,7 +71,7 @@ def read(masks: Sequence[Tensor], q_len: int, k_len: int, *, batch: int, is_caus
         return reading
     runs, rest = None, []
     for number, mask in enumerate(masks):
-        allowed = _allowed(_compact(mask), is_alone=len(masks) == 1)
+        allowed = _allowed(_compact(mask), is_alone=len(masks) == 1 and not is_causal)
         found = None if allowed is None else _runs(allowed, k_len)
         both = found if found is None or runs is None else _intersection(runs, found)
         if both is None:
@@ -102,8 +102,8 @@ def _allowed(mask: Tensor, is_alone: bool) -> Tensor | None:
     """A mask as bool; None for an additive one that does more than hide keys.
 
     The smallest finite number, which many models write for -inf, hides a key only beside one that is not hidden: a row
-    of nothing else is an average over all of them, so such a mask stays additive. With several masks the row may end
-    up so although none of them shows it, so there only -inf counts.
+    of nothing else is an average over all of them, so such a mask stays additive. With several masks, causality
+    among them, the row may end up so although none of them shows it, so there only -inf counts.
     """
     if mask.dtype == torch.bool:
         return mask

@@ -85,8 +85,9 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - reads as a function, as t
     Replaced are ``F.scaled_dot_product_attention`` (``maskops.scaled_dot_product_attention`` says how masks are
     recognised), ``nn.MultiheadAttention`` with ``need_weights=False`` and so ``nn.TransformerEncoder``,
     ``nn.TransformerDecoder`` and ``nn.Transformer``, and ``F.cross_entropy``. A call that no fast backend serves runs
-    on torch, unchanged, and is reported with the reason; so is one whose arguments are wrong, which torch refuses in
-    its own words. Results differ only where they are better defined here: a query row that sees no key is 0 (also
+    on torch, unchanged, and is reported with the reason; so is one whose arguments maskops refuses, which torch then
+    takes or refuses in its own words; a few that torch refuses, such as a mask of another dtype, are served. Results
+    differ only where they are better defined here: a query row that sees no key is 0 (also
     where ``nn.MultiheadAttention`` gives NaN), and the mean loss is 0, not NaN, where every label is ignored.
 
     The fast path of ``nn.MultiheadAttention`` and of ``nn.TransformerEncoder`` in evaluation bypasses all of that. It

@@ -131,7 +131,7 @@ def attend(
         raise NotServedError(reason)
     if dropout_p == 1:
         # Every weight is dropped: the same zeros, and the same zero gradients, as those of a mask without keys.
-        return attention(q, k, v, maskops_masks.prefix(0), softmax_scale=scale)
+        return attention(q, k, v, maskops_masks.prefix(0), bias=bias, softmax_scale=scale)
     return attention(q, k, v, mask, bias=bias, dropout_p=dropout_p, softmax_scale=scale)
 
 

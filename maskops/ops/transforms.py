@@ -116,7 +116,9 @@ def under_transform(*tensors: Tensor) -> bool:
     """Whether one of the tensors is of a transform of ``torch.func``. Not while compiling, where that is unknown."""
     if torch.compiler.is_compiling():
         return False
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    functorch = torch._C._functorch
+    # autograd.grad(is_grads_batched=True) has a vmap of its own, older than functorch's.
+    return any(functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

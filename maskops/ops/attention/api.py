@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from maskops import backend as backends
 from maskops import masks
-from maskops.checks import has_autocast
+from maskops.checks import check_scale_and_softcap, has_autocast
 from maskops.layouts import VARLEN
 from maskops.masks import Mask
 from maskops.ops.attention import reference, registration
@@ -446,10 +446,7 @@ def _check_numbers(softcap: float, softmax_scale: float | None, dropout_p: float
     for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale), ("dropout_p", dropout_p)):
         if not isinstance(number, numbers.Real) and not (name == "softmax_scale" and number is None):
             raise TypeError(f"{name} is a {type(number).__name__}: expected a float")
-    if softmax_scale is not None and not -math.inf < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number")
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}: expected 0 (none) or a positive number")
+    check_scale_and_softcap(softmax_scale, softcap)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}: expected a probability in [0, 1)")
 

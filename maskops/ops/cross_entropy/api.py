@@ -137,8 +137,9 @@ def cross_entropy(
 
         (1 - label_smoothing) * sum(w * t * (lse - z)) + label_smoothing * mean(w * (lse - z)) + z_loss * lse ** 2
 
-    It is computed without cancellation: where the probability of the label approaches 1, loss and gradient keep a
-    relative error below 1e-6 in float32 (and from the logits as given in bfloat16 and float16).
+    It is computed without cancellation: where the probability of the label approaches 1, the loss and the gradient of
+    the label's logit keep a relative error below 1e-6 in float32 (and from the logits as given in bfloat16 and
+    float16).
 
     A token is kept where ``target != ignore_index`` and its mask is true and its weight is not 0. The logits (and
     target probabilities) of all other tokens may hold anything, NaN included: they reach no result, and their gradient

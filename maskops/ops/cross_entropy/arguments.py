@@ -36,8 +36,7 @@ def check_target(target: Tensor, scored: Tensor, name: str) -> None:
     """Labels for all but the last dimension of what is scored: logits, or the hidden states that they come from."""
     check_tensor("target", target, "of int64 or int32 labels")
     if target.dtype not in _LABELS:
-        hint = ": class probabilities are not taken, only labels" if target.is_floating_point() else ""
-        raise TypeError(f"target has dtype {dtype_name(target)}: expected int64 or int32{hint}")
+        raise TypeError(f"target has dtype {dtype_name(target)}: expected int64 or int32")
     if target.shape != scored.shape[:-1]:
         hint = ""
         if scored.dim() > 2 and target.shape == (*scored.shape[:1], *scored.shape[2:]):
@@ -134,8 +133,9 @@ def check_numbers(
     """The numbers that say how a token is scored."""
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index is {ignore_index!r}: expected an int")
-    if target.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
-        raise ValueError(f"ignore_index is {ignore_index}: it does not fit target's dtype, int32")
+    bits = 31 if target.dtype == torch.int32 else 63
+    if not -(2**bits) <= ignore_index < 2**bits:
+        raise ValueError(f"ignore_index is {ignore_index}: it does not fit target's dtype, int{bits + 1}")
     _check_number("label_smoothing", label_smoothing, "a number in [0, 1]")
     _check_number("z_loss", z_loss, "a finite number >= 0")
     _check_number("softcap", softcap, "a finite number >= 0, where 0 means none")
@@ -171,6 +171,14 @@ def check_reduction(
         if isinstance(num_items, Tensor):
             if num_items.numel() != 1:
                 raise ValueError(f"num_items has shape {tuple(num_items.shape)}: expected an int or a 0-dim tensor")
+            if num_items.dtype == torch.bool or num_items.is_complex():
+                raise TypeError(f"num_items has dtype {dtype_name(num_items)}: expected a number")
+            if num_items.device != target.device:
+                raise ValueError(f"num_items is on {num_items.device}, target on {target.device}: put them together")
+            if num_items.requires_grad and torch.is_grad_enabled():
+                raise ValueError("num_items requires grad, but it is a constant here: pass num_items.detach()")
+            if values_can_be_read([num_items], num_items.device) and bool(num_items < 0):
+                raise ValueError(f"num_items is {num_items.item()}: expected a number >= 0")
         elif not isinstance(num_items, (int, torch.SymInt)) or isinstance(num_items, bool):
             raise TypeError(f"num_items is {num_items!r}: expected an int or a 0-dim tensor")
         elif num_items < 0:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from maskops.ops.cross_entropy.rows import Scoring
 from maskops.ops.scalars import call, define_open
-from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
+from maskops.ops.transforms import (
+    Argument,
+    define_vmap,
+    is_absent,
+    is_differentiated,
+    refuse_forward_mode,
+    under_transform,
+)
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 # The columns of a row are contiguous, so Inductor must hand the logits over as they were traced.
@@ -210,7 +217,7 @@ class _CrossEntropy(torch.autograd.Function):
         # Compiled code gets the functional operator: what is saved belongs to the compiler there. Rows that overlap in
         # memory cannot hold a gradient each. The gradient of the probabilities needs the logits.
         distinct = logits.stride(0) >= logits.shape[1] or logits.shape[0] <= 1
-        inplace = ctx.inplace_backward and distinct and not probabilities_grad
+        inplace = ctx.inplace_backward and distinct and not probabilities_grad and not under_transform(*incoming)
         if torch.is_grad_enabled():
             # create_graph=True: somebody may differentiate the gradient, and is told.
             grad, grad_probabilities = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskops import backend as backends
 from maskops import masks
-from maskops.checks import check_tensor, has_autocast
+from maskops.checks import check_scale_and_softcap, check_tensor, has_autocast
 from maskops.layouts import values_can_be_read
 from maskops.masks import Mask
 from maskops.ops.attention import reference as attention_reference
@@ -204,7 +204,7 @@ def decode_attention(
             page_size``; most often a pattern. Or a ``RowSpans``, planned once for all layers with
             ``(masks.key_padding(lengths) & pattern).spans(q_len, capacity, positions=...)``; what it sees outside
             ``[leftpad, lengths)`` is cut off. None: every query sees every key of its sequence.
-        block_table: as in ``append_kv``; pages are read in place.
+        block_table: as in ``append_kv``. The kernel of few queries reads pages in place; a prompt gathers them.
         batch_index: as in ``append_kv``.
         leftpad: int32 or int64 (batch,): the sequence begins at this key of its cache; None for 0. Positions for
             ``masks.prefix`` and ``masks.chunked`` count from there.
@@ -467,10 +467,7 @@ def _check_numbers(softcap: float, softmax_scale: float | None) -> None:
     for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale)):
         if not isinstance(number, numbers.Real) and not (name == "softmax_scale" and number is None):
             raise TypeError(f"{name} is a {type(number).__name__}: expected a float")
-    if softmax_scale is not None and not -math.inf < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number")
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}: expected 0 (none) or a positive number")
+    check_scale_and_softcap(softmax_scale, softcap)
 
 
 def _reference_bytes(q: Tensor, k_cache: Tensor, v_cache: Tensor, capacity: int) -> int:

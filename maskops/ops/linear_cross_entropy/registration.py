@@ -220,7 +220,7 @@ class _Loss(torch.autograd.Function):
         if grad is None:
             return tuple(None for _ in range(ctx.count))
         *inputs, factors = ctx.saved_tensors[:6]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or under_transform(grad):
             return _gradients(ctx, tuple(inputs), (grad * factors, None, None, None))
         if ctx.compiled:
             return _for_all_arguments(ctx, [(made * grad).to(made.dtype) for made in ctx.saved_tensors[6:]])

@@ -216,7 +216,7 @@ def _plan(mask: Mask | RowSpans, x: Tensor) -> RowSpans:
 
 
 def _fix_of_batch(x: Tensor, batch: int) -> str:
-    if batch > 0 and x.shape[0] % batch == 0:
+    if x.dim() > 2 and batch > 0 and x.shape[0] % batch == 0:
         return f"; where that dimension is batch * heads, pass x.unflatten(0, ({batch}, {x.shape[0] // batch}))"
     return ""
 
