@@ -292,8 +292,13 @@ def _compare(prefix: str, case: Case, result: _Result, problem: _Problem) -> Ite
         if name.startswith("d"):  # those of a bias or of slopes are sums of the same differences, and may be larger
             own = float(oracle[name].abs().max()) if oracle[name].numel() else 0.0
             # Roundings of a sum that cancels add up like steps of a random walk.
-            terms = problem.allowed.numel() / max(oracle[name].numel(), 1) if name == "dbias" else 1.0
-            magnitude = max(largest_gradient * max(terms, 1.0) ** 0.5, own)
+            terms = 1.0
+            if name in ("dbias", "dalibi_slopes"):
+                terms = max(terms, problem.allowed.numel() / max(oracle[name].numel(), 1))
+            factor = terms**0.5
+            if name == "dalibi_slopes" and problem.distance is not None and problem.distance.numel():
+                factor *= max(1.0, float(problem.distance.max()))
+            magnitude = max(largest_gradient * factor, own)
         budget = error_budget(actual, plain[name], oracle[name], case.dtype, magnitude)
         detail = f"error {budget.error:.3g}, limit {budget.limit:.3g} (plain torch {budget.plain_error:.3g})"
         if not budget.passed:
