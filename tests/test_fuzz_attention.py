@@ -143,8 +143,14 @@ def check_attention(problem: Problem) -> None:
         out, lse = ours(q, k, v, allowed, **keywords)
         return out, lse
 
-    # Roundings that the suite's chosen cases stay below are exceeded by the worst of some thousand problems.
-    with mock.patch.object(BUDGET, "SLACK", 2.0 * BUDGET.SLACK):
+    # Roundings that the suite's chosen cases stay below are exceeded by the worst of some ten thousand. Scores that a
+    # slope makes large round in proportion, and so does the normaliser that the backward pass recomputes them with.
+    slack = 4.0
+    if case.alibi:
+        slopes = case.extras()["alibi_slopes"]
+        assert isinstance(slopes, Tensor)
+        slack += float(slopes.max()) * max(case.q_len, case.k_len) / 16.0
+    with mock.patch.object(BUDGET, "SLACK", slack * BUDGET.SLACK):
         testing.check(moved, case, parts=("numbers", "poison")).raise_if_failed()
 
 

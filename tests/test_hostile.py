@@ -179,3 +179,9 @@ def test_a_log_sum_exp_of_another_shape(which: str) -> None:
         torch.ops.maskops.attention_backward(
             torch.ones_like(out), grad_lse, q, k, k, out, lse, *arguments, False, False, False
         )
+
+
+def test_a_prompt_over_a_cache_of_values_without_columns() -> None:
+    """Copies of no bytes, where many queries gather the keys of a cache."""
+    q, k_cache, v_cache = torch.randn(1, 8, 70, 16), torch.randn(1, 1, 90, 16), torch.zeros(1, 1, 90, 0)
+    assert maskops.decode_attention(q, k_cache, v_cache, torch.tensor([80]), backend="cpu").shape == (1, 8, 70, 0)

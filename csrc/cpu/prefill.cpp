@@ -30,6 +30,7 @@ struct Gathered {
   }
 
   void copy(const DecodeForward& p, const StridedRows& cache, int64_t batch, int64_t head) {
+    if (width == 0) return;  // there is no memory, not even of no bytes
     const int64_t end = p.end_of(batch), page_size = p.at.page_size;
     for (int64_t key = p.begin_of(batch); key < end;) {
       const int64_t slot = key % page_size, n = std::min(end - key, page_size - slot);
