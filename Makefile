@@ -43,7 +43,7 @@ fuzz: $(READY)
 coverage: $(READY)
 	$(RUN) -m tools.coverage
 
-ci: test lint package sanitize fuzz
+ci: test lint package sanitize
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info maskops/_native.so maskops/_build_report.json bench.png bench.json
