@@ -69,6 +69,7 @@ struct PlanResult {
   int32_t* tiles;       // (batch * tiles_per_batch_element, 4 + 4 * n_spans)
   int32_t* tile_count;  // (1)
   int32_t* key_tiles;   // (n_spans, batch, key tiles, 4), nullptr: not wanted
+  int32_t* order;       // (capacity of tiles), nullptr: not wanted
   int32_t* positions;   // (3, batch, q_len), nullptr: not wanted
 };
 

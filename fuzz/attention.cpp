@@ -65,8 +65,9 @@ void fuzz_attention(Input& input) {
   if (input.once_in(2)) corrupt(input, plan, q_len, k_len);
   const double scale = wild ? input.real() : 0.5, softcap = input.once_in(4) ? (wild ? input.real() : 2.0) : 0.0;
   const Features features = make_features(input, plan, batch, heads, q_len, k_len, wild);
+  const Value absent = Value::dense({0}, DType::int32);  // key_tiles and order are for devices
   const auto add_plan = [&](Call& call) {
-    call.add(plan.start).add(plan.end).add(plan.key_valid).add(plan.tiles).add(plan.tile_count);
+    call.add(plan.start).add(plan.end).add(plan.key_valid).add(plan.tiles).add(plan.tile_count).add(absent).add(absent);
     call.add(features.positions).add(features.dense).add(features.bias).add(features.slopes).add(features.sinks);
     call.add(features.seed).add(features.by_sequence).add(scale).add(softcap).add(features.dropout_p);
   };

@@ -177,8 +177,8 @@ bool plan_of(Input& input, const Program& program, int64_t batch, int64_t q_len,
   Call call;
   call.add(program.text);
   for (const Value& value : program.operands) call.add(value);
-  call.add(batch).add(q_len).add(k_len).add(input.once_in(2)).add(input.once_in(2));
-  return run_twice(input, call, "build_plan", 7, results);
+  call.add(batch).add(q_len).add(k_len).add(input.once_in(2)).add(input.once_in(2)).add(input.once_in(2));
+  return run_twice(input, call, "build_plan", 8, results);
 }
 
 Plan arbitrary_plan(Input& input, int64_t batch, int64_t q_len, int64_t k_len) {
@@ -233,7 +233,7 @@ Plan make_plan(Input& input, int64_t batch, int64_t q_len, int64_t k_len, bool a
     const int64_t plan_batch = input.once_in(2) ? 1 : batch;
     std::vector<Value> results;
     if (plan_of(input, make_program(input, plan_batch, q_len, k_len), plan_batch, q_len, k_len, results)) {
-      return {results[0], results[1], results[2], results[3], results[4], results[5], results[6]};
+      return {results[0], results[1], results[2], results[3], results[4], results[5], results[7]};
     }
   }
   return arbitrary_plan(input, batch, q_len, k_len);

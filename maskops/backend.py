@@ -8,6 +8,7 @@ the package decides between implementations.
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import os
 import sys
 import warnings
@@ -65,23 +66,35 @@ class Backend:
         devices: device types on which it runs; empty means every device.
         unavailable: returns the reason why it cannot run in this process, None when it can.
         ops: op -> declaration; an op that is absent is not served.
+        plans: whether it implements ``build_plan``.
+        on_host: whether its kernels run on the processor in this process, for tests: interpreted, or compiled as host
+            code. ``"auto"`` never chooses that.
     """
 
     name: str
     devices: tuple[str, ...]
     unavailable: Callable[[], str | None]
     ops: Mapping[str, Declaration]
+    plans: bool = False
+    on_host: Callable[[], bool] = lambda: False
+
+    def is_at_home(self, device: str) -> bool:
+        """Whether tensors on a device are what it was made for."""
+        return not self.devices or device in self.devices
+
+    def refusals_of(self, device: str) -> list[str]:
+        """Why it cannot run on tensors of a device, in a list of at most one reason."""
+        if not self.is_at_home(device) and not (device == "cpu" and self.on_host()):
+            return [f"it runs on {' and '.join(self.devices)} tensors, these are on {device}"]
+        reason = self.unavailable()
+        return [] if reason is None else [reason]
 
     def refusals(self, call: Call) -> list[str]:
         """Every reason why this backend cannot serve the call; empty when it can."""
         declaration = self.ops.get(call.op)
         if declaration is None:
             return [f"it has no {call.op}"]
-        reasons = []
-        if self.devices and call.device not in self.devices:
-            reasons.append(f"it runs on {' and '.join(self.devices)} tensors, these are on {call.device}")
-        elif (reason := self.unavailable()) is not None:
-            reasons.append(reason)
+        reasons = self.refusals_of(call.device)
         if call.dtype not in declaration.dtypes:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in declaration.dtypes)
             reasons.append(f"it takes {known}, not {str(call.dtype).removeprefix('torch.')}")
@@ -93,6 +106,38 @@ def _extension_reason() -> str | None:
     from maskops import extension
 
     return extension.reason()
+
+
+@functools.lru_cache(maxsize=1)
+def _triton_reason() -> str | None:
+    is_blocked = "triton" in sys.modules and sys.modules["triton"] is None
+    if is_blocked or importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it with: python -m pip install triton"
+    if _triton_is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"its kernels need compute capability 8.0, this device has {major}.{minor}"
+    return None
+
+
+def _triton_is_interpreted() -> bool:
+    # As Triton itself reads it, when kernels are first imported.
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _cuda_reason() -> str | None:
+    from maskops import extension
+
+    return extension.cuda_reason()
+
+
+def _cuda_is_emulated() -> bool:
+    from maskops import extension
+
+    return extension.cuda_is_emulated()
 
 
 _NO_DOUBLE_BACKWARD = "a kernel's backward pass cannot be differentiated: it says so, backend 'reference' can"
@@ -170,6 +215,7 @@ BACKENDS: dict[str, Backend] = {
         name="cpu",
         devices=("cpu",),
         unavailable=_extension_reason,
+        plans=True,
         ops={
             # Its backward pass walks the query tiles and accumulates dK and dV per tile, so it needs no key_tiles.
             "attention": Declaration(
@@ -187,6 +233,20 @@ BACKENDS: dict[str, Backend] = {
             ),
         },
     ),
+    "triton": Backend(
+        name="triton",
+        devices=("cuda",),
+        unavailable=_triton_reason,
+        on_host=_triton_is_interpreted,
+        ops={},
+    ),
+    "cuda": Backend(
+        name="cuda",
+        devices=("cuda",),
+        unavailable=_cuda_reason,
+        on_host=_cuda_is_emulated,
+        ops={},
+    ),
     REFERENCE: Backend(
         name=REFERENCE,
         devices=(),
@@ -203,10 +263,6 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-# Names of the design that no kernel of this release answers to: a user who writes one reads why, not "unknown".
-NOT_YET = {"triton": "this release has no Triton kernels", "cuda": "this release has no CUDA kernels"}
-
-
 class _Preference(NamedTuple):
     name: str = AUTO
     fallback: str = "warn"
@@ -219,8 +275,7 @@ _warned: set[tuple[str, str]] = set()
 
 def _known(name: str, where: str) -> str:
     if name != AUTO and name not in BACKENDS:
-        why = f"{NOT_YET[name]}, " if name in NOT_YET else ""
-        raise ValueError(f"{where} is {name!r}: {why}expected one of {', '.join(map(repr, (AUTO, *BACKENDS)))}")
+        raise ValueError(f"{where} is {name!r}: expected one of {', '.join(map(repr, (AUTO, *BACKENDS)))}")
     return name
 
 
@@ -278,14 +333,13 @@ def _pick(call: Call, preferred: str) -> tuple[str, str]:
         if not refused[name]:
             return name, ""
     for name, backend in BACKENDS.items():
-        if name == REFERENCE or name in refused:
+        # A backend for other devices is no candidate, and its refusal would only hide the reason that matters.
+        if name == REFERENCE or name in refused or not backend.is_at_home(call.device):
             continue
         reasons = backend.refusals(call)
         if not reasons:
             return name, ""
-        # A backend for other devices is no candidate, and its refusal would only hide the reason that matters.
-        if not backend.devices or call.device in backend.devices:
-            refused[name] = reasons
+        refused[name] = reasons
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
     return REFERENCE, why or f"no other backend runs on {call.device} tensors"
 
@@ -348,13 +402,34 @@ def choose(
     return REFERENCE
 
 
-def needs_key_tiles(op: str, device: str) -> bool:
-    """Whether a backend that may serve the op on this device reads ``RowSpans.key_tiles`` in its backward pass."""
+@constant_when_compiling
+def needs_key_tiles(op: str, device: str, requested: str | None = None) -> bool:
+    """Whether a backend that may serve the op on this device reads ``RowSpans.key_tiles`` in its backward pass.
+
+    Args:
+        op: name of the op.
+        device: device type of the tensors.
+        requested: the ``backend=`` argument of the public function.
+    """
+    named = (requested, _preferred().name)
     return any(
         backend.ops[op].needs_key_tiles
-        for backend in BACKENDS.values()
-        if op in backend.ops and (not backend.devices or device in backend.devices)
+        for name, backend in BACKENDS.items()
+        if op in backend.ops and (backend.is_at_home(device) or name in named)
     )
+
+
+@constant_when_compiling
+def planner(device: str) -> str | None:
+    """The backend whose ``build_plan`` plans masks on a device; None where torch operations do."""
+    preferred = _preferred().name
+    for name in (preferred, *BACKENDS):
+        backend = BACKENDS.get(name)
+        if backend is None or not backend.plans or not (name == preferred or backend.is_at_home(device)):
+            continue
+        if not backend.refusals_of(device):
+            return name
+    return None
 
 
 @contextlib.contextmanager
@@ -362,7 +437,7 @@ def use_backend(name: str = AUTO, fallback: Literal["warn", "error"] = "warn") -
     """Prefers a backend inside a ``with`` block (or a decorated function), in this thread only.
 
     Args:
-        name: ``"cpu"``, ``"reference"`` or ``"auto"``.
+        name: ``"cpu"``, ``"triton"``, ``"cuda"``, ``"reference"`` or ``"auto"``.
         fallback: what to do where the call ends on the reference without having asked for it: ``"warn"`` (once per
             op and reason) or ``"error"``.
 
@@ -400,4 +475,4 @@ def validating() -> bool:
 
 def backends() -> dict[str, str]:
     """Maps every backend's name to ``"available"``, or to the reason why it cannot run here."""
-    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()} | NOT_YET
+    return {name: backend.unavailable() or "available" for name, backend in BACKENDS.items()}

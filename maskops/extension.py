@@ -1,4 +1,4 @@
-"""The C++ extension: loading it, the reason when it is not there, and its choice of instruction set."""
+"""The extension: loading it, the reason when it or its CUDA half is not there, and its choice of instruction set."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError as error:
         return None, f"the C++ extension {_LIBRARY} cannot be loaded: {error}"
-    for name in ("maskops_instruction_sets", "maskops_instruction_set"):
+    for name in ("maskops_instruction_sets", "maskops_instruction_set", "maskops_cuda_reason"):
         getattr(library, name).restype = ctypes.c_char_p
     library.maskops_select_instruction_set.argtypes = [ctypes.c_char_p]
     return library, None
 
+
+_emulation: Path | None = None
 
 # Loaded with this module, so that whether it is there is a plain fact that torch.compile may read while it traces.
 _library, _reason = _load()
@@ -75,3 +77,26 @@ def select_instruction_set(name: str) -> None:
     if _library is None or not _library.maskops_select_instruction_set(name.encode()):
         have = ", ".join(instruction_sets()) or "none"
         raise ValueError(f"instruction set must be one of those that this machine has ({have}), got {name!r}")
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA kernels cannot run here, None when they can (on a device, or emulated on the processor)."""
+    if _emulation is not None:
+        return None
+    if (why := reason()) is not None:
+        return why
+    if _library is None or (problem := _library.maskops_cuda_reason()) is None:
+        return None
+    return str(problem.decode())
+
+
+def cuda_is_emulated() -> bool:
+    """Whether the CUDA kernels run on the processor in this process, compiled as host code."""
+    return _emulation is not None
+
+
+def load_cuda_emulation(library: Path) -> None:
+    """Loads CUDA kernels compiled as host code: the backend ``cuda`` then takes tensors on the processor, for tests."""
+    global _emulation
+    torch.ops.load_library(str(library))
+    _emulation = library

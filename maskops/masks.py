@@ -31,6 +31,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from maskops.backend import planner
 from maskops.bounds import (
     FIRST,
     LAST,
@@ -56,7 +57,7 @@ from maskops.layouts import (
     values_can_be_read,
 )
 from maskops.ops.plan import registration
-from maskops.spans import RowSpans
+from maskops.spans import RowSpans, needs_order
 
 __all__ = [
     "Mask",
@@ -149,6 +150,7 @@ class Mask:
         batch: int | None = None,
         device: torch.device | str | None = None,
         grad: bool = True,
+        order: bool | None = None,
         positions: bool = False,
     ) -> RowSpans:
         """Plan the mask for ``q_len`` query rows and ``k_len`` keys.
@@ -160,6 +162,7 @@ class Mask:
                 batch element.
             device: where to build the plan; that of the mask's tensors by default, else the CPU.
             grad: also build the transposed bounds that backward passes read.
+            order: also sort the work items by cost; None: where the device is no processor.
             positions: also build diag, first key and ordinal of each row; the plan then has the whole ``batch``.
 
         Raises:
@@ -168,13 +171,20 @@ class Mask:
                 ``cu_seqlens``.
         """
         plan_batch, on_device = self._check_structure(q_len, k_len, batch, device, positions)
-        if on_device.type == "cpu" and not self.is_dense:
+        order = needs_order(on_device, order)
+        backend = planner(on_device.type)
+        if backend is not None and not self.is_dense:
             program, operands = self._program(on_device)
             # Of lengths that are traced the operator decides itself, when it runs.
             is_short = all(not _is_known(x) or x < registration.MAX_LENGTH for x in (q_len, k_len))
-            if is_short and len(operands) <= registration.MAX_OPERANDS and registration.available():
-                return registration.build_plan(program, operands, plan_batch, q_len, k_len, grad, positions)
-        return self._spans_by_torch(q_len, k_len, plan_batch, on_device, grad, positions)
+            if is_short and len(operands) <= registration.MAX_OPERANDS:
+                if on_device.type != "cpu":  # where the operator does not look at values
+                    self._check_values(q_len, k_len, plan_batch, on_device)
+                wanted = {"grad": grad, "order": order, "positions": positions}
+                return registration.build_plan(
+                    backend, program, operands, plan_batch, q_len, k_len, on_device, **wanted
+                )
+        return self._spans_by_torch(q_len, k_len, plan_batch, on_device, grad, order, positions)
 
     def to_dense(
         self, q_len: int, k_len: int, *, batch: int | None = None, device: torch.device | str | None = None
@@ -334,7 +344,7 @@ class Mask:
                 )
 
     def _spans_by_torch(
-        self, q_len: int, k_len: int, batch: int, device: torch.device, grad: bool, positions: bool
+        self, q_len: int, k_len: int, batch: int, device: torch.device, grad: bool, order: bool, positions: bool
     ) -> RowSpans:
         """The meaning of a mask, in plain torch operations without a sync."""
         self._check_values(q_len, k_len, batch, device)
@@ -385,7 +395,9 @@ class Mask:
         if positions:
             ordinal = torch.where(inside, ordinal, -1)
             where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
-        return registration.derive_plan(start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, positions=where)
+        return registration.derive_plan(
+            start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, order=order, positions=where
+        )
 
     def _dense_spans(
         self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None

@@ -74,6 +74,11 @@ class RowSpans(NamedTuple):
     Rows of [full_lo, full_hi) see every key of the tile in this span; it is empty (full_lo == full_hi == hi) where the
     rows that do are not contiguous, and with ``dense``. No row sees the tile: 0, 0, 0, 0. None without ``grad``.
     """
+    order: Tensor | None
+    """int32 (capacity,): numbers of the items, costliest first, equal ones as they lie, unused ones last.
+
+    In which order a device takes them changes no result. None: processors sort by themselves.
+    """
     positions: Tensor | None
     """int32 (3, batch, q_len): key index aligned with the row, first key and ordinal of the row's sequence.
 
@@ -156,6 +161,7 @@ def build_row_spans(
     key_holes: Tensor | None = None,
     dense: Tensor | None = None,
     grad: bool = True,
+    order: bool | None = None,
     positions: Tensor | None = None,
 ) -> RowSpans:
     """Derive a whole RowSpans from the spans themselves.
@@ -167,6 +173,7 @@ def build_row_spans(
         key_holes: bool (batch, k_len) or None; True = the key is not there although spans may cover it.
         dense: bool (batch|1, heads|1, q_len, k_len) or None; then the spans must be its hull.
         grad: also build ``key_tiles``, which only backward passes read.
+        order: also build ``order``; None: where the device is no processor.
         positions: int32 (3, batch, q_len) or None, stored as it is.
     """
     start, end = start.to(torch.int64), end.to(torch.int64)
@@ -181,9 +188,21 @@ def build_row_spans(
         tiles=tiles,
         tile_count=tile_count,
         key_tiles=_transposed_bounds(start, end, seen, dense is not None) if grad else None,
+        order=costliest_first(tiles, tile_count) if needs_order(start.device, order) else None,
         positions=positions,
         dense=dense,
     )
+
+
+def needs_order(device: torch.device, order: bool | None = None) -> bool:
+    """Whether a plan for a device has an ``order``, where that was asked for (None: left to the device)."""
+    return device.type not in ("cpu", "meta") if order is None else order
+
+
+def costliest_first(tiles: Tensor, tile_count: Tensor) -> Tensor:
+    """``RowSpans.order`` of a work list."""
+    used = torch.arange(tiles.shape[0], device=tiles.device) < tile_count
+    return torch.where(used, tiles[:, 3], -1).argsort(descending=True, stable=True).to(torch.int32)
 
 
 def _covered(start: Tensor, end: Tensor, k_len: int) -> Tensor:

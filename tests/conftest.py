@@ -1,6 +1,7 @@
 """Session settings: memory that was never written holds NaN, and skips are counted by reason."""
 
 import ctypes
+import os
 import sys
 from collections import Counter
 
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 _M_PERTURB = -6
+
+# Where there is no device, Triton's kernels are interpreted. They read this when they are first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskops
 from maskops import extension, masks, testing
-from maskops.backend import BACKENDS
 from maskops.ops.attention.registration import Features, filled, operator_arguments
+from tests.served import AT_HOME, kernels_here
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = testing.cases("attention", features=True)
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=AT_HOME)
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that runs here."""
     name = str(request.param)
@@ -28,14 +28,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def fast_backends() -> list[str]:
-    """The backends that are kernels, and run here."""
-    return [name for name in BACKENDS if name != "reference" and maskops.backends()[name] == "available"]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", AT_HOME)
 def test_case(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
     case = case.with_dtype(dtype)
     if reasons := testing.refusals(backend, case):
@@ -47,7 +42,7 @@ def test_case(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
     report.raise_if_failed()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", AT_HOME)
 def test_backend_is_not_merely_skipped(backend: str) -> None:
     served = sum(not testing.refusals(backend, case.with_dtype(dtype)) for case in CASES for dtype in DTYPES)
     expected = 3 * len(CASES)
@@ -155,7 +150,7 @@ def test_results_are_rounded_to_nearest(width: int, dtype: torch.dtype) -> None:
     v = torch.randn(1, 1, 2, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     q, k = torch.zeros(1, 1, 40, 4, dtype=dtype), torch.zeros(1, 1, 2, 4, dtype=dtype)
     expected = v.float().mean(2, keepdim=True).to(dtype).expand(1, 1, 40, width)
-    for backend in fast_backends():
+    for backend in kernels_here():
         assert torch.equal(maskops.attention(q, k, v, backend=backend), expected)
 
 
@@ -167,7 +162,7 @@ def test_gradients_at_every_offset_of_a_window(side: str) -> None:
     for width in range(66):
         mask = masks.sliding_window(width, None) if side == "left" else masks.sliding_window(None, width)
         expected = forward_backward(q, k, v, mask, "reference")
-        for backend in fast_backends():
+        for backend in kernels_here():
             for ours, theirs in zip(forward_backward(q, k, v, mask, backend), expected, strict=True):
                 assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), (width, backend)
 
@@ -194,7 +189,7 @@ def test_same_bits_with_any_number_of_threads(
     try:
         for threads in (1, 2, 3, 5, 8):
             torch.set_num_threads(threads)
-            results[threads] = forward_backward(q, k, v, mask, fast_backends()[0])
+            results[threads] = forward_backward(q, k, v, mask, kernels_here()[0])
     finally:
         torch.set_num_threads(1)
     for threads, result in results.items():
@@ -240,7 +235,7 @@ def test_kernels_take_views_without_a_copy() -> None:
     fused = torch.randn(2, 11, 3, 4, 8, requires_grad=True)
     q, k, v = fused.permute(2, 0, 3, 1, 4)
     plan = masks.causal().spans(11, 11, batch=2, grad=False)
-    for backend in fast_backends():
+    for backend in kernels_here():
         with RecordedOperators() as recorded:
             out = maskops.attention(q, k, v, plan, backend=backend)
         assert recorded.names == ["attention_forward", "detach", "detach"] or recorded.names == ["attention_forward"]
@@ -363,7 +358,7 @@ def test_autocast(backend: str) -> None:
     assert grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", AT_HOME)
 @pytest.mark.parametrize("size", [(0, 2, 8, 5), (2, 2, 8, 0)])
 def test_empty_views_of_any_stride(backend: str, size: tuple[int, ...]) -> None:
     """contiguous() leaves them as they are, for there is nothing to copy."""
@@ -408,14 +403,14 @@ def test_meta_tensors_get_shapes_and_strides(backend: str | None) -> None:
 
 def test_scale() -> None:
     q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
-    for backend in ["reference", *fast_backends()]:
+    for backend in ["reference", *kernels_here()]:
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.7)
         assert torch.allclose(maskops.attention(q, k, v, softmax_scale=0.7, backend=backend), expected, atol=1e-6)
 
 
 def test_no_double_backward_in_a_kernel() -> None:
     q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
-    for backend in fast_backends():
+    for backend in kernels_here():
         (grad,) = torch.autograd.grad(maskops.attention(q, k, v, backend=backend).sum(), q, create_graph=True)
         with pytest.raises(RuntimeError, match=r"no double backward in a kernel.*backend='reference'"):
             grad.sum().backward()
@@ -496,7 +491,7 @@ def test_reference_under_fake_tensors() -> None:
 
     with FakeTensorMode():
         q = torch.randn(2, 9, 4, 8).transpose(1, 2)
-        for backend in ["reference", *fast_backends()]:
+        for backend in ["reference", *kernels_here()]:
             mask = masks.padding(torch.ones(2, dtype=torch.int64)) & masks.causal()
             out, lse = maskops.attention(q, q[:, :2], q[:, :2], mask, return_lse=True, backend=backend)
             assert out.shape == (2, 4, 9, 8) and out.stride() == (288, 8, 32, 1) and lse.shape == (2, 4, 9)

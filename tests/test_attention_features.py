@@ -11,25 +11,20 @@ from torch import Tensor
 
 import maskops
 from maskops import extension, masks, testing
-from maskops.backend import BACKENDS
 from maskops.ops.attention import reference
 from maskops.ops.attention.registration import Features, filled, operator_arguments
+from tests.served import AT_HOME, kernels_here
 
 CASES = {case.name: case for case in testing.cases("attention", features=True)}
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=AT_HOME)
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that runs here."""
     name = str(request.param)
     if (reason := maskops.backends()[name]) != "available":
         pytest.skip(f"{name}: {reason}")
     return name
-
-
-def fast_backends() -> list[str]:
-    """The backends that are kernels, and run here."""
-    return [name for name in BACKENDS if name != "reference" and maskops.backends()[name] == "available"]
 
 
 def draw(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -207,7 +202,7 @@ def test_a_bias_under_autocast_is_that_of_torch(backend: str) -> None:
 
 def test_only_wanted_gradients_are_computed() -> None:
     q, bias, slopes, sinks = draw(1, 2, 9, 4), draw(2, 9, 9), draw(2), draw(2)
-    for backend in fast_backends():
+    for backend in kernels_here():
         out = maskops.attention(q, q, q, bias=bias.detach(), alibi_slopes=slopes, sinks=sinks.detach(), backend=backend)
         assert torch.autograd.grad(out.sum(), (q, slopes))[1].shape == (2,)
         # None of q, k and v: what is left needs a gradient all the same.
@@ -273,7 +268,7 @@ def test_slopes_of_packed_sequences(backend: str) -> None:
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_hostile_positions(row: int, value: int) -> None:
     """No place in the slopes but their own, whatever the positions say."""
-    if not fast_backends():
+    if not kernels_here():
         pytest.skip("no kernel runs here")
     q = draw(1, 2, 30, 4).detach()
     plan = masks.causal().spans(30, 30, positions=True)
@@ -384,7 +379,7 @@ def test_gradients_under_dropout(name: str) -> None:
     batch = 1 if name == "documents" else 2
     tensors = {"q": draw(batch, 4, 99, 6), "k": draw(batch, 2, 99, 6), "v": draw(batch, 2, 99, 10)}
     expected = results(DROPOUT_MASKS[name], tensors, "reference", torch.float64, dropout_p=0.35)
-    for backend in fast_backends():
+    for backend in kernels_here():
         assert_close(results(DROPOUT_MASKS[name], tensors, backend, torch.float32, dropout_p=0.35), expected)
 
 
@@ -414,7 +409,7 @@ def everywhere(length: int) -> masks.Mask:
 def test_everything_at_once(bias: tuple[int, ...], dtype: torch.dtype) -> None:
     tensors = {name: x.detach().to(dtype) for name, x in everything(2, 75, bias).items()}
     expected = results(everywhere(75), tensors, "reference", torch.float64, **EVERYTHING)
-    for backend in fast_backends():
+    for backend in kernels_here():
         actual = results(everywhere(75), tensors, backend, dtype, **EVERYTHING)
         assert_close(actual, expected, max(2e-5, 2 * float(torch.finfo(dtype).eps)))
 
@@ -445,7 +440,7 @@ def test_same_bits_with_any_number_of_threads(bias: tuple[int, ...]) -> None:
     try:
         for threads in (1, 2, 3, 5, 8):
             torch.set_num_threads(threads)
-            by_threads[threads] = results(mask, tensors, fast_backends()[0], torch.float32, **EVERYTHING)
+            by_threads[threads] = results(mask, tensors, kernels_here()[0], torch.float32, **EVERYTHING)
     finally:
         torch.set_num_threads(1)
     for threads, result in by_threads.items():

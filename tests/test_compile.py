@@ -15,11 +15,12 @@ import maskops
 from maskops import backend as choice
 from maskops import masks
 from maskops.ops.attention import registration
+from tests.served import AT_HOME
 
 REPOSITORY = Path(__file__).parent.parent
 
 
-@pytest.fixture(params=list(choice.BACKENDS))
+@pytest.fixture(params=AT_HOME)
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that runs here."""
     name = str(request.param)

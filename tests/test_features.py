@@ -374,8 +374,8 @@ def test_every_declared_feature_has_a_probe_and_every_lack_is_a_feature() -> Non
 @pytest.mark.parametrize(("op", "feature"), PROBES, ids=lambda value: str(value).replace(" ", "-"))
 def test_what_is_declared_is_true(op: str, feature: str, backend: str) -> None:
     declared = BACKENDS[backend]
-    if (reason := declared.unavailable()) is not None or (declared.devices and "cpu" not in declared.devices):
-        pytest.skip(reason or f"{backend} runs on {' and '.join(declared.devices)}, the test on the CPU")
+    if reasons := declared.refusals_of("cpu"):
+        pytest.skip(f"{backend}: {reasons[0]}")
     if op not in declared.ops:
         pytest.skip(f"{backend} has no {op}")
     sizes, probe = PROBES[op, feature]

@@ -117,7 +117,7 @@ def test_more_items_than_the_work_list_has(count: int) -> None:
 def plan(program: str, *operands: Tensor, batch: int = 1, q_len: int = 16, k_len: int = 16) -> tuple[Tensor, ...]:
     absent = torch.empty(0, dtype=torch.int32)
     passed = [*operands, *[absent] * (6 - len(operands))]
-    results: tuple[Tensor, ...] = torch.ops.maskops.build_plan(program, *passed, batch, q_len, k_len, True, True)
+    results: tuple[Tensor, ...] = torch.ops.maskops.build_plan(program, *passed, batch, q_len, k_len, True, False, True)
     return results
 
 
@@ -136,7 +136,7 @@ def test_an_item_whose_rows_see_nothing_beside_a_mask_with_holes() -> None:
     present = torch.zeros(1, 512, dtype=torch.uint8)
     present[:, 3:100] = 1
     present[:, 50] = 0
-    start, end, _, tiles, count, _, _ = plan("padding_mask 0 span first last", present, q_len=512, k_len=512)
+    start, end, _, tiles, count, *_ = plan("padding_mask 0 span first last", present, q_len=512, k_len=512)
     assert count.item() == 4
     assert tiles[:4, :4].tolist() == [[0, 0, 128, 96 * 97], [0, 128, 128, 0], [0, 256, 128, 0], [0, 384, 128, 0]]
     assert tiles[:4, 4:].tolist() == [[3, 100, 100, 100], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]

@@ -8,8 +8,8 @@ import torch
 
 import maskops
 from maskops import masks
+from maskops.backend import planner
 from maskops.layouts import values_can_be_read
-from maskops.ops.plan import registration
 
 # ---- the definition --------------------------------------------------------------------------------------------------
 #
@@ -148,8 +148,8 @@ def build(spec):
 def path(request, monkeypatch):
     """Plan with the torch path and with the operator."""
     if request.param == "torch":
-        monkeypatch.setattr(registration, "available", lambda: False)
-    elif not registration.available():
+        monkeypatch.setattr("maskops.masks.planner", lambda device: None)
+    elif planner("cpu") is None:
         pytest.skip("the C++ extension is not built, so there is no operator")
     return request.param
 

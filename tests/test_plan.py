@@ -7,17 +7,18 @@ import torch
 
 import maskops
 from maskops import masks
+from maskops.backend import planner
 from maskops.ops.plan import registration
 from tests.test_spans import random_mask
 
 pytestmark = pytest.mark.skipif(
-    not registration.available(), reason="the C++ extension is not built, so there is no operator"
+    planner("cpu") is None, reason="the C++ extension is not built, so there is no operator"
 )
 
 
-def by_torch(mask, q_len, k_len, batch=None, grad=True, positions=False):
+def by_torch(mask, q_len, k_len, batch=None, grad=True, order=False, positions=False):
     plan_batch, device = mask._check_structure(q_len, k_len, batch, None, positions)
-    return mask._spans_by_torch(q_len, k_len, plan_batch, device, grad, positions)
+    return mask._spans_by_torch(q_len, k_len, plan_batch, device, grad, order, positions)
 
 
 def check_same(mask, q_len, k_len, **keywords):
@@ -34,7 +35,8 @@ def test_bit_for_bit_over_random_masks(seed):
     generator = random.Random(1000 + seed)
     for _ in range(60):
         mask, q_len, k_len = random_mask(generator)
-        check_same(mask, q_len, k_len, grad=generator.random() < 0.8, positions=generator.random() < 0.5)
+        wanted = {"grad": generator.random() < 0.8, "positions": generator.random() < 0.5}
+        check_same(mask, q_len, k_len, order=generator.random() < 0.3, **wanted)
 
 
 @pytest.mark.parametrize("length", [511, 512, 513, 1500])
@@ -93,7 +95,7 @@ def test_spans_go_through_the_operator(monkeypatch):
     """Otherwise every comparison of this file would compare the torch path with itself."""
     calls = []
     original = registration.build_plan
-    monkeypatch.setattr(registration, "build_plan", lambda *a: calls.append(a[0]) or original(*a))
+    monkeypatch.setattr(registration, "build_plan", lambda *a, **b: calls.append(a[1]) or original(*a, **b))
     lengths = torch.tensor([3, 5])
     masks.causal().spans(4, 4)
     (masks.causal() & (masks.sliding_window(2, 0) | masks.prefix(lengths)) & masks.padding(lengths)).spans(5, 5)
@@ -114,12 +116,13 @@ def test_opcheck():
     operands += [torch.empty(0, dtype=torch.int32)] * (registration.MAX_OPERANDS - len(operands))
     program = "cu_seqlens 0 0 0 span first prefix_of 1 span diag -1 diag 1"
     for grad, positions in ((True, True), (False, False)):
-        torch.library.opcheck(torch.ops.maskops.build_plan.default, (program, *operands, 1, 6, 6, grad, positions))
+        arguments = (program, *operands, 1, 6, 6, grad, positions, positions)
+        torch.library.opcheck(torch.ops.maskops.build_plan.default, arguments)
 
 
 def run(program, *operands, batch=1, q_len=4, k_len=4):
     filler = [torch.empty(0, dtype=torch.int32)] * (registration.MAX_OPERANDS - len(operands))
-    return torch.ops.maskops.build_plan.default(program, *operands, *filler, batch, q_len, k_len, True, True)
+    return torch.ops.maskops.build_plan.default(program, *operands, *filler, batch, q_len, k_len, True, False, True)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskops
 from maskops import extension, masks
-from maskops.backend import BACKENDS
 from maskops.spans import build_row_spans
 from maskops.testing import error_budget
+from tests.served import AT_HOME
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=AT_HOME)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     if (reason := maskops.backends()[name]) != "available":

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskops import masks
-from maskops.ops.plan import registration
+from maskops.backend import planner
 from maskops.spans import KEY_TILE, TILE_ROWS, RowSpans, build_row_spans, tiles_per_batch_element
 
 
@@ -20,8 +20,8 @@ from maskops.spans import KEY_TILE, TILE_ROWS, RowSpans, build_row_spans, tiles_
 def path(request, monkeypatch):
     """Plan with the torch path and with the operator."""
     if request.param == "torch":
-        monkeypatch.setattr(registration, "available", lambda: False)
-    elif not registration.available():
+        monkeypatch.setattr("maskops.masks.planner", lambda device: None)
+    elif planner("cpu") is None:
         pytest.skip("the C++ extension is not built, so there is no operator")
     return request.param
 
@@ -294,7 +294,7 @@ def test_key_tile_visits_merge_overlapping_hulls():
         zeros = torch.zeros(len(bounds), 1, 1, dtype=torch.int32)
         one = torch.zeros(1, dtype=torch.int32)
         tiles = torch.tensor([tile], dtype=torch.int32)
-        return int(RowSpans(zeros, zeros, zeros[0], tiles, one, None, None, None).visited_keys())
+        return int(RowSpans(zeros, zeros, zeros[0], tiles, one, None, None, None, None).visited_keys())
 
     assert visits((0, 64)) == 1 and visits((0, 65)) == 2 and visits((60, 70)) == 1
     assert visits((0, 4), (100, 164)) == 2
@@ -466,7 +466,7 @@ def test_one_graph_under_compile(path):
             assert (x is None and y is None) or torch.equal(x, y)
 
 
-@pytest.mark.skipif(not registration.available(), reason="the C++ extension is not built, so there is no operator")
+@pytest.mark.skipif(planner("cpu") is None, reason="the C++ extension is not built, so there is no operator")
 def test_one_compiled_graph_for_all_lengths():
     """Shapes become symbolic. The torch path unrolls loops over powers of two of them, so it cannot be one graph."""
     torch._dynamo.reset()

@@ -11,13 +11,13 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import maskops
-from maskops import backend as choice
 from maskops import masks
+from tests.served import AT_HOME
 
 VOCABULARY = 5
 
 
-@pytest.fixture(params=list(choice.BACKENDS), autouse=True)
+@pytest.fixture(params=AT_HOME, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Any:
     """Every backend that runs here, in turn, for all calls of the test."""
     name = str(request.param)

@@ -12,7 +12,6 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import maskops
 from maskops import masks
-from maskops.ops.plan import registration as plan_registration
 
 HEADS, HEAD_DIM, VOCABULARY = 2, 8, 7
 CAPACITY, SEQUENCES = 6000, 12
@@ -159,7 +158,7 @@ def test_two_graphs_of_the_reference(layout: str) -> None:
 
 def test_two_graphs_of_plans_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks planned by torch operations, as on every device without a kernel of its own for that; dense ones too."""
-    monkeypatch.setattr(plan_registration, "available", lambda: False)
+    monkeypatch.setattr("maskops.masks.planner", lambda device: None)
 
     def plans(holes: Tensor, cu_seqlens: Tensor, ids: Tensor, lengths: Tensor) -> list[tuple[Tensor | None, ...]]:
         length = holes.shape[1]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 import maskops
-from maskops import backend as choice
 from maskops import masks
+from tests.served import AT_HOME
 
 VOCABULARY, WIDTH, HEADS = 11, 16, 2
 
@@ -18,7 +18,7 @@ VOCABULARY, WIDTH, HEADS = 11, 16, 2
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
 
-@pytest.fixture(params=list(choice.BACKENDS), autouse=True)
+@pytest.fixture(params=AT_HOME, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that runs here, in turn; none falls back on another."""
     name = str(request.param)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maskops
-from maskops import backend as choice
 from maskops import masks
 from maskops.ops.attention import reference
+from tests.served import AT_HOME
 
 STEPS, VOCABULARY, WIDTH, HEADS, LONGEST = 30, 13, 16, 2, 12
 HEAD_DIM = WIDTH // HEADS
@@ -207,7 +207,7 @@ def curve(loss_of: Callable[[str, Model, Step], Tensor], kind: str) -> list[floa
     return [*losses, *tables.get(kind, model.place.weight).detach().flatten().tolist()]
 
 
-@pytest.fixture(params=list(choice.BACKENDS), autouse=True)
+@pytest.fixture(params=AT_HOME, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that runs here, in turn; none falls back on another."""
     name = str(request.param)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 namespace maskops {
@@ -69,6 +70,11 @@ class WorkList {
     const int64_t unused = capacity_ - used_;
     std::fill_n(result_.tiles + used_ * width_, unused * width_, 0);
     *result_.tile_count = static_cast<int32_t>(used_);
+    if (result_.order == nullptr) return;
+    std::iota(result_.order, result_.order + capacity_, 0);  // unused items are last already
+    std::stable_sort(result_.order, result_.order + used_, [this](int32_t a, int32_t b) {
+      return result_.tiles[a * width_ + 3] > result_.tiles[b * width_ + 3];
+    });
   }
 
  private:

@@ -173,10 +173,11 @@ Features features_of(const AttentionShape& shape, const Spans& spans, const Feat
 
 std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& start,
                                                  const Tensor& end, const Tensor& key_valid, const Tensor& tiles,
-                                                 const Tensor& tile_count, const Tensor& positions, const Tensor& dense,
-                                                 const Tensor& bias, const Tensor& alibi_slopes, const Tensor& sinks,
-                                                 const Tensor& seed, bool slopes_by_sequence, double softmax_scale,
-                                                 double softcap, double dropout_p) {
+                                                 const Tensor& tile_count, const Tensor&, const Tensor&,
+                                                 const Tensor& positions, const Tensor& dense, const Tensor& bias,
+                                                 const Tensor& alibi_slopes, const Tensor& sinks, const Tensor& seed,
+                                                 bool slopes_by_sequence, double softmax_scale, double softcap,
+                                                 double dropout_p) {
   const AttentionShape shape = attention_shape(q, k, v, softmax_scale, softcap);
   const Spans spans = spans_of(shape, start, end, key_valid, tiles, tile_count);
   const Features features =
@@ -206,9 +207,10 @@ Tensor gradient_of(const Tensor& argument, bool is_wanted) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& start, const Tensor& end, const Tensor& key_valid,
-    const Tensor& tiles, const Tensor& tile_count, const Tensor& positions, const Tensor& dense, const Tensor& bias,
-    const Tensor& alibi_slopes, const Tensor& sinks, const Tensor& seed, bool slopes_by_sequence, double softmax_scale,
-    double softcap, double dropout_p, bool wants_bias, bool wants_slopes, bool wants_sinks) {
+    const Tensor& tiles, const Tensor& tile_count, const Tensor&, const Tensor&, const Tensor& positions,
+    const Tensor& dense, const Tensor& bias, const Tensor& alibi_slopes, const Tensor& sinks, const Tensor& seed,
+    bool slopes_by_sequence, double softmax_scale, double softcap, double dropout_p, bool wants_bias, bool wants_slopes,
+    bool wants_sinks) {
   const AttentionShape shape = attention_shape(q, k, v, softmax_scale, softcap);
   const Spans spans = spans_of(shape, start, end, key_valid, tiles, tile_count);
   const Features features =

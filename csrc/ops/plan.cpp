@@ -29,10 +29,10 @@ PlanOperand plan_operand(const Tensor& tensor) {
   return operand;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> build_plan_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> build_plan_cpu(
     const std::string& program, const Tensor& operand0, const Tensor& operand1, const Tensor& operand2,
     const Tensor& operand3, const Tensor& operand4, const Tensor& operand5, int64_t batch, int64_t q_len, int64_t k_len,
-    bool grad, bool positions) {
+    bool grad, bool order, bool positions) {
   PlanRequest request{parse_plan(program), {}, batch, q_len, k_len};
   const Tensor* operands[plan_operands] = {&operand0, &operand1, &operand2, &operand3, &operand4, &operand5};
   for (int index = 0; index < plan_operands; index++) request.operands[index] = plan_operand(*operands[index]);
@@ -41,16 +41,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> build_plan_cp
   Tensor start = Tensor::empty({n_spans, batch, q_len}, DType::int32);
   Tensor end = Tensor::empty({n_spans, batch, q_len}, DType::int32);
   Tensor key_valid = Tensor::empty({batch, k_len}, DType::uint8);
-  Tensor tiles = Tensor::empty({batch * tiles_per_batch_element(q_len, k_len), 4 + 4 * n_spans}, DType::int32);
+  const int64_t capacity = batch * tiles_per_batch_element(q_len, k_len);
+  Tensor tiles = Tensor::empty({capacity, 4 + 4 * n_spans}, DType::int32);
   Tensor tile_count = Tensor::empty({1}, DType::int32);
   Tensor key_tiles = grad ? Tensor::empty({n_spans, batch, (k_len + key_tile - 1) / key_tile, 4}, DType::int32)
                           : Tensor::empty({0}, DType::int32);
+  Tensor by_cost = Tensor::empty({order ? capacity : 0}, DType::int32);
   Tensor where = positions ? Tensor::empty({3, batch, q_len}, DType::int32) : Tensor::empty({0}, DType::int32);
   build_plan(request, {start.data<int32_t>(), end.data<int32_t>(), key_valid.data<uint8_t>(), tiles.data<int32_t>(),
                        tile_count.data<int32_t>(), grad ? key_tiles.data<int32_t>() : nullptr,
-                       positions ? where.data<int32_t>() : nullptr});
+                       order ? by_cost.data<int32_t>() : nullptr, positions ? where.data<int32_t>() : nullptr});
   return {std::move(start),      std::move(end),       std::move(key_valid), std::move(tiles),
-          std::move(tile_count), std::move(key_tiles), std::move(where)};
+          std::move(tile_count), std::move(key_tiles), std::move(by_cost),   std::move(where)};
 }
 
 const bool registered = [] {

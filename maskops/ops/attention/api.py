@@ -505,7 +505,7 @@ def _attention(
             k_len,
             batch=batch,
             device=device,
-            grad=needs_grad and backends.needs_key_tiles("attention", device.type),
+            grad=needs_grad and backends.needs_key_tiles("attention", device.type, backend),
             positions=needs_positions,
         )
         _check_fit(spans, batch, heads, q_len, k_len, device)
@@ -543,7 +543,7 @@ def _attention(
             softcap=scalar(softcap, neutral=0.0),
             dropout_p=scalar(dropout_p, neutral=0.0),
         )
-        return registration.span_attention(q, k, v, spans, features)
+        return registration.span_attention(q, k, v, spans, features, name)
     with torch.autocast(device.type, enabled=False) if has_autocast(device.type) else contextlib.nullcontext():
         out, lse = reference.attention(
             q,

@@ -3,12 +3,14 @@
 The C++ extension registers implementations for these schemas; it never repeats them. An absent tensor is an empty one.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskops.ops.scalars import call, define_open
+from maskops.ops.operators import define, name_of, names_of
+from maskops.ops.scalars import call
 from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
 from maskops.spans import RowSpans
 
@@ -16,21 +18,12 @@ _library = torch.library.Library("maskops", "FRAGMENT")
 # The outputs' strides follow those of the inputs, so Inductor must hand the inputs over as they were traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+# key_tiles is read by the backends that declare it, and may be empty for others. An empty order is that of the rows.
 _PLAN = (
-    "Tensor start, Tensor end, Tensor key_valid, Tensor tiles, Tensor tile_count, Tensor positions, Tensor dense, "
+    "Tensor start, Tensor end, Tensor key_valid, Tensor tiles, Tensor tile_count, Tensor key_tiles, Tensor order, "
+    "Tensor positions, Tensor dense, "
     "Tensor bias, Tensor alibi_slopes, Tensor sinks, Tensor seed, bool slopes_by_sequence, float softmax_scale, "
     "float softcap, float dropout_p"
-)
-_library.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-# Gradients of q, k, v, bias, alibi_slopes and sinks; one that is not wanted is an empty tensor.
-_library.define(
-    f"attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PLAN}, bool wants_bias, bool wants_alibi_slopes, bool wants_sinks) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
 )
 
 
@@ -115,13 +108,22 @@ def _backward_fake(
     return (*(empty_in_order(x, x.shape[3]) for x in (q, k, v)), *extras)
 
 
-torch.library.register_fake("maskops::attention_forward", _forward_fake, lib=_library)
-torch.library.register_fake("maskops::attention_backward", _backward_fake, lib=_library)
-define_open(_library, "attention_forward", _TAGS)
-define_open(_library, "attention_backward", _TAGS)
+define(
+    _library, "attention", "attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor, Tensor)",
+    _forward_fake, _TAGS,
+)  # fmt: skip
+# Gradients of q, k, v, bias, alibi_slopes and sinks; one that is not wanted is an empty tensor.
+define(
+    _library, "attention", "attention_backward",
+    f"(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN}, "
+    "bool wants_bias, bool wants_alibi_slopes, bool wants_sinks) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake, _TAGS,
+)  # fmt: skip
 
 _OF_HEADS = ("q", "k", "v", "out", "lse", "grad_out", "grad_lse")
-_OF_ROWS_AND_KEYS = ("start", "end", "key_valid", "tiles", "tile_count")
+_OF_ROWS_AND_KEYS = ("start", "end", "key_valid", "tiles", "tile_count", "key_tiles", "order")
 
 
 def _fold_into_heads(arguments: dict[str, Argument], samples: int) -> dict[str, Any] | None:
@@ -144,14 +146,14 @@ def _unfold_heads(x: Tensor, samples: int) -> Tensor:
     return x.reshape(x.shape[0], samples, x.shape[1] // samples, *x.shape[2:]).movedim(1, 0)
 
 
-define_vmap(_library, "attention_forward", _fold_into_heads, _unfold_heads)
-define_vmap(_library, "attention_backward", _fold_into_heads, _unfold_heads)
+for _name in (*names_of("attention_forward"), *names_of("attention_backward")):
+    define_vmap(_library, _name, _fold_into_heads, _unfold_heads)
 
 
 _ABSENT = torch.empty(0, device="cpu")
 
 
-def filled(arguments: tuple[Any, ...], like: Tensor) -> list[Any]:
+def filled(arguments: Sequence[Any], like: Tensor) -> list[Any]:
     """The arguments of an operator, with an empty tensor in the place of each None."""
     if torch.compiler.is_compiling() or type(like) is not Tensor or like.device.type != "cpu":
         absent = like.new_empty(0)
@@ -167,7 +169,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = call("attention_backward", *args)
+        *arguments, backend = args
+        grads: tuple[Tensor, ...] = call(name_of("attention_backward", backend), *arguments)
         return grads
 
     @staticmethod
@@ -183,23 +186,25 @@ class _Backward(torch.autograd.Function):
 
 
 class _SpanAttention(torch.autograd.Function):
-    # Arguments: q, k, v, start, end, key_valid, tiles, tile_count, positions, dense, then the fields of Features. An
-    # absent tensor is None here.
+    # Arguments: q, k, v, start, end, key_valid, tiles, tile_count, key_tiles, order, positions, dense, then the fields
+    # of Features, then the backend. An absent tensor is None here.
 
     generate_vmap_rule = True  # from those of the operators
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = call("attention_forward", *filled(args, args[0]))
+        *arguments, backend = args
+        outputs: tuple[Tensor, Tensor] = call(name_of("attention_forward", backend), *filled(arguments, arguments[0]))
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, *plan = inputs
-        *tensors, by_sequence, softmax_scale, softcap, dropout_p = plan
+        *tensors, by_sequence, softmax_scale, softcap, dropout_p, backend = plan
         ctx.save_for_backward(q, k, v, *output, *tensors)
         ctx.set_materialize_grads(False)
         ctx.numbers = (by_sequence, softmax_scale, softcap, dropout_p)
+        ctx.backend = backend
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -210,30 +215,36 @@ class _SpanAttention(torch.autograd.Function):
             grad_out = grad_out.contiguous()
         if grad_lse is not None:
             grad_lse = grad_lse.contiguous()
-        wanted = tuple(ctx.needs_input_grad[10:13])  # bias, alibi_slopes, sinks
+        wanted = tuple(ctx.needs_input_grad[12:15])  # bias, alibi_slopes, sinks
         arguments = filled((grad_out, grad_lse, q, k, v, out, lse, *tensors, *ctx.numbers, *wanted), q)
         # Under create_graph=True somebody may differentiate the gradients, and is told.
         is_kept = torch.is_grad_enabled()
-        grads = _Backward.apply(*arguments) if is_kept else call("attention_backward", *arguments)  # type: ignore[no-untyped-call]
+        if is_kept:
+            grads = _Backward.apply(*arguments, ctx.backend)  # type: ignore[no-untyped-call]
+        else:
+            grads = call(name_of("attention_backward", ctx.backend), *arguments)
         extras = [grad if is_wanted else None for grad, is_wanted in zip(grads[3:], wanted, strict=True)]
-        return (*grads[:3], *(None,) * 7, *extras, *(None,) * 5)
+        return (*grads[:3], *(None,) * 9, *extras, *(None,) * 6)
 
 
 def operator_arguments(spans: RowSpans, features: Features) -> tuple[Any, ...]:
     """What the operators take after q, k and v (the backward operator: after out and lse); None for absent tensors."""
     needs_positions = features.alibi_slopes is not None or features.seed is not None
     positions = spans.positions if needs_positions else None
-    plan = (spans.start, spans.end, spans.key_valid, spans.tiles, spans.tile_count, positions, spans.dense)
-    return (*plan, *features)
+    work = (spans.tiles, spans.tile_count, spans.key_tiles, spans.order)
+    return (spans.start, spans.end, spans.key_valid, *work, positions, spans.dense, *features)
 
 
-def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, features: Features) -> tuple[Tensor, Tensor]:
-    """Runs the registered op, differentiably; the kernel is found by the device of the tensors.
+def span_attention(
+    q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, features: Features, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Runs the registered op of a backend, differentiably.
 
     Args:
         q: (B, Hq, Sq, D), any strides with a contiguous last dimension, as k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv).
         spans: the plan, with positions where there are ALiBi slopes or dropout.
         features: everything else.
+        backend: name of the backend, one that is a kernel.
 
     Returns:
         out (B, Hq, Sq, Dv) in q's dimension order, lse (B, Hq, Sq) float32.
@@ -244,7 +255,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, features: F
     if not is_differentiated(*differentiable):
         # The bare operator: an autograd.Function costs more than a small problem.
         arguments = filled((q, k, v, *operator_arguments(spans, features)), q)
-        outputs: tuple[Tensor, Tensor] = call("attention_forward", *arguments)
+        outputs: tuple[Tensor, Tensor] = call(name_of("attention_forward", backend), *arguments)
         return outputs
     # Dynamo rejects the same tensor given twice to an autograd.Function; a view is another tensor.
     bias = features.bias
@@ -254,4 +265,4 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans, features: F
         v = v.view_as(v)
     if k is q:
         k = k.view_as(k)
-    return _SpanAttention.apply(q, k, v, *operator_arguments(spans, features))  # type: ignore[no-any-return, no-untyped-call]
+    return _SpanAttention.apply(q, k, v, *operator_arguments(spans, features), backend)  # type: ignore[no-any-return, no-untyped-call]

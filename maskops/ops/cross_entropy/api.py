@@ -265,6 +265,7 @@ def cross_entropy(
             scoring,
             opened,
             inplace_backward,
+            chosen,
             class_weights=weights,
             probabilities=probabilities,
             shift=shift,

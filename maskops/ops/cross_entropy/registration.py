@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from maskops.ops.cross_entropy.rows import Scoring
-from maskops.ops.scalars import call, define_open
+from maskops.ops.operators import define, name_of, names_of
+from maskops.ops.scalars import call
 from maskops.ops.transforms import (
     Argument,
     define_vmap,
@@ -32,30 +33,11 @@ _NUMBERS = "int ignore_index, float label_smoothing, float z_loss, float softcap
 # class_weights: (V,) float32, or empty. probabilities: those of every row, (N, V), or a tensor of another number of
 # dimensions where rows are scored against their label alone; under shift, row r is scored against row r + 1 of them.
 _TARGETS = "Tensor target, Tensor class_weights, Tensor probabilities"
-# Results: loss, lse, logprobs, entropy, argmax, and statistics for the backward pass, (N, 6) float64. The last three
-# have no rows where they are not needed.
-_library.define(
-    f"cross_entropy_forward(Tensor logits, {_TARGETS}, bool shift, {_NUMBERS}, bool entropy, bool argmax) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
 _SAVED = "Tensor lse, Tensor logprobs, Tensor entropy, Tensor statistics"
 _GRADIENTS = "Tensor grad_loss, Tensor grad_lse, Tensor grad_logprobs, Tensor grad_entropy"
-# Results: the gradients of the logits and, unless it is not wanted and without rows, of the probabilities.
-_library.define(
-    f"cross_entropy_backward({_GRADIENTS}, Tensor logits, {_TARGETS}, {_SAVED}, bool shift, bool probabilities_grad, "
-    f"{_NUMBERS}) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-# The same, but the gradient replaces the logits, and the probabilities get none.
-_library.define(
-    f"cross_entropy_backward_({_GRADIENTS}, Tensor(a!) logits, {_TARGETS}, {_SAVED}, bool shift, {_NUMBERS}) -> ()",
-    tags=_TAGS,
-)
 
 
-@torch.library.register_fake("maskops::cross_entropy_forward", lib=_library)  # type: ignore[untyped-decorator]
-def _(
+def _forward_fake(
     logits: Tensor,
     target: Tensor,
     class_weights: Tensor,
@@ -79,8 +61,7 @@ def _(
     return per_row(), per_row(), per_row(), per_row(entropy), per_row(argmax, torch.int64), statistics
 
 
-@torch.library.register_fake("maskops::cross_entropy_backward", lib=_library)  # type: ignore[untyped-decorator]
-def _(
+def _backward_fake(
     grad_loss: Tensor,
     grad_lse: Tensor,
     grad_logprobs: Tensor,
@@ -105,8 +86,7 @@ def _(
     return logits.new_empty(logits.shape), probabilities.new_empty((logits.shape[0] if wanted else 0, logits.shape[1]))
 
 
-@torch.library.register_fake("maskops::cross_entropy_backward_", lib=_library)  # type: ignore[untyped-decorator]
-def _(
+def _backward_in_place_fake(
     grad_loss: Tensor,
     grad_lse: Tensor,
     grad_logprobs: Tensor,
@@ -129,8 +109,27 @@ def _(
     return None
 
 
-define_open(_library, "cross_entropy_forward", _TAGS)
-define_open(_library, "cross_entropy_backward", _TAGS)
+# Results: loss, lse, logprobs, entropy, argmax, and statistics for the backward pass, (N, 6) float64. The last three
+# have no rows where they are not needed.
+define(
+    _library, "cross_entropy", "cross_entropy_forward",
+    f"(Tensor logits, {_TARGETS}, bool shift, {_NUMBERS}, bool entropy, bool argmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake, _TAGS,
+)  # fmt: skip
+# Results: the gradients of the logits and, unless it is not wanted and without rows, of the probabilities.
+define(
+    _library, "cross_entropy", "cross_entropy_backward",
+    f"({_GRADIENTS}, Tensor logits, {_TARGETS}, {_SAVED}, bool shift, bool probabilities_grad, {_NUMBERS}) "
+    "-> (Tensor, Tensor)",
+    _backward_fake, _TAGS,
+)  # fmt: skip
+# The same, but the gradient replaces the logits, and the probabilities get none.
+define(
+    _library, "cross_entropy", "cross_entropy_backward_",
+    f"({_GRADIENTS}, Tensor(a!) logits, {_TARGETS}, {_SAVED}, bool shift, {_NUMBERS}) -> ()",
+    _backward_in_place_fake, _TAGS,
+)  # fmt: skip
 
 _OF_ROWS = ("logits", "target", "lse", "logprobs", "entropy", "columns")
 
@@ -157,8 +156,8 @@ def _unfold_rows(x: Tensor, samples: int) -> Tensor:
     return x.reshape(samples, x.shape[0] // samples, *x.shape[1:])
 
 
-define_vmap(_library, "cross_entropy_forward", _fold_into_rows, _unfold_rows)
-define_vmap(_library, "cross_entropy_backward", _fold_into_rows, _unfold_rows)
+for _name in (*names_of("cross_entropy_forward"), *names_of("cross_entropy_backward")):
+    define_vmap(_library, _name, _fold_into_rows, _unfold_rows)
 
 
 class _Backward(torch.autograd.Function):
@@ -168,7 +167,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor] = call("cross_entropy_backward", *args)
+        *arguments, backend = args
+        grads: tuple[Tensor, Tensor] = call(name_of("cross_entropy_backward", backend), *arguments)
         return grads
 
     @staticmethod
@@ -186,19 +186,21 @@ class _Backward(torch.autograd.Function):
 
 class _CrossEntropy(torch.autograd.Function):
     # Arguments: logits, target, class_weights, probabilities, shift, ignore_index, label_smoothing, z_loss, softcap,
-    # logit_scale, entropy, argmax, inplace_backward. The context is set up apart from the forward pass, which
+    # logit_scale, entropy, argmax, inplace_backward, backend. The context is set up apart from the forward pass, which
     # torch.func asks for.
 
     generate_vmap_rule = True  # from those of the operators
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = call("cross_entropy_forward", *args[:-1])
+        *arguments, _inplace_backward, backend = args
+        outputs: tuple[Tensor, ...] = call(name_of("cross_entropy_forward", backend), *arguments)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, class_weights, probabilities, shift, *numbers, _entropy, _argmax, inplace_backward = inputs
+        logits, target, class_weights, probabilities, shift, *numbers = inputs[:-4]
+        inplace_backward, backend = inputs[-2:]
         _loss, lse, logprobs, entropy, argmax, statistics = output
         ctx.save_for_backward(logits, target, class_weights, probabilities, lse, logprobs, entropy, statistics)
         ctx.mark_non_differentiable(argmax, statistics)
@@ -206,6 +208,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.shift = shift
         ctx.numbers = tuple(numbers)
         ctx.inplace_backward = inplace_backward
+        ctx.backend = backend
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -220,15 +223,15 @@ class _CrossEntropy(torch.autograd.Function):
         inplace = ctx.inplace_backward and distinct and not probabilities_grad and not under_transform(*incoming)
         if torch.is_grad_enabled():
             # create_graph=True: somebody may differentiate the gradient, and is told.
-            grad, grad_probabilities = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
+            grad, grad_probabilities = _Backward.apply(*arguments, ctx.backend)  # type: ignore[no-untyped-call]
         elif inplace and not torch.compiler.is_compiling():
             grad, grad_probabilities = logits.detach(), None
-            torch.ops.maskops.cross_entropy_backward_(*incoming, grad, *saved, ctx.shift, *ctx.numbers)
+            call(name_of("cross_entropy_backward_", ctx.backend), *incoming, grad, *saved, ctx.shift, *ctx.numbers)
             # Whoever else saved the logits for a backward pass of its own gets autograd's error, not a wrong gradient.
             torch.autograd.graph.increment_version(grad)
         else:
-            grad, grad_probabilities = call("cross_entropy_backward", *arguments)
-        return grad, None, None, grad_probabilities if probabilities_grad else None, *[None] * 9
+            grad, grad_probabilities = call(name_of("cross_entropy_backward", ctx.backend), *arguments)
+        return grad, None, None, grad_probabilities if probabilities_grad else None, *[None] * 10
 
 
 def row_losses(
@@ -237,18 +240,20 @@ def row_losses(
     scoring: Scoring,
     numbers: tuple[float | Tensor, ...],
     inplace_backward: bool,
+    backend: str,
     *,
     class_weights: Tensor | None = None,
     probabilities: Tensor | None = None,
     shift: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Runs the registered op, differentiably; the kernel is found by the device of the logits.
+    """Runs the registered op of a backend, differentiably.
 
     Args:
         logits: (N, V), any row stride, contiguous columns.
         labels: (N,) int32 or int64; rows that hold ``scoring.ignore_index`` are skipped and never read.
         numbers: the floats of ``scoring`` in their order, as ``scalars.scalar`` gives them.
         inplace_backward: lets the backward pass write the gradient over the logits.
+        backend: name of the backend, one that is a kernel.
         class_weights: (V,) float32, contiguous.
         probabilities: (N, V), any row stride, contiguous columns: what rows are scored against instead of their labels,
             which then only say whether they are skipped.
@@ -265,8 +270,8 @@ def row_losses(
     refuse_forward_mode("cross_entropy", logits, targets)
     if not is_differentiated(logits, targets):
         # The bare operator: an autograd.Function costs more than a small problem.
-        results = call("cross_entropy_forward", *arguments)
+        results = call(name_of("cross_entropy_forward", backend), *arguments)
     else:
-        results = _CrossEntropy.apply(*arguments, inplace_backward)  # type: ignore[no-untyped-call]
+        results = _CrossEntropy.apply(*arguments, inplace_backward, backend)  # type: ignore[no-untyped-call]
     loss, lse, logprobs, entropy, argmax, _statistics = results
     return loss, lse, logprobs, entropy, argmax

@@ -122,7 +122,7 @@ def append_kv(
         reference.append(k_cache, v_cache, k, v, lengths, block_table, batch_index)
         return
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    registration.append(k_cache, v_cache, k, v, lengths, block_table, batch_index)
+    registration.append(k_cache, v_cache, k, v, lengths, block_table, batch_index, name)
     if not torch.compiler.is_compiling():
         # As torch's own in-place operations do: what autograd may have saved of a cache is not that any more.
         torch.autograd.graph.increment_version([x for x in (k_cache, v_cache) if not x.is_inference()])
@@ -306,6 +306,7 @@ def decode_attention(
             sinks,
             scale if softmax_scale is None else scalar(softmax_scale),
             scalar(softcap, neutral=0.0),
+            name,
         )
         return (out, lse) if return_lse else out
     integer_tensors = [x for x in (lengths, leftpad, block_table, batch_index) if x is not None]

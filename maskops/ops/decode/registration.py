@@ -8,25 +8,14 @@ import torch
 from torch import Tensor
 
 from maskops.ops.attention.registration import empty_in_order
-from maskops.ops.scalars import call, define_open
+from maskops.ops.operators import define, name_of
+from maskops.ops.scalars import call
 from maskops.spans import RowSpans
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 # The output's strides follow those of q, and the caches are used in place, so Inductor must hand inputs over as they
 # were traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-
-_library.define(
-    "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor block_table, "
-    "Tensor batch_index) -> ()",
-    tags=_TAGS,
-)
-_library.define(
-    "decode_forward(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor leftpad, Tensor block_table, "
-    "Tensor batch_index, Tensor start, Tensor end, Tensor key_valid, Tensor dense, Tensor diagonal, "
-    "Tensor alibi_slopes, Tensor sinks, float softmax_scale, float softcap) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
 
 
 def _append_fake(
@@ -62,9 +51,19 @@ def _decode_fake(
     return empty_in_order(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-torch.library.register_fake("maskops::append_kv", _append_fake, lib=_library)
-torch.library.register_fake("maskops::decode_forward", _decode_fake, lib=_library)
-define_open(_library, "decode_forward", _TAGS)
+define(
+    _library, "decode", "append_kv",
+    "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor block_table, "
+    "Tensor batch_index) -> ()",
+    _append_fake, _TAGS,
+)  # fmt: skip
+define(
+    _library, "decode", "decode_forward",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor leftpad, Tensor block_table, "
+    "Tensor batch_index, Tensor start, Tensor end, Tensor key_valid, Tensor dense, Tensor diagonal, "
+    "Tensor alibi_slopes, Tensor sinks, float softmax_scale, float softcap) -> (Tensor, Tensor)",
+    _decode_fake, _TAGS,
+)  # fmt: skip
 
 
 def append(
@@ -75,10 +74,11 @@ def append(
     lengths: Tensor,
     block_table: Tensor | None,
     batch_index: Tensor | None,
+    backend: str,
 ) -> None:
-    """Runs the registered op that appends; k and v (B, kv_heads, new, width) with a contiguous last dimension."""
+    """Runs the registered op of a backend that appends k and v (B, kv_heads, new, width), their rows contiguous."""
     absent = lengths.new_empty(0)
-    torch.ops.maskops.append_kv(
+    getattr(torch.ops.maskops, name_of("append_kv", backend))(
         k_cache,
         v_cache,
         k,
@@ -102,8 +102,9 @@ def attend(
     sinks: Tensor | None,
     softmax_scale: float | Tensor,
     softcap: float | Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the registered op that attends.
+    """Runs the registered op of a backend that attends.
 
     Args:
         q: (B, H, Sq, D), any strides with a contiguous last dimension.
@@ -118,6 +119,7 @@ def attend(
         sinks: (H,).
         softmax_scale: factor of the scores; this number and the next as ``scalars.scalar`` gives them.
         softcap: 0 for none.
+        backend: name of the backend, one that is a kernel.
 
     Returns:
         out (B, H, Sq, Dv) in q's dimension order, lse (B, H, Sq) float32.
@@ -133,7 +135,7 @@ def attend(
         diagonal = spans.diag
         slopes = alibi_slopes.to(torch.float32).reshape(-1, alibi_slopes.shape[-1]).contiguous()
     outputs: tuple[Tensor, Tensor] = call(
-        "decode_forward",
+        name_of("decode_forward", backend),
         q,
         k_cache,
         v_cache,

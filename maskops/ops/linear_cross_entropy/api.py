@@ -233,14 +233,14 @@ def linear_cross_entropy(
     if chosen != backend.REFERENCE and reduction != "none" and not of_rows and torch.float16 not in dtypes:
         # Gradients that are rounded to float16 before a loss scaler has multiplied them would underflow.
         factors = row_factors(rows, shape=shape, reduction=reduction, num_items=num_items, dtype=dtype)
-        loss, argmax = registration.loss(inputs, factors, scoring, numbers)
+        loss, argmax = registration.loss(inputs, factors, scoring, numbers, chosen)
         return CrossEntropyOutput(loss, None, None, None, argmax.reshape(shape)) if return_argmax else loss
     if chosen == backend.REFERENCE:
         if values_can_be_read([rows.labels], rows.labels.device):
             check_labels(rows.labels, weight.shape[0], ignore_index)
         results = reference.row_losses(states, weight, bias, rows.labels, scoring, weights)
     else:
-        results = registration.row_losses(inputs, scoring, numbers)
+        results = registration.row_losses(inputs, scoring, numbers, chosen)
     row_loss, lse, logprobs, entropy, argmax = results
     loss = reduce_rows(row_loss, rows, shape=shape, reduction=reduction, num_items=num_items)
     if not (of_rows or return_argmax):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from maskops.ops.cross_entropy.rows import Scoring, total
 from maskops.ops.linear_cross_entropy import chunks
-from maskops.ops.scalars import call, define_open
+from maskops.ops.operators import define, name_of, names_of
+from maskops.ops.scalars import call
 from maskops.ops.transforms import (
     Argument,
     define_vmap,
@@ -30,23 +31,8 @@ from maskops.ops.transforms import (
 _library = torch.library.Library("maskops", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-# hidden (N, H), weight (V, H), bias (V,), labels (N,), class_weights (V,) float32, and the gradients that come in for
-# the losses, lse, logprobs and entropies, (N,) float32 each. An absent tensor is an empty one. Results: loss, lse,
-# logprobs, entropy, argmax, empty without ``values``; and gradients of hidden, weight and bias, empty where they are
-# not wanted.
-_library.define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor class_weights, "
-    "Tensor grad_loss, Tensor grad_lse, Tensor grad_logprobs, Tensor grad_entropy, int ignore_index, "
-    "float label_smoothing, float z_loss, float softcap, float logit_scale, bool entropy, bool argmax, bool values, "
-    "bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_library.impl("linear_cross_entropy", chunks.linear_cross_entropy, "CPU")
 
-
-@torch.library.register_fake("maskops::linear_cross_entropy", lib=_library)  # type: ignore[untyped-decorator]
-def _(
+def _fake(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -81,7 +67,20 @@ def _(
     )
 
 
-define_open(_library, "linear_cross_entropy", _TAGS)
+# hidden (N, H), weight (V, H), bias (V,), labels (N,), class_weights (V,) float32, and the gradients that come in for
+# the losses, lse, logprobs and entropies, (N,) float32 each. An absent tensor is an empty one. Results: loss, lse,
+# logprobs, entropy, argmax, empty without ``values``; and gradients of hidden, weight and bias, empty where they are
+# not wanted.
+define(
+    _library, "linear_cross_entropy", "linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, Tensor class_weights, "
+    "Tensor grad_loss, Tensor grad_lse, Tensor grad_logprobs, Tensor grad_entropy, int ignore_index, "
+    "float label_smoothing, float z_loss, float softcap, float logit_scale, bool entropy, bool argmax, bool values, "
+    "bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake, _TAGS,
+)  # fmt: skip
+_library.impl("linear_cross_entropy", chunks.linear_cross_entropy, "CPU")
 
 _OF_ROWS = ("hidden", "labels", "grad_loss", "grad_lse", "grad_logprobs", "grad_entropy")
 
@@ -99,7 +98,8 @@ def _unfold_rows(x: Tensor, samples: int) -> Tensor:
     return x.reshape(samples, x.shape[0] // samples, *x.shape[1:])
 
 
-define_vmap(_library, "linear_cross_entropy", _fold_into_rows, _unfold_rows)
+for _name in names_of("linear_cross_entropy"):
+    define_vmap(_library, _name, _fold_into_rows, _unfold_rows)
 
 
 class Inputs(NamedTuple):
@@ -127,10 +127,13 @@ def _operator(
     scoring: tuple[Any, ...],
     values: bool,
     needed: tuple[bool, ...],
+    backend: str,
 ) -> tuple[Tensor, ...]:
     nothing = inputs[0].new_empty(0, dtype=torch.float32)
     grads = [nothing if grad is None else grad for grad in incoming]
-    results: tuple[Tensor, ...] = call("linear_cross_entropy", *inputs, *grads, *scoring, values, *needed)
+    results: tuple[Tensor, ...] = call(
+        name_of("linear_cross_entropy", backend), *inputs, *grads, *scoring, values, *needed
+    )
     return results
 
 
@@ -140,9 +143,10 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        arguments, backend = args[:-1], args[-1]
         inputs, incoming, scoring, needed = arguments[:5], arguments[5:9], arguments[9:-3], arguments[-3:]
-        return _operator(inputs, incoming, scoring, False, needed)[5:]
+        return _operator(inputs, incoming, scoring, False, needed, backend)[5:]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -161,9 +165,9 @@ def _gradients(ctx: Any, inputs: tuple[Tensor, ...], incoming: tuple[Tensor | No
     """What a backward pass returns for all arguments, by another pass through the chunks."""
     if torch.is_grad_enabled():
         # create_graph=True: somebody may differentiate the gradients, and is told.
-        grads = _Backward.apply(*inputs, *incoming, *ctx.scoring, *ctx.needed)  # type: ignore[no-untyped-call]
+        grads = _Backward.apply(*inputs, *incoming, *ctx.scoring, *ctx.needed, ctx.backend)  # type: ignore[no-untyped-call]
     else:
-        grads = _operator(inputs, incoming, ctx.scoring, False, ctx.needed)[5:]
+        grads = _operator(inputs, incoming, ctx.scoring, False, ctx.needed, ctx.backend)[5:]
     return _for_all_arguments(ctx, grads)
 
 
@@ -174,18 +178,18 @@ def _for_all_arguments(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
 class _RowLosses(torch.autograd.Function):
     # Arguments: those of the operator without the gradients and ``values``: hidden, weight, bias, labels,
-    # class_weights, seven that say how rows are scored, three that say which gradients are needed.
+    # class_weights, seven that say how rows are scored, three that say which gradients are needed, and the backend.
 
     generate_vmap_rule = True  # from that of the operator
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _operator(arguments[:5], _NO_GRADIENTS, arguments[5:-3], True, _NOT_NEEDED)[:5]
+        return _operator(arguments[:5], _NO_GRADIENTS, arguments[5:-4], True, _NOT_NEEDED, arguments[-1])[:5]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:5])
-        ctx.scoring, ctx.needed, ctx.count = inputs[5:-3], inputs[-3:], len(inputs)
+        ctx.scoring, ctx.needed, ctx.backend, ctx.count = inputs[5:-4], inputs[-4:-1], inputs[-1], len(inputs)
         ctx.mark_non_differentiable(output[4])
         ctx.set_materialize_grads(False)
 
@@ -199,14 +203,15 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        factors, scoring, needed = arguments[5], arguments[6:-3], arguments[-3:]
-        loss, _, _, _, argmax, *grads = _operator(arguments[:5], (factors, None, None, None), scoring, True, needed)
+        factors, scoring, needed, backend = arguments[5], arguments[6:-4], arguments[-4:-1], arguments[-1]
+        incoming = (factors, None, None, None)
+        loss, _, _, _, argmax, *grads = _operator(arguments[:5], incoming, scoring, True, needed, backend)
         return total(loss * factors), argmax, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *others = output
-        ctx.scoring, ctx.needed, ctx.count = inputs[6:-3], inputs[-3:], len(inputs)
+        ctx.scoring, ctx.needed, ctx.backend, ctx.count = inputs[6:-4], inputs[-4:-1], inputs[-1], len(inputs)
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         # Gradients as large as the weight are handed out once, not kept for a second backward pass, which would need a
@@ -240,39 +245,41 @@ def _differentiates(inputs: Inputs) -> bool:
 
 
 def row_losses(
-    inputs: Inputs, scoring: Scoring, numbers: tuple[float | Tensor, ...]
+    inputs: Inputs, scoring: Scoring, numbers: tuple[float | Tensor, ...], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Runs the registered op, differentiably in all results; a backward pass computes the logits again.
+    """Runs the registered op of a backend, differentiably in all results; a backward pass computes the logits again.
 
     Args:
         inputs: the layer and the labels.
         scoring: how a row is scored.
         numbers: the floats of ``scoring`` in their order, as ``scalars.scalar`` gives them.
+        backend: name of the backend, one that is a kernel.
 
     Returns:
         loss, lse, logprobs, entropy, argmax: one value per row; the last two are empty where they were not asked for.
     """
     arguments = (scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax)
     if _differentiates(inputs):
-        results = _RowLosses.apply(*inputs, *arguments, *inputs.needed_gradients())  # type: ignore[no-untyped-call]
+        results = _RowLosses.apply(*inputs, *arguments, *inputs.needed_gradients(), backend)  # type: ignore[no-untyped-call]
     else:
-        results = _operator(inputs, _NO_GRADIENTS, arguments, True, _NOT_NEEDED)
+        results = _operator(inputs, _NO_GRADIENTS, arguments, True, _NOT_NEEDED, backend)
     loss, lse, logprobs, entropy, argmax = results[:5]
     return loss, lse, logprobs, entropy, argmax
 
 
 def loss(
-    inputs: Inputs, factors: Tensor, scoring: Scoring, numbers: tuple[float | Tensor, ...]
+    inputs: Inputs, factors: Tensor, scoring: Scoring, numbers: tuple[float | Tensor, ...], backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Runs the registered op for the sum of factors times losses, whose gradients it computes along with it.
+    """Runs the registered op of a backend for the sum of factors times losses; computes its gradients along with it.
 
     Returns:
         The sum, 0-dim, and argmax of every row, empty where it was not asked for.
     """
     # A transform may differentiate with many cotangents, or each sample by itself: the gradients are not one to keep.
     if not _differentiates(inputs) or under_transform(*inputs):
-        losses, _, _, _, argmax = row_losses(inputs, scoring, numbers)
+        losses, _, _, _, argmax = row_losses(inputs, scoring, numbers, backend)
         return total(losses * factors), argmax
     arguments = (scoring.ignore_index, *numbers, scoring.entropy, scoring.argmax)
-    results = _Loss.apply(*inputs, factors, *arguments, *inputs.needed_gradients())  # type: ignore[no-untyped-call]
+    needed = inputs.needed_gradients()
+    results = _Loss.apply(*inputs, factors, *arguments, *needed, backend)  # type: ignore[no-untyped-call]
     return results[0], results[1]

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskops import extension
+from maskops.ops.operators import define, name_of
 from maskops.spans import KEY_TILE, RowSpans, build_row_spans, tiles_per_batch_element
 
 MAX_OPERANDS = 6
@@ -35,16 +35,9 @@ MAX_LENGTH = 2**28
 _NATIVE_DTYPES = (torch.int32, torch.int64, torch.bool, torch.uint8)
 
 _library = torch.library.Library("maskops", "FRAGMENT")
-_library.define(
-    "build_plan(str program, "
-    + ", ".join(f"Tensor operand{number}" for number in range(MAX_OPERANDS))
-    + ", SymInt batch, SymInt q_len, SymInt k_len, bool grad, bool positions)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
-@torch.library.register_fake("maskops::build_plan", lib=_library)  # type: ignore[untyped-decorator]
-def _(
+def _build_plan_fake(
     program: str,
     operand0: Tensor,
     operand1: Tensor,
@@ -56,38 +49,52 @@ def _(
     q_len: int,
     k_len: int,
     grad: bool,
+    order: bool,
     positions: bool,
 ) -> tuple[Tensor, ...]:
     n_spans = program.split(" ").count("span")
     spans = operand0.new_empty((n_spans, batch, q_len), dtype=torch.int32)
     where = operand0.new_empty((3, batch, q_len) if positions else (0,), dtype=torch.int32)
-    return spans, torch.empty_like(spans), *_empty_work_lists(spans, k_len, grad), where
+    return spans, torch.empty_like(spans), *_empty_work_lists(spans, k_len, grad, order), where
 
 
-def _empty_work_lists(start: Tensor, k_len: int, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is derived from spans, unwritten: key_valid, tiles, tile_count, key_tiles (empty without ``grad``)."""
+define(
+    _library, "plan", "build_plan",
+    "(str program, " + ", ".join(f"Tensor operand{number}" for number in range(MAX_OPERANDS))
+    + ", SymInt batch, SymInt q_len, SymInt k_len, bool grad, bool order, bool positions)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _build_plan_fake,
+)  # fmt: skip
+
+
+def _empty_work_lists(start: Tensor, k_len: int, grad: bool, order: bool) -> tuple[Tensor, ...]:
+    """What is derived from spans, unwritten: key_valid, tiles, tile_count, and where wanted key_tiles and order."""
     n_spans, batch, q_len = start.shape
+    capacity = batch * tiles_per_batch_element(q_len, k_len)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return start.new_empty(sizes, dtype=dtype)
 
     return (
         empty(batch, k_len, dtype=torch.uint8),
-        empty(batch * tiles_per_batch_element(q_len, k_len), 4 + 4 * n_spans),
+        empty(capacity, 4 + 4 * n_spans),
         empty(1),
         empty(n_spans, batch, (k_len + KEY_TILE - 1) // KEY_TILE, 4) if grad else empty(0),
+        empty(capacity if order else 0),
     )
 
 
 # An absent tensor is an empty one. The same on every device: it is made of torch operations.
 _library.define(
-    "derive_plan(Tensor start, Tensor end, Tensor key_holes, Tensor dense, SymInt k_len, bool grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    "derive_plan(Tensor start, Tensor end, Tensor key_holes, Tensor dense, SymInt k_len, bool grad, bool order)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl("maskops::derive_plan", "CompositeExplicitAutograd", lib=_library)
-def _(start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool) -> tuple[Tensor, ...]:
+def _(
+    start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool, order: bool
+) -> tuple[Tensor, ...]:
     plan = build_row_spans(
         start,
         end,
@@ -95,14 +102,17 @@ def _(start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, 
         key_holes=key_holes if key_holes.dim() == 2 else None,
         dense=dense if dense.dim() == 4 else None,
         grad=grad,
+        order=order,
     )
-    key_tiles = start.new_empty(0, dtype=torch.int32) if plan.key_tiles is None else plan.key_tiles
-    return plan.key_valid, plan.tiles, plan.tile_count, key_tiles
+    wanted = (start.new_empty(0, dtype=torch.int32) if x is None else x for x in (plan.key_tiles, plan.order))
+    return plan.key_valid, plan.tiles, plan.tile_count, *wanted
 
 
 @torch.library.register_fake("maskops::derive_plan", lib=_library)  # type: ignore[untyped-decorator]
-def _(start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool) -> tuple[Tensor, ...]:
-    return _empty_work_lists(start, k_len, grad)
+def _(
+    start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool, order: bool
+) -> tuple[Tensor, ...]:
+    return _empty_work_lists(start, k_len, grad, order)
 
 
 def derive_plan(
@@ -113,36 +123,56 @@ def derive_plan(
     key_holes: Tensor | None,
     dense: Tensor | None,
     grad: bool,
+    order: bool,
     positions: Tensor | None,
 ) -> RowSpans:
     """``spans.build_row_spans``, which compiled code calls without looking inside."""
     if not torch.compiler.is_compiling():
-        return build_row_spans(start, end, k_len, key_holes=key_holes, dense=dense, grad=grad, positions=positions)
+        return build_row_spans(
+            start, end, k_len, key_holes=key_holes, dense=dense, grad=grad, order=order, positions=positions
+        )
     nothing = start.new_empty(0, dtype=torch.bool)
-    key_valid, tiles, tile_count, key_tiles = torch.ops.maskops.derive_plan.default(
-        start, end, nothing if key_holes is None else key_holes, nothing if dense is None else dense, k_len, grad
+    holes, exact = (nothing if x is None else x for x in (key_holes, dense))
+    key_valid, tiles, tile_count, key_tiles, by_cost = torch.ops.maskops.derive_plan.default(
+        start, end, holes, exact, k_len, grad, order
     )
-    spans = (start.to(torch.int32), end.to(torch.int32))
-    return RowSpans(*spans, key_valid, tiles, tile_count, key_tiles if grad else None, positions, dense)
-
-
-def available() -> bool:
-    """Whether the operator has an implementation in this process."""
-    return extension.reason() is None
+    lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
+    return RowSpans(start.to(torch.int32), end.to(torch.int32), *lists, positions, dense)
 
 
 def build_plan(
-    program: str, operands: list[Tensor], batch: int, q_len: int, k_len: int, grad: bool, positions: bool
+    backend: str,
+    program: str,
+    operands: list[Tensor],
+    batch: int,
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+    *,
+    grad: bool,
+    order: bool,
+    positions: bool,
 ) -> RowSpans:
-    """Run ``program`` (see the module) on CPU operands; at most MAX_OPERANDS of them, lengths below MAX_LENGTH."""
+    """Run ``program`` (see the module) as a backend implements it.
+
+    Args:
+        backend: name of a backend that plans.
+        program: at most MAX_OPERANDS operands, lengths below MAX_LENGTH.
+        operands: integers or bool on ``device``.
+        batch: batch elements of the plan.
+        q_len: query rows.
+        k_len: keys.
+        device: where the plan is made.
+        grad: whether ``key_tiles`` is wanted, as ``order`` and ``positions``.
+    """
     passed = [
         (operand if operand.dtype in _NATIVE_DTYPES else operand.to(torch.int64)).contiguous() for operand in operands
     ]
     if len(passed) < MAX_OPERANDS:
-        passed += [torch.empty(0, dtype=torch.int32)] * (MAX_OPERANDS - len(passed))
-    start, end, key_valid, tiles, tile_count, key_tiles, where = torch.ops.maskops.build_plan.default(
-        program, *passed, batch, q_len, k_len, grad, positions
+        passed += [torch.empty(0, dtype=torch.int32, device=device)] * (MAX_OPERANDS - len(passed))
+    operator = getattr(torch.ops.maskops, name_of("build_plan", backend)).default
+    start, end, key_valid, tiles, tile_count, key_tiles, by_cost, where = operator(
+        program, *passed, batch, q_len, k_len, grad, order, positions
     )
-    return RowSpans(
-        start, end, key_valid, tiles, tile_count, key_tiles if grad else None, where if positions else None, None
-    )
+    lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
+    return RowSpans(start, end, *lists, where if positions else None, None)

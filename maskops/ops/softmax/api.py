@@ -150,7 +150,7 @@ def masked_softmax(
         weights, lse = reference.masked_softmax(x, allowed, dim)
     else:
         allowed = None if allowed is None else allowed.expand(x.shape)
-        weights, lse = registration.masked_softmax(x, allowed, spans, dim, return_lse)
+        weights, lse = registration.masked_softmax(x, allowed, spans, dim, return_lse, name)
     weights = weights.reshape(shape)
     return (weights, lse) if return_lse else weights
 

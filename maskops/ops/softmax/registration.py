@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskops.ops.operators import define, name_of, names_of
 from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
 from maskops.spans import RowSpans
 
@@ -17,31 +18,31 @@ _library = torch.library.Library("maskops", "FRAGMENT")
 # was expanded).
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-_library.define(
-    "masked_softmax_forward(Tensor x, Tensor mask, Tensor start, Tensor end, Tensor key_valid, int dim, "
-    "bool return_lse) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-_library.define(
-    "masked_softmax_backward(Tensor grad_weights, Tensor grad_lse, Tensor weights, Tensor start, Tensor end, "
-    "Tensor key_valid, int dim) -> Tensor",
-    tags=_TAGS,
-)
 
-
-@torch.library.register_fake("maskops::masked_softmax_forward", lib=_library)  # type: ignore[untyped-decorator]
-def _(
+def _forward_fake(
     x: Tensor, mask: Tensor, start: Tensor, end: Tensor, key_valid: Tensor, dim: int, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     sizes = [*x.shape[:dim], *x.shape[dim + 1 :]] if return_lse else [0]
     return x.new_empty(x.shape), x.new_empty(sizes, dtype=torch.float32)
 
 
-@torch.library.register_fake("maskops::masked_softmax_backward", lib=_library)  # type: ignore[untyped-decorator]
-def _(
+def _backward_fake(
     grad_weights: Tensor, grad_lse: Tensor, weights: Tensor, start: Tensor, end: Tensor, key_valid: Tensor, dim: int
 ) -> Tensor:
     return weights.new_empty(weights.shape)
+
+
+define(
+    _library, "softmax", "masked_softmax_forward",
+    "(Tensor x, Tensor mask, Tensor start, Tensor end, Tensor key_valid, int dim, bool return_lse) -> (Tensor, Tensor)",
+    _forward_fake, _TAGS,
+)  # fmt: skip
+define(
+    _library, "softmax", "masked_softmax_backward",
+    "(Tensor grad_weights, Tensor grad_lse, Tensor weights, Tensor start, Tensor end, Tensor key_valid, int dim) "
+    "-> Tensor",
+    _backward_fake, _TAGS,
+)  # fmt: skip
 
 
 def _fold_into_leading(arguments: dict[str, Argument], samples: int) -> dict[str, Any] | None:
@@ -58,8 +59,12 @@ def _samples_lead(x: Tensor, samples: int) -> Tensor:
     return x.expand(samples, 0) if x.dim() == 1 and x.shape[0] == 0 else x
 
 
-define_vmap(_library, "masked_softmax_forward", _fold_into_leading, _samples_lead)
-define_vmap(_library, "masked_softmax_backward", _fold_into_leading, _samples_lead)
+for _name in (*names_of("masked_softmax_forward"), *names_of("masked_softmax_backward")):
+    define_vmap(_library, _name, _fold_into_leading, _samples_lead)
+
+
+def _operator(name: str, backend: str) -> Any:
+    return getattr(torch.ops.maskops, name_of(name, backend)).default
 
 
 def readable(x: Tensor, dim: int) -> Tensor:
@@ -86,29 +91,31 @@ def _differentiable_backward(grad_weights: Tensor, grad_lse: Tensor | None, weig
 
 
 class _MaskedSoftmax(torch.autograd.Function):
-    # Arguments: x, mask, start, end, key_valid, dim, return_lse. The context is set up apart from the forward pass,
-    # which torch.func asks for.
+    # Arguments: x, mask, start, end, key_valid, dim, return_lse, backend. The context is set up apart from the forward
+    # pass, which torch.func asks for.
 
     generate_vmap_rule = True  # from those of the operators
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = torch.ops.maskops.masked_softmax_forward(*args)
+        *arguments, backend = args
+        outputs: tuple[Tensor, Tensor] = _operator("masked_softmax_forward", backend)(*arguments)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _x, _mask, start, end, key_valid, dim, _return_lse = inputs
+        _x, _mask, start, end, key_valid, dim, _return_lse, backend = inputs
         # No mask: masked places are those of weight 0.
         ctx.save_for_backward(output[0], start, end, key_valid)
         ctx.set_materialize_grads(False)
         ctx.dim = dim
+        ctx.backend = backend
 
     @staticmethod
     def backward(ctx: Any, grad_weights: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         weights, *plan = ctx.saved_tensors
         if grad_weights is None and grad_lse is None:
-            return (None,) * 7
+            return (None,) * 8
         if grad_weights is None:
             grad_weights = torch.zeros_like(weights)
         grad: Tensor
@@ -117,16 +124,16 @@ class _MaskedSoftmax(torch.autograd.Function):
             grad = _differentiable_backward(grad_weights, grad_lse, weights, ctx.dim)
         else:
             grad_lse = weights.new_empty(0, dtype=torch.float32) if grad_lse is None else grad_lse.contiguous()
-            grad = torch.ops.maskops.masked_softmax_backward(
+            grad = _operator("masked_softmax_backward", ctx.backend)(
                 readable(grad_weights, ctx.dim), grad_lse, weights, *plan, ctx.dim
             )
-        return grad, None, None, None, None, None, None
+        return grad, *(None,) * 7
 
 
 def masked_softmax(
-    x: Tensor, mask: Tensor | None, spans: RowSpans | None, dim: int, return_lse: bool
+    x: Tensor, mask: Tensor | None, spans: RowSpans | None, dim: int, return_lse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Runs the registered op, differentiably; the kernel is found by the device of x.
+    """Runs the registered op of a backend, differentiably.
 
     Args:
         x: any strides.
@@ -134,6 +141,7 @@ def masked_softmax(
         spans: plan for the last two dimensions of x without a dense mask; ``dim`` is the last one then.
         dim: not negative.
         return_lse: whether the lse is wanted; else it is empty.
+        backend: name of the backend, one that is a kernel.
     """
 
     def absent() -> Tensor:
@@ -145,7 +153,7 @@ def masked_softmax(
     refuse_forward_mode("masked_softmax", x)
     if not is_differentiated(x):
         # The bare operator: an autograd.Function costs more than a small problem.
-        weights, lse = torch.ops.maskops.masked_softmax_forward(*arguments)
+        weights, lse = _operator("masked_softmax_forward", backend)(*arguments)
     else:
-        weights, lse = _MaskedSoftmax.apply(*arguments)  # type: ignore[no-untyped-call]
+        weights, lse = _MaskedSoftmax.apply(*arguments, backend)  # type: ignore[no-untyped-call]
     return weights, lse
