@@ -26,7 +26,7 @@ OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 10)
 TORCH = "torch==2.13.0"
 COMPILERS = ("g++", "clang++", "c++")
-GIGABYTES = {"torch": 6.0, "tools": 1.0}
+GIGABYTES = {"torch": 6.0, "tools": 2.0}
 """Free disk that an installation needs, with and without a torch to download (a build for CUDA is the large case)."""
 
 
