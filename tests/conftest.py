@@ -1,21 +1,23 @@
 """Session settings: memory that was never written holds NaN, and skips are counted by reason."""
 
 import ctypes
-import os
 import sys
 from collections import Counter
 
 import pytest
 import torch
 
+from tests import placement
+
 _M_PERTURB = -6
 
-# Where there is no device, Triton's kernels are interpreted. They read this when they are first imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declares where the tests that are for every device make their tensors."""
+    parser.addoption("--device", default="cpu", help="run the tests marked `devices`, and no others, on this device")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Makes mistakes loud."""
     # Outputs that a kernel does not write hold NaN (or the largest integer) instead of what happened to be there.
     torch.use_deterministic_algorithms(True)
@@ -27,6 +29,12 @@ def pytest_configure() -> None:
         mallopt(_M_PERTURB, 0x100)
     # On the small shapes of tests a second thread costs more than it brings; what depends on threads sets their number.
     torch.set_num_threads(1)
+    placement.configure(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Chooses the tests of another device."""
+    placement.place(config, items)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

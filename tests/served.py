@@ -1,10 +1,20 @@
-"""Which backends a test is for."""
+"""Which backends a test is for, and the device that the session runs on."""
 
 from maskops import backend
 from maskops.backend import BACKENDS
 
-AT_HOME = tuple(name for name, row in BACKENDS.items() if row.is_at_home("cpu"))
-"""Those that processors run at their own speed: for tests of many or large calls."""
+DEVICE = "cpu"
+"""Type of the device on which the tests marked `devices` make their tensors; `tests/placement.py` sets it, once."""
+
+AT_HOME: tuple[str, ...] = ()
+"""Those that the device runs at their own speed: for tests of many or large calls."""
+
+
+def place(device: str) -> None:
+    """Chooses the device of the session. Called before test modules are imported, which copy these names."""
+    global DEVICE, AT_HOME
+    DEVICE = device
+    AT_HOME = tuple(name for name, row in BACKENDS.items() if row.is_at_home(device))
 
 
 def for_devices(op: str) -> tuple[str, ...]:
@@ -15,3 +25,6 @@ def for_devices(op: str) -> tuple[str, ...]:
 def kernels_here() -> list[str]:
     """The backends of AT_HOME that are kernels and can run."""
     return [name for name in AT_HOME if name != backend.REFERENCE and BACKENDS[name].unavailable() is None]
+
+
+place(DEVICE)

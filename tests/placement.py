@@ -1,0 +1,140 @@
+"""`pytest --device cuda`: the same tests on tensors of a device, without a word about it in most of them.
+
+A test that is marked `devices` makes its tensors as everybody does, `torch.randn(2, 3)`. On another device than the
+processor the name `torch` of the test modules stands for `PlacedTorch`, which makes each tensor as before, on the
+processor, and moves it: values are those of every other run. The package under test never sees it: a tensor that a
+kernel's driver makes on the wrong device stays a mistake that shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import served
+
+MARKER = "devices: runs on the tensors of any device, chosen by --device"
+SMOKE = "gpu_smoke: one small case of each op, backend and pass; a minute on a device"
+
+_DRAWN = frozenset(
+    [
+        "tensor",
+        "as_tensor",
+        "scalar_tensor",
+        "from_numpy",
+        "zeros",
+        "ones",
+        "full",
+        "eye",
+        "arange",
+        "linspace",
+        "logspace",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "normal",
+        "tril_indices",
+        "triu_indices",
+    ]
+)
+_UNWRITTEN = frozenset({"empty", "empty_strided"})
+_OURS = {"tests.placement", "tests.served", "tests.conftest"}
+
+
+class PlacedTorch(ModuleType):
+    """torch, but what makes tensors puts them on a device unless it is told where."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__("torch")
+        self.placed_on = device
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name in _DRAWN:
+            return _drawn(found, self.placed_on)
+        if name in _UNWRITTEN:
+            return _unwritten(found, self.placed_on)
+        return found
+
+
+def _drawn(make: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    @functools.wraps(make)
+    def placed(*args: Any, **keywords: Any) -> Tensor:
+        if keywords.get("device") is not None or keywords.get("out") is not None:
+            return make(*args, **keywords)
+        differentiated = keywords.pop("requires_grad", False)
+        # Moved first: what is moved afterwards is no leaf.
+        return make(*args, **keywords).to(device).requires_grad_(differentiated)
+
+    return placed
+
+
+def _unwritten(make: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    @functools.wraps(make)
+    def placed(*args: Any, **keywords: Any) -> Tensor:
+        keywords["device"] = keywords.get("device") or device
+        return make(*args, **keywords)
+
+    return placed
+
+
+def moved(value: Any, device: str) -> Any:
+    """A value with the tensors inside of its dicts, lists and tuples on a device; itself where it holds none."""
+    if type(value) is Tensor:
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+    if type(value) is dict:
+        parts = {key: moved(part, device) for key, part in value.items()}
+        return parts if any(parts[key] is not value[key] for key in value) else value
+    if type(value) in (list, tuple):
+        entries = [moved(part, device) for part in value]
+        return type(value)(entries) if any(a is not b for a, b in zip(entries, value, strict=True)) else value
+    return value
+
+
+def configure(config: pytest.Config) -> None:
+    """Sets the device of the session, before any test module is imported."""
+    device = str(config.getoption("device"))
+    for line in (MARKER, SMOKE):
+        config.addinivalue_line("markers", line)
+    if device == "cpu":
+        # Triton reads this when its kernels are first imported. Without a device they are interpreted.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        return
+    if device != "meta" and not getattr(torch, device).is_available():
+        raise pytest.UsageError(f"--device {device}: torch sees no such device here")
+    served.place(device)
+    # cuBLAS reads this once. Without it, products under use_deterministic_algorithms are refused.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # What torch itself has no deterministic form of on a device (a float cumsum) serves tests as well without.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+
+
+def place(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the tests that are for every device, and gives their modules a torch that places tensors there."""
+    device = served.DEVICE
+    if device == "cpu":
+        return
+    kept = [item for item in items if item.get_closest_marker("devices")]
+    config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("devices")])
+    items[:] = kept
+    for item in kept:
+        called = getattr(item, "callspec", None)
+        if called is not None:
+            called.params.update(moved(dict(called.params), device))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tests.") and name not in _OURS:
+            for key, value in list(vars(module).items()):
+                if value is torch:
+                    vars(module)[key] = PlacedTorch(device)
+                elif not key.startswith("__"):
+                    vars(module)[key] = moved(value, device)
