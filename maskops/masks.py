@@ -57,7 +57,7 @@ from maskops.layouts import (
     values_can_be_read,
 )
 from maskops.ops.plan import registration
-from maskops.spans import RowSpans, needs_order
+from maskops.spans import RowSpans, is_for_devices
 
 __all__ = [
     "Mask",
@@ -152,6 +152,7 @@ class Mask:
         grad: bool = True,
         order: bool | None = None,
         positions: bool = False,
+        bits: bool | None = None,
     ) -> RowSpans:
         """Plan the mask for ``q_len`` query rows and ``k_len`` keys.
 
@@ -164,6 +165,7 @@ class Mask:
             grad: also build the transposed bounds that backward passes read.
             order: also sort the work items by cost; None: where the device is no processor.
             positions: also build diag, first key and ordinal of each row; the plan then has the whole ``batch``.
+            bits: also pack a dense mask into bits; None: where the device is no processor.
 
         Raises:
             ValueError: shapes that do not fit ``q_len``, ``k_len`` or ``batch``; tensors on several devices; and on the
@@ -171,7 +173,7 @@ class Mask:
                 ``cu_seqlens``.
         """
         plan_batch, on_device = self._check_structure(q_len, k_len, batch, device, positions)
-        order = needs_order(on_device, order)
+        order, bits = is_for_devices(on_device, order), is_for_devices(on_device, bits)
         backend = planner(on_device.type)
         if backend is not None and not self.is_dense:
             program, operands = self._program(on_device)
@@ -184,7 +186,7 @@ class Mask:
                 return registration.build_plan(
                     backend, program, operands, plan_batch, q_len, k_len, on_device, **wanted
                 )
-        return self._spans_by_torch(q_len, k_len, plan_batch, on_device, grad, order, positions)
+        return self._spans_by_torch(q_len, k_len, plan_batch, on_device, grad, order, positions, bits)
 
     def to_dense(
         self, q_len: int, k_len: int, *, batch: int | None = None, device: torch.device | str | None = None
@@ -344,7 +346,15 @@ class Mask:
                 )
 
     def _spans_by_torch(
-        self, q_len: int, k_len: int, batch: int, device: torch.device, grad: bool, order: bool, positions: bool
+        self,
+        q_len: int,
+        k_len: int,
+        batch: int,
+        device: torch.device,
+        grad: bool,
+        order: bool,
+        positions: bool,
+        bits: bool,
     ) -> RowSpans:
         """The meaning of a mask, in plain torch operations without a sync."""
         self._check_values(q_len, k_len, batch, device)
@@ -396,7 +406,7 @@ class Mask:
             ordinal = torch.where(inside, ordinal, -1)
             where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
         return registration.derive_plan(
-            start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, order=order, positions=where
+            start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, order=order, positions=where, bits=bits
         )
 
     def _dense_spans(

@@ -86,6 +86,11 @@ class RowSpans(NamedTuple):
     """
     dense: Tensor | None
     """bool (batch|1, heads|1, q_len, k_len): the exact mask where it has holes per row; the spans are then its hull."""
+    dense_bits: Tensor | None
+    """int32 (batch|1, heads|1, q_len, ceil(k_len / 32)): ``dense`` as bits, key j in bit j % 32 of word j // 32.
+
+    Bits beyond the keys are 0. What kernels of devices read instead of ``dense``; None where no device needs them.
+    """
 
     @property
     def n_spans(self) -> int:
@@ -163,6 +168,7 @@ def build_row_spans(
     grad: bool = True,
     order: bool | None = None,
     positions: Tensor | None = None,
+    bits: bool | None = None,
 ) -> RowSpans:
     """Derive a whole RowSpans from the spans themselves.
 
@@ -175,6 +181,7 @@ def build_row_spans(
         grad: also build ``key_tiles``, which only backward passes read.
         order: also build ``order``; None: where the device is no processor.
         positions: int32 (3, batch, q_len) or None, stored as it is.
+        bits: also build ``dense_bits`` where there is a ``dense``; None: where the device is no processor.
     """
     start, end = start.to(torch.int64), end.to(torch.int64)
     seen = _covered(start, end, k_len) if dense is None else dense.flatten(1, 2).any(1).expand(start.shape[1], k_len)
@@ -188,15 +195,27 @@ def build_row_spans(
         tiles=tiles,
         tile_count=tile_count,
         key_tiles=_transposed_bounds(start, end, seen, dense is not None) if grad else None,
-        order=costliest_first(tiles, tile_count) if needs_order(start.device, order) else None,
+        order=costliest_first(tiles, tile_count) if is_for_devices(start.device, order) else None,
         positions=positions,
         dense=dense,
+        dense_bits=None if dense is None or not is_for_devices(start.device, bits) else packed_bits(dense),
     )
 
 
-def needs_order(device: torch.device, order: bool | None = None) -> bool:
-    """Whether a plan for a device has an ``order``, where that was asked for (None: left to the device)."""
-    return device.type not in ("cpu", "meta") if order is None else order
+def is_for_devices(device: torch.device, wanted: bool | None = None) -> bool:
+    """Whether a plan has what only devices read, where that was asked for (None: left to where the plan is)."""
+    return device.type not in ("cpu", "meta") if wanted is None else wanted
+
+
+def packed_bits(dense: Tensor) -> Tensor:
+    """``RowSpans.dense_bits`` of a bool tensor (batch|1, heads|1, q_len, k_len)."""
+    words = (dense.shape[3] + 31) // 32
+    padded = torch.nn.functional.pad(dense, (0, words * 32 - dense.shape[3]))
+    place = torch.arange(8, dtype=torch.uint8, device=dense.device)
+    eights = padded.unflatten(3, (words * 4, 8)).to(torch.uint8) << place
+    # Bytes, so that nothing eight times as large as the mask is ever made; the lowest byte of a word comes first.
+    packed: Tensor = eights.sum(4, dtype=torch.uint8).unflatten(3, (words, 4)).view(torch.int32).flatten(3)
+    return packed
 
 
 def costliest_first(tiles: Tensor, tile_count: Tensor) -> Tensor:

@@ -371,7 +371,7 @@ def test_empty_views_of_any_stride(backend: str, size: tuple[int, ...]) -> None:
 def test_strides_that_the_kernel_cannot_read_are_named() -> None:
     q = torch.randn(1, 2, 5, 8)
     spans = masks.full().spans(5, 5)
-    plan = filled(operator_arguments(spans, Features()), q)
+    plan = filled(operator_arguments(spans, Features(), "cpu"), q)
     out, lse = torch.ops.maskops.attention_forward(q, q, q, *plan)
     for grad_out, text in (
         (torch.randn(1, 2, 8, 5).transpose(2, 3), "the last dimension of out and its gradient must be contiguous"),

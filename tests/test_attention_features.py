@@ -278,7 +278,7 @@ def test_hostile_positions(row: int, value: int) -> None:
     features = Features(
         alibi_slopes=torch.rand(3, 2), seed=torch.tensor(3), slopes_by_sequence=True, softmax_scale=1.0, dropout_p=0.5
     )
-    arguments = filled(operator_arguments(plan._replace(positions=positions), features), q)
+    arguments = filled(operator_arguments(plan._replace(positions=positions), features, "cpu"), q)
     if row == 2 and value > 0:
         with pytest.raises(ValueError, match=r"alibi_slopes has 3 rows, the plan has \d+ sequences"):
             torch.ops.maskops.attention_forward(q, q, q, *arguments)

@@ -116,7 +116,7 @@ def test_errors_of_the_binary_are_value_errors() -> None:
     spans = masks.causal().spans(16, 16)
     wrong = spans.tiles.clone()
     wrong[0, 2] += 1  # one row more than there is
-    arguments = filled(operator_arguments(spans._replace(tiles=wrong), Features()), q)
+    arguments = filled(operator_arguments(spans._replace(tiles=wrong), Features(), "cpu"), q)
     with pytest.raises(ValueError, match="the work list does not cover the rows of q in order"):
         torch.ops.maskops.attention_forward(q, q, q, *arguments)
 

@@ -207,7 +207,7 @@ def operator_inputs() -> dict[str, tuple[Any, ...]]:
     def arguments(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, **features: Any) -> tuple[Any, ...]:
         plan = mask.spans(q.shape[2], k.shape[2], batch=q.shape[0], grad=False, positions="seed" in features)
         used = registration.Features(**{"softmax_scale": 0.5, "softcap": 2.0, **features})
-        return (q, k, v, *registration.filled(registration.operator_arguments(plan, used), q))
+        return (q, k, v, *registration.filled(registration.operator_arguments(plan, used, "cpu"), q))
 
     packed = torch.randn(12, 4, 8).transpose(0, 1)[None]
     rows = torch.randn(2, 9, 4, 8).transpose(1, 2)

@@ -20,7 +20,7 @@ INT32_MAX = 2**31 - 1
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans) -> tuple[Tensor, Tensor]:
-    plan = filled(operator_arguments(spans, Features()), q)
+    plan = filled(operator_arguments(spans, Features(), "cpu"), q)
     out, lse = torch.ops.maskops.attention_forward(q, k, v, *plan)
     return out, lse
 
@@ -28,7 +28,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans) -> tuple[Tensor, T
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: RowSpans
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = filled(operator_arguments(spans, Features()), q)
+    plan = filled(operator_arguments(spans, Features(), "cpu"), q)
     dq, dk, dv, *_ = torch.ops.maskops.attention_backward(
         grad, torch.empty(0), q, k, v, out, lse, *plan, False, False, False
     )
@@ -171,7 +171,7 @@ def test_halves_at_odd_addresses(dtype: torch.dtype) -> None:
 def test_a_log_sum_exp_of_another_shape(which: str) -> None:
     """As many elements as there are rows, but one of them in memory."""
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 4, 16, 8)
-    arguments = filled(operator_arguments(masks.full().spans(1, 16), Features(softmax_scale=0.3)), q)
+    arguments = filled(operator_arguments(masks.full().spans(1, 16), Features(softmax_scale=0.3), "cpu"), q)
     out, lse = torch.ops.maskops.attention_forward(q, k, k, *arguments)
     wrong = torch.zeros(1).as_strided((1, 1, 4), (4, 1, 0))
     grad_lse, lse = (torch.empty(0), wrong) if which == "lse" else (wrong, lse)

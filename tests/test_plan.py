@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def by_torch(mask, q_len, k_len, batch=None, grad=True, order=False, positions=False):
+def by_torch(mask, q_len, k_len, batch=None, grad=True, order=False, positions=False, bits=False):
     plan_batch, device = mask._check_structure(q_len, k_len, batch, None, positions)
-    return mask._spans_by_torch(q_len, k_len, plan_batch, device, grad, order, positions)
+    return mask._spans_by_torch(q_len, k_len, plan_batch, device, grad, order, positions, bits)
 
 
 def check_same(mask, q_len, k_len, **keywords):

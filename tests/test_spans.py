@@ -286,6 +286,26 @@ def test_known_tiles(path):
     assert tiles[0, 4:].tolist() == [0, 60, 60, 60] and tiles[1, 4:].tolist() == [60, 60, 260, 260]
 
 
+@pytest.mark.parametrize("k_len", [0, 1, 31, 32, 33, 64, 100])
+def test_a_dense_mask_as_bits(k_len):
+    exact = torch.rand(2, 3, 5, k_len) < 0.5
+    exact[..., 31:] |= torch.rand(2, 3, 5, max(k_len - 31, 0)) < 0.5
+    spans = masks.dense(exact).spans(5, k_len, bits=True)
+    words = spans.dense_bits
+    assert words is not None and words.dtype == torch.int32 and words.is_contiguous()
+    assert words.shape == (2, 3, 5, (k_len + 31) // 32)
+    for word in range(words.shape[3]):
+        for bit in range(32):
+            key = 32 * word + bit
+            found = words[..., word] >> bit & 1 != 0
+            assert torch.equal(found, exact[..., key] if key < k_len else torch.zeros(2, 3, 5, dtype=torch.bool))
+    assert masks.dense(exact).spans(5, k_len).dense_bits is None, "processors read the mask itself"
+    assert masks.causal().spans(5, k_len, bits=True).dense_bits is None
+    compiled = torch.compile(lambda mask: masks.dense(mask).spans(5, k_len, bits=True), fullgraph=True, backend="eager")
+    for name, x, y in zip(spans._fields, compiled(exact), spans, strict=True):
+        assert (x is None and y is None) or torch.equal(x, y), name
+
+
 def test_key_tile_visits_merge_overlapping_hulls():
     def visits(*bounds):
         tile = [0, 0, 1, 1]
@@ -294,7 +314,7 @@ def test_key_tile_visits_merge_overlapping_hulls():
         zeros = torch.zeros(len(bounds), 1, 1, dtype=torch.int32)
         one = torch.zeros(1, dtype=torch.int32)
         tiles = torch.tensor([tile], dtype=torch.int32)
-        return int(RowSpans(zeros, zeros, zeros[0], tiles, one, None, None, None, None).visited_keys())
+        return int(RowSpans(zeros, zeros, zeros[0], tiles, one, None, None, None, None, None).visited_keys())
 
     assert visits((0, 64)) == 1 and visits((0, 65)) == 2 and visits((60, 70)) == 1
     assert visits((0, 4), (100, 164)) == 2

@@ -12,13 +12,14 @@ from torch import Tensor
 from maskops.ops.operators import define, name_of, names_of
 from maskops.ops.scalars import call
 from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
-from maskops.spans import RowSpans
+from maskops.spans import RowSpans, packed_bits
 
 _library = torch.library.Library("maskops", "FRAGMENT")
 # The outputs' strides follow those of the inputs, so Inductor must hand the inputs over as they were traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # key_tiles is read by the backends that declare it, and may be empty for others. An empty order is that of the rows.
+# dense is bool for cpu, bits (RowSpans.dense_bits) for the others.
 _PLAN = (
     "Tensor start, Tensor end, Tensor key_valid, Tensor tiles, Tensor tile_count, Tensor key_tiles, Tensor order, "
     "Tensor positions, Tensor dense, "
@@ -227,12 +228,21 @@ class _SpanAttention(torch.autograd.Function):
         return (*grads[:3], *(None,) * 9, *extras, *(None,) * 6)
 
 
-def operator_arguments(spans: RowSpans, features: Features) -> tuple[Any, ...]:
-    """What the operators take after q, k and v (the backward operator: after out and lse); None for absent tensors."""
+def operator_arguments(spans: RowSpans, features: Features, backend: str) -> tuple[Any, ...]:
+    """What the operators take after q, k and v (the backward operator: after out and lse); None for absent tensors.
+
+    Args:
+        spans: the plan.
+        features: everything else.
+        backend: whose operators; ``dense`` is bool for ``cpu``, ``RowSpans.dense_bits`` for the others.
+    """
+    dense = spans.dense
+    if dense is not None and backend != "cpu":
+        dense = packed_bits(dense) if spans.dense_bits is None else spans.dense_bits
     needs_positions = features.alibi_slopes is not None or features.seed is not None
     positions = spans.positions if needs_positions else None
     work = (spans.tiles, spans.tile_count, spans.key_tiles, spans.order)
-    return (spans.start, spans.end, spans.key_valid, *work, positions, spans.dense, *features)
+    return (spans.start, spans.end, spans.key_valid, *work, positions, dense, *features)
 
 
 def span_attention(
@@ -254,7 +264,7 @@ def span_attention(
     refuse_forward_mode("attention", *differentiable)
     if not is_differentiated(*differentiable):
         # The bare operator: an autograd.Function costs more than a small problem.
-        arguments = filled((q, k, v, *operator_arguments(spans, features)), q)
+        arguments = filled((q, k, v, *operator_arguments(spans, features, backend)), q)
         outputs: tuple[Tensor, Tensor] = call(name_of("attention_forward", backend), *arguments)
         return outputs
     # Dynamo rejects the same tensor given twice to an autograd.Function; a view is another tensor.
@@ -265,4 +275,5 @@ def span_attention(
         v = v.view_as(v)
     if k is q:
         k = k.view_as(k)
-    return _SpanAttention.apply(q, k, v, *operator_arguments(spans, features), backend)  # type: ignore[no-any-return, no-untyped-call]
+    plan = operator_arguments(spans, features, backend)
+    return _SpanAttention.apply(q, k, v, *plan, backend)  # type: ignore[no-any-return, no-untyped-call]

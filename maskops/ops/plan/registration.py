@@ -86,14 +86,15 @@ def _empty_work_lists(start: Tensor, k_len: int, grad: bool, order: bool) -> tup
 
 # An absent tensor is an empty one. The same on every device: it is made of torch operations.
 _library.define(
-    "derive_plan(Tensor start, Tensor end, Tensor key_holes, Tensor dense, SymInt k_len, bool grad, bool order)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "derive_plan(Tensor start, Tensor end, Tensor key_holes, Tensor dense, SymInt k_len, bool grad, bool order, "
+    "bool bits)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl("maskops::derive_plan", "CompositeExplicitAutograd", lib=_library)
 def _(
-    start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool, order: bool
+    start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool, order: bool, bits: bool
 ) -> tuple[Tensor, ...]:
     plan = build_row_spans(
         start,
@@ -103,16 +104,19 @@ def _(
         dense=dense if dense.dim() == 4 else None,
         grad=grad,
         order=order,
+        bits=bits,
     )
-    wanted = (start.new_empty(0, dtype=torch.int32) if x is None else x for x in (plan.key_tiles, plan.order))
+    lists = (plan.key_tiles, plan.order, plan.dense_bits)
+    wanted = (start.new_empty(0, dtype=torch.int32) if x is None else x for x in lists)
     return plan.key_valid, plan.tiles, plan.tile_count, *wanted
 
 
 @torch.library.register_fake("maskops::derive_plan", lib=_library)  # type: ignore[untyped-decorator]
 def _(
-    start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool, order: bool
+    start: Tensor, end: Tensor, key_holes: Tensor, dense: Tensor, k_len: int, grad: bool, order: bool, bits: bool
 ) -> tuple[Tensor, ...]:
-    return _empty_work_lists(start, k_len, grad, order)
+    words = (*dense.shape[:3], (k_len + 31) // 32) if bits and dense.dim() == 4 else (0,)
+    return *_empty_work_lists(start, k_len, grad, order), start.new_empty(words, dtype=torch.int32)
 
 
 def derive_plan(
@@ -125,19 +129,21 @@ def derive_plan(
     grad: bool,
     order: bool,
     positions: Tensor | None,
+    bits: bool,
 ) -> RowSpans:
     """``spans.build_row_spans``, which compiled code calls without looking inside."""
     if not torch.compiler.is_compiling():
         return build_row_spans(
-            start, end, k_len, key_holes=key_holes, dense=dense, grad=grad, order=order, positions=positions
+            start, end, k_len, key_holes=key_holes, dense=dense, grad=grad, order=order, positions=positions, bits=bits
         )
     nothing = start.new_empty(0, dtype=torch.bool)
     holes, exact = (nothing if x is None else x for x in (key_holes, dense))
-    key_valid, tiles, tile_count, key_tiles, by_cost = torch.ops.maskops.derive_plan.default(
-        start, end, holes, exact, k_len, grad, order
+    key_valid, tiles, tile_count, key_tiles, by_cost, words = torch.ops.maskops.derive_plan.default(
+        start, end, holes, exact, k_len, grad, order, bits
     )
     lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
-    return RowSpans(start.to(torch.int32), end.to(torch.int32), *lists, positions, dense)
+    dense_bits = words if bits and dense is not None else None
+    return RowSpans(start.to(torch.int32), end.to(torch.int32), *lists, positions, dense, dense_bits)
 
 
 def build_plan(
@@ -175,4 +181,4 @@ def build_plan(
         program, *passed, batch, q_len, k_len, grad, order, positions
     )
     lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
-    return RowSpans(start, end, *lists, where if positions else None, None)
+    return RowSpans(start, end, *lists, where if positions else None, None, None)
