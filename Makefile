@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full test grid lint package mutate sanitize fuzz coverage ci clean
+.PHONY: bench bench-full test grid lint package compile mutate sanitize fuzz coverage ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
@@ -30,6 +30,9 @@ lint: $(READY)
 package: $(READY)
 	$(RUN) -m tools.package
 
+compile: $(READY)
+	$(RUN) -m tools.compilation
+
 mutate: $(READY)
 	$(RUN) -m tests.mutate
 
@@ -43,7 +46,7 @@ fuzz: $(READY)
 coverage: $(READY)
 	$(RUN) -m tools.coverage
 
-ci: test lint package sanitize
+ci: test lint package compile sanitize
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info maskops/_native.so maskops/_build_report.json bench.png bench.json

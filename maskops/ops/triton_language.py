@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maskops import tuning
+
 LOG2E = tl.constexpr(1.4426950408889634)
 """Exponentials are powers of 2 inside the kernels."""
 
@@ -60,10 +62,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def architecture(device: torch.device) -> str:
-    """The column of the tuning tables for a device: ``"sm_80"``, or ``"sm_90"`` from compute capability 9.0 on."""
-    if device.type != "cuda":
-        return "sm_80"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+    """The column of the tuning tables for a device, see ``tuning.architecture``; the interpreter takes ``"sm_80"``."""
+    return tuning.architecture(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_80"
 
 
 def launch(

@@ -2,5 +2,5 @@
 
 One engine. `corpus` reads documents, `batches` lays them out, `variants` is the one list of ways to compute attention
 and loss over them, `jobs` turns a variant into something that can be timed and checked, `timing` times it, `report`
-and `chart` show it. `command` puts them together.
+and `chart` show it. `command` puts them together. `compilation` is `bench compile`.
 """

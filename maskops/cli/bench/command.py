@@ -15,6 +15,7 @@ from torch import Tensor
 import maskops
 from maskops.backend import ENVIRONMENT_VARIABLE
 from maskops.cli.bench import batches, chart, corpus, machine, variants
+from maskops.cli.bench.compilation import command as compilation
 from maskops.cli.bench.jobs import JOBS, Settings
 from maskops.cli.bench.measure import Row, Table, check, measure, split
 from maskops.cli.bench.progress import Progress
@@ -126,7 +127,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Attention, loss and a whole training step on real documents: what people do, the best that torch "
         "can do, and maskops. Every row has its error beside its speed; a wrong row has no speed.",
     )
-    parser.add_argument("work", nargs="?", choices=["text"], default="text", help="what to run on (default: text)")
+    parser.add_argument(
+        "work",
+        nargs="?",
+        choices=["text", "compile"],
+        default="text",
+        help="text: real documents (default). compile: the device kernels, compiled for machines that are not here",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="under two minutes on two cores (default)")
     length.add_argument("--full", action="store_true", help="longer documents, more of them, torch.compile, ten fills")
@@ -141,11 +148,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="let torch's allocator ask for huge pages (THP_MEM_ALLOC_ENABLE=1), for all variants alike",
     )
+    compilation.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; 0 if every row is right and maskops refused nothing."""
+    if options.work == "compile":
+        return compilation.run(options)
     if options.huge_pages and not machine.huge_pages():
         # The allocator reads the variable once, at its first allocation: too late for this process.
         sys.stdout.flush()

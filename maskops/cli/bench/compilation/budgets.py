@@ -1,0 +1,98 @@
+"""What must not be in a compiled kernel, and by name what may stay for a reason."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from maskops.cli.bench.compilation.result import Result
+from maskops.tuning import SHARED_MEMORY
+
+NARROW = 2
+"""Bytes of a global load that no hot loop of a guarded kernel may have: one element at a time."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One violation; `kind` is what an Allowance names."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Something that may stay.
+
+    Attributes:
+        name: Of the compilations, with ``*`` for anything.
+        kind: Of the problem: ``"spills"``, ``"serialised"``, ``"narrow loads"``, ``"no tensor cores"``,
+            ``"shared memory"``.
+        reason: Why it stays.
+        architecture: Where, ``*`` for everywhere.
+        triton: Versions of Triton for which it holds, by prefix; all without any.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    architecture: str = "*"
+    triton: tuple[str, ...] = ()
+
+    def covers(self, result: Result, kind: str, version: str) -> bool:
+        """Whether it excuses this kind of problem in a result of this version of Triton."""
+        return (
+            kind == self.kind
+            and fnmatchcase(result.name, self.name)
+            and fnmatchcase(result.architecture, self.architecture)
+            and (not self.triton or version.startswith(self.triton))
+        )
+
+
+ALLOWANCES: tuple[Allowance, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A result, what is wrong with it, and what is wrong but allowed."""
+
+    result: Result
+    problems: tuple[Problem, ...]
+    allowed: tuple[tuple[Problem, Allowance], ...]
+
+
+def problems(result: Result) -> list[Problem]:
+    """Everything that goes beyond the budget, allowed or not."""
+    if result.error:
+        return [Problem("error", result.error)]
+    found = []
+    if result.guarded and result.hot_spills:
+        text = f"{result.hot_spills} spills in a hot loop ({result.spill_stores} bytes in the whole kernel)"
+        found.append(Problem("spills", text))
+    if result.notes:
+        codes = ", ".join(sorted({match for note in result.notes for match in re.findall(r"C75\d\d", note)}))
+        found.append(Problem("serialised", f"ptxas serialises wgmma: {codes}"))
+    narrow = sum(number for loop in result.loops for load, number in loop.loads.items() if load == f"LDG.{NARROW}")
+    if result.guarded and narrow:
+        found.append(Problem("narrow loads", f"{narrow} loads of {NARROW} bytes in a hot loop"))
+    if result.dots and not any(loop.tensor_cores for loop in result.loops):
+        found.append(Problem("no tensor cores", "16-bit products without tensor cores"))
+    limit = SHARED_MEMORY[result.architecture]
+    if result.shared > limit:
+        found.append(Problem("shared memory", f"{result.shared} bytes of shared memory, {limit} are there"))
+    return found
+
+
+def judge(results: Iterable[Result], version: str, allowances: Sequence[Allowance] = ALLOWANCES) -> list[Verdict]:
+    """Holds results against the budget. An error is never allowed."""
+    verdicts = []
+    for result in results:
+        wrong, allowed = [], []
+        for problem in problems(result):
+            excuse = next((item for item in allowances if item.covers(result, problem.kind, version)), None)
+            if excuse is None or problem.kind == "error":
+                wrong.append(problem)
+            else:
+                allowed.append((problem, excuse))
+        verdicts.append(Verdict(result, tuple(wrong), tuple(allowed)))
+    return verdicts
