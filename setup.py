@@ -2,12 +2,17 @@
 
 MASKOPS_BUILD: "auto" (default) installs without the extension when it cannot be built and keeps the reason for
 `python -m maskops info`; "require" makes that an error; "skip" does not try.
+
+The CUDA kernels are part of the same graph where there is nvcc (NVCC, else that of CUDA_HOME, CUDA_PATH or PATH; an empty
+NVCC leaves them out). They are never required: "require" only makes it an error when nvcc is there and fails.
 """
 
 import importlib.util
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +26,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra"
+
+OLDEST_NVCC = 12
+# Code for the cards that the kernels are tuned for, sm_90a for its clusters; code in PTX, which the driver compiles, for
+# everything older (from 7.5) and newer.
+ARCHITECTURES = (
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
+    "-gencode arch=compute_75,code=compute_75 -gencode arch=compute_90,code=compute_90"
+)
+NVCC_FLAGS = f"-std=c++17 -O3 {ARCHITECTURES} -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
+CUDA_FOLDERS = ("cuda", "ops/cuda")  # of csrc
+CUDA_STAND_IN = "cuda/absent.cpp"  # what a binary without CUDA kernels has instead of them
 
 
 def refuse_an_older_torch() -> None:
@@ -41,8 +57,41 @@ def compiler() -> str:
     raise RuntimeError(f"no C++ compiler (looked for {', '.join(names)}); install one, e.g. g++, or set CXX")
 
 
-def ninja_graph(output: Path, build: Path) -> str:
-    """The build.ninja of the extension.
+def nvcc() -> list[str]:
+    """The CUDA compiler as a command, or a RuntimeError with the reason why there is none that can be used."""
+    wanted = os.environ.get("NVCC")
+    if wanted is not None and not wanted.strip():
+        raise RuntimeError("the build was told to leave them out (NVCC is empty)")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [wanted] if wanted else [*(os.path.join(home, "bin", "nvcc") for home in homes), "nvcc"]
+    for candidate in candidates:
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            version = nvcc_version(command)
+            release = re.search(r"release (\d+)", version)
+            if release is None or int(release[1]) < OLDEST_NVCC:
+                raise RuntimeError(f"{candidate} is {version or 'not a CUDA compiler'}: expected {OLDEST_NVCC}.0 or newer")
+            return command
+    raise RuntimeError(f"no CUDA compiler (looked for {', '.join(candidates)}); install nvcc, or set CUDA_HOME")
+
+
+def nvcc_version(command: list[str]) -> str:
+    """The line with the release in what nvcc says of itself."""
+    printed = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return next((line for line in printed.splitlines() if "release" in line), "")
+
+
+def cuda_libraries(command: list[str]) -> str:
+    """Options of the linker that find the static CUDA runtime; nvcc itself may be a script that lies elsewhere."""
+    plan = subprocess.run([*command, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    folders = re.findall(r"^#\$ LIBRARIES=(.*)$", plan.stderr + plan.stdout, re.M)
+    # Its symbols stay inside the binary: torch has a CUDA runtime of its own.
+    hidden = "-Wl,--exclude-libs,libcudart_static.a -Wl,--as-needed"
+    return f"{' '.join(folders)} {hidden} -lcudart_static -ldl -lrt -lpthread"
+
+
+def ninja_graph(output: Path, build: Path, cuda: list[str] | None) -> str:
+    """The build.ninja of the extension, with the CUDA kernels where the command of their compiler is given.
 
     It links against an empty library that only carries the name of libtorch_cpu: torch loads its own copy locally, so
     that undefined symbols without this dependency would not be found at run time.
@@ -54,13 +103,16 @@ def ninja_graph(output: Path, build: Path) -> str:
         f"cxx = {compiler()}",
         f"flags = {FLAGS} -Wno-psabi {os.environ.get('CXXFLAGS', '')}",
         "rule compile\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = $cxx -shared $objects -o $out {link}",
+        f"rule link\n  command = $cxx -shared $objects -o $out {link} {cuda_libraries(cuda) if cuda else ''}",
         "rule stub\n  command = $cxx -shared -x c++ /dev/null -Wl,-soname,libtorch_cpu.so -o $out",
     ]
+    if cuda:
+        compile_cuda = f"{shlex.join(cuda)} {NVCC_FLAGS} -MMD -MF $out.d -c $in -o $out"
+        lines.append(f"rule compile_cuda\n  command = {compile_cuda}\n  depfile = $out.d\n  deps = gcc")
     objects = []
-    for source in sorted((ROOT / "csrc").rglob("*.cpp")):
-        objects.append(build / source.relative_to(ROOT).with_suffix(".o"))
-        lines.append(f"build {objects[-1]}: compile {source.resolve()}")
+    for source, rule in sources(cuda is not None):
+        objects.append(build / source.relative_to(ROOT).with_suffix(".cu.o" if source.suffix == ".cu" else ".o"))
+        lines.append(f"build {objects[-1]}: {rule} {source.resolve()}")
     if not objects:
         raise RuntimeError("csrc holds no C++ source: this source distribution is incomplete")
     names = " ".join(map(str, objects))
@@ -68,6 +120,18 @@ def ninja_graph(output: Path, build: Path) -> str:
     if not mac:
         lines.append(f"build {stub}: stub")
     return "\n".join(lines) + "\n"
+
+
+def sources(with_cuda: bool) -> list[tuple[Path, str]]:
+    """The sources and the rule for each. The CUDA kernels come first: they take longest."""
+    root = ROOT / "csrc"
+    stand_in = root / CUDA_STAND_IN
+    of_cuda = [path for folder in CUDA_FOLDERS for path in (root / folder).glob("*.cpp") if path != stand_in]
+    everywhere = [path for path in sorted(root.rglob("*.cpp")) if path not in of_cuda and path != stand_in]
+    if not with_cuda:
+        return [(path, "compile") for path in [*everywhere, stand_in] if path.exists()]
+    kernels = sorted((root / "cuda").glob("*.cu"))
+    return [*((path, "compile_cuda") for path in kernels), *((path, "compile") for path in [*sorted(of_cuda), *everywhere])]
 
 
 class NinjaBuild(build_ext):
@@ -82,11 +146,17 @@ class NinjaBuild(build_ext):
             sys.exit(f"MASKOPS_BUILD must be auto, require or skip, got {mode!r}")
         output = Path(self.get_ext_fullpath("maskops._native")).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        report: dict[str, str | None] = {"compiler": None, "reason": None}
+        report: dict[str, str | None] = {"compiler": None, "reason": None, "nvcc": None, "cuda_reason": None}
         try:
             if mode == "skip":
                 raise RuntimeError("the build was told to leave it out (MASKOPS_BUILD=skip)")
-            report["compiler"] = self.compile(output)
+            try:
+                cuda = nvcc()
+            except RuntimeError as missing:
+                report["compiler"] = self.compile(output, None)
+                report["cuda_reason"] = str(missing)
+            else:
+                report |= self.compile_with_cuda(output, cuda, is_required=mode == "require")
         except (RuntimeError, OSError) as error:
             if mode == "require":
                 sys.exit(f"maskops: the C++ extension was not built: {error}")
@@ -95,10 +165,20 @@ class NinjaBuild(build_ext):
             print(f"maskops: installing without the C++ extension: {error}", file=sys.stderr)
         output.with_name("_build_report.json").write_text(json.dumps(report, indent=1) + "\n")
 
-    def compile(self, output: Path) -> str:
+    def compile_with_cuda(self, output: Path, cuda: list[str], is_required: bool) -> dict[str, str | None]:
+        """Builds with the CUDA kernels; without them where they fail and need not be there. Entries of the report."""
+        try:
+            return {"compiler": self.compile(output, cuda), "nvcc": nvcc_version(cuda)}
+        except RuntimeError as error:
+            if is_required:
+                raise
+            print(f"maskops: building without the CUDA kernels: {error}", file=sys.stderr)
+            return {"compiler": self.compile(output, None), "cuda_reason": f"with {nvcc_version(cuda)} {error}"}
+
+    def compile(self, output: Path, cuda: list[str] | None) -> str:
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_graph(output, build))
+        (build / "build.ninja").write_text(ninja_graph(output, build, cuda))
         ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         result = subprocess.run([*ninja, "-C", str(build)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode != 0:

@@ -37,6 +37,8 @@ AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
+AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* ret_device_type);
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret_device_index);
 AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr,
                                         int32_t dtype, int32_t device_type, int32_t device_index,
                                         AtenTensorHandle* ret_new_tensor);
@@ -71,7 +73,14 @@ enum class DType : int32_t {
   bfloat16 = 15
 };
 
-// An owning reference to a CPU tensor.
+// Where a tensor's memory is; the types are the values of c10::DeviceType.
+struct Place {
+  int32_t type = 0, index = 0;
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+constexpr Place PROCESSOR{};
+
+// An owning reference to a tensor.
 class Tensor {
  public:
   Tensor() = default;
@@ -87,21 +96,22 @@ class Tensor {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
-  static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype) {
-    constexpr int32_t cpu = 0;
+  static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype,
+                              Place place = PROCESSOR) {
     AtenTensorHandle handle;
-    MASKOPS_CHECK_TORCH(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), cpu, 0, &handle));
+    MASKOPS_CHECK_TORCH(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), place.type,
+                                                 place.index, &handle));
     return Tensor(handle);
   }
   template <size_t N>
-  static Tensor empty(const int64_t (&sizes)[N], DType dtype) {
+  static Tensor empty(const int64_t (&sizes)[N], DType dtype, Place place = PROCESSOR) {
     int64_t strides[N];
     int64_t running = 1;
     for (size_t d = N; d-- > 0;) {
       strides[d] = running;
       running *= sizes[d] > 1 ? sizes[d] : 1;
     }
-    return empty_strided(N, sizes, strides, dtype);
+    return empty_strided(N, sizes, strides, dtype, place);
   }
 
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
@@ -142,6 +152,12 @@ class Tensor {
     int32_t value;
     MASKOPS_CHECK_TORCH(aoti_torch_get_dtype(handle_, &value));
     return static_cast<DType>(value);
+  }
+  Place place() const {
+    Place place;
+    MASKOPS_CHECK_TORCH(aoti_torch_get_device_type(handle_, &place.type));
+    MASKOPS_CHECK_TORCH(aoti_torch_get_device_index(handle_, &place.index));
+    return place;
   }
 
  private:
@@ -220,10 +236,11 @@ struct Boxed<function> {
   static void entry(StableIValue* stack, uint64_t, uint64_t) { call(stack, std::index_sequence_for<Args...>{}); }
 };
 
-class CpuLibrary {
+// Implementations of operators of a namespace for the tensors of one dispatch key, "CPU" or "CUDA".
+class OperatorLibrary {
  public:
-  explicit CpuLibrary(const char* ns) {
-    MASKOPS_CHECK_TORCH(aoti_torch_library_init_impl(ns, "CPU", __FILE__, __LINE__, &handle_));
+  OperatorLibrary(const char* ns, const char* key) {
+    MASKOPS_CHECK_TORCH(aoti_torch_library_init_impl(ns, key, __FILE__, __LINE__, &handle_));
   }
   template <auto function>
   void implement(const char* name) {

@@ -148,6 +148,14 @@ AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** result)
   *result = tensor->value.strides.data();
   return 0;
 }
+AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t* result) {
+  *result = 0;  // the processor
+  return 0;
+}
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* result) {
+  *result = 0;
+  return 0;
+}
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* result) {
   *result = static_cast<int32_t>(tensor->value.dtype);
   return 0;

@@ -245,7 +245,9 @@ BACKENDS: dict[str, Backend] = {
         devices=("cuda",),
         unavailable=_cuda_reason,
         on_host=_cuda_is_emulated,
-        ops={},
+        ops={
+            "append_kv": Declaration(dtypes=_ALL_FLOATS),
+        },
     ),
     REFERENCE: Backend(
         name=REFERENCE,

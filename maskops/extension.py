@@ -58,6 +58,11 @@ def compiler() -> str | None:
     return json.loads(_REPORT.read_text()).get("compiler") if _REPORT.exists() else None
 
 
+def cuda_compiler() -> str | None:
+    """The CUDA compiler of the binary's kernels, as it named itself; None when they are not there."""
+    return json.loads(_REPORT.read_text()).get("nvcc") if _REPORT.exists() else None
+
+
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets that both the binary and this processor have, narrowest first; () without the extension."""
     return () if _library is None else tuple(_library.maskops_instruction_sets().decode().split())
@@ -87,7 +92,8 @@ def cuda_reason() -> str | None:
         return why
     if _library is None or (problem := _library.maskops_cuda_reason()) is None:
         return None
-    return str(problem.decode())
+    reported = json.loads(_REPORT.read_text()).get("cuda_reason") if _REPORT.exists() else None
+    return f"{problem.decode()}: {reported}" if reported else str(problem.decode())
 
 
 def cuda_is_emulated() -> bool:

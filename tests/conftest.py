@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
+from maskops import extension
 from tests import placement
+from tools import emulation
 
 _M_PERTURB = -6
 
@@ -30,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # On the small shapes of tests a second thread costs more than it brings; what depends on threads sets their number.
     torch.set_num_threads(1)
     placement.configure(config)
+    # On processors the CUDA kernels run as host code. Workers load what the process that started them has built.
+    if config.getoption("device") == "cpu" and extension.reason() is None:
+        reason = None if hasattr(config, "workerinput") else emulation.build()
+        if reason is None and emulation.library().exists():
+            extension.load_cuda_emulation(emulation.library())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -42,6 +42,7 @@ def with_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where it is not."""
     monkeypatch.setattr("maskops.extension.reason", lambda: "the C++ extension was not built: no compiler")
+    monkeypatch.setattr("maskops.extension._emulation", None)
 
 
 def pick(*features: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **keywords: object) -> str:

@@ -130,7 +130,7 @@ def run_setup(environment: dict[str, str], tmp_path: Path) -> subprocess.Complet
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=copy,
-        env={**os.environ, **environment},
+        env={**os.environ, "NVCC": "", **environment},
         capture_output=True,
         text=True,
     )
@@ -156,6 +156,46 @@ def test_a_build_can_be_left_out(tmp_path: Path) -> None:
     assert reason == "the build was told to leave it out (MASKOPS_BUILD=skip)"
 
 
+def fake_nvcc(tmp_path: Path, version: str) -> str:
+    """A CUDA compiler that names itself and then fails."""
+    command = tmp_path / "nvcc"
+    command.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && echo '{version}' && exit 0\necho no such card >&2\nexit 1\n")
+    command.chmod(0o755)
+    return str(command)
+
+
+def test_without_nvcc_the_reason_is_kept(tmp_path: Path) -> None:
+    environment = {"CXX": "no-such-compiler", "NVCC": str(tmp_path / "no-such-nvcc")}
+    assert run_setup(environment, tmp_path).returncode == 0
+    code = "import sys; sys.argv = ['setup.py', '--version']; import setup; print(setup.sources(False)); setup.nvcc()"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "copy",
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert "no CUDA compiler (looked for " in result.stderr and "absent.cpp" in result.stdout
+    assert "ops/cuda" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "version, reason",
+    [("release 11.8, V11.8.89", "expected 12.0 or newer"), ("release 13.0, V13.0.88", "no such card")],
+    ids=["too old", "fails"],
+)
+def test_kernels_of_cuda_are_required_where_nvcc_is(tmp_path: Path, version: str, reason: str) -> None:
+    """One that is too old is as good as none; one that fails must not be passed over under MASKOPS_BUILD=require."""
+    nvcc = fake_nvcc(tmp_path, version)
+    result = run_setup({"NVCC": nvcc, "MASKOPS_BUILD": "require", "CXXFLAGS": "-O0"}, tmp_path)
+    report = tmp_path / "copy/maskops/_build_report.json"
+    if "11.8" in version:
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert reason in json.loads(report.read_text())["cuda_reason"]
+    else:
+        assert result.returncode != 0 and "the compiler failed" in result.stderr and reason in result.stderr
+
+
 def test_an_older_torch_stops_the_build(tmp_path: Path) -> None:
     site = tmp_path / "site"
     (site / "torch-2.4.1+cpu.dist-info").mkdir(parents=True)
@@ -171,7 +211,8 @@ def test_the_wheel_is_for_every_python(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "__pycache__", "*.egg-info", "results")
     shutil.copytree(ROOT, copy, ignore=ignore)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path / "dist")]
-    result = subprocess.run(command, cwd=copy, env={**os.environ, "CXXFLAGS": "-O0"}, capture_output=True, text=True)
+    environment = {**os.environ, "CXXFLAGS": "-O0", "NVCC": ""}
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert re.fullmatch(r"torch_maskops-[\d.]+-py3-none-.+\.whl", wheel.name), wheel.name

@@ -302,13 +302,13 @@ def test_the_operator_checks_its_tensors() -> None:
         ({"logits": logits.mT.contiguous().mT}, "the columns of logits must be contiguous"),
         ({"target": target[:5]}, "target must have a label per row"),
         ({"target": target.short()}, "target must be int32 or int64"),
-        ({"logits": logits.double()}, "the CPU kernels take float32, bfloat16 and float16"),
+        ({"logits": logits.double()}, "the kernels take float32, bfloat16 and float16"),
         ({"weights": torch.ones(9)}, "class_weights must be float32, contiguous, one per column"),
         ({"weights": torch.ones(10).double()}, "class_weights must be float32, contiguous, one per column"),
         ({"weights": torch.ones(20)[::2]}, "class_weights must be float32, contiguous, one per column"),
         ({"probabilities": logits[:5]}, "probabilities must have the shape of logits"),
         ({"probabilities": logits.mT.contiguous().mT}, "the columns of probabilities must be contiguous"),
-        ({"probabilities": logits.double()}, "the CPU kernels take float32, bfloat16 and float16"),
+        ({"probabilities": logits.double()}, "the kernels take float32, bfloat16 and float16"),
         ({"probabilities": logits, "shift": True}, "under shift the last row has no next one and must be skipped"),
     ]
     given: dict[str, Any] = {

@@ -13,7 +13,9 @@ from maskops.backend import BACKENDS
 
 @pytest.fixture(
     params=[
-        name for name, row in BACKENDS.items() if "append_kv" in row.ops and maskops.backends()[name] == "available"
+        name
+        for name, row in BACKENDS.items()
+        if {"append_kv", "decode_attention"} <= row.ops.keys() and maskops.backends()[name] == "available"
     ]
 )
 def backend(request: pytest.FixtureRequest) -> str:

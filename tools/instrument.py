@@ -62,7 +62,7 @@ def copy_project(target: Path) -> None:
 
 def build_extension(root: Path, flags: str, link: str = "") -> None:
     """Builds the extension of the copy in ``root``; RuntimeError with the compiler's words if that fails."""
-    environment = {**os.environ, "CXXFLAGS": flags, "MASKOPS_BUILD": "require"}
+    environment = {**os.environ, "CXXFLAGS": flags, "MASKOPS_BUILD": "require", "NVCC": ""}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
     if result.returncode != 0:

@@ -274,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cp
 }
 
 const bool registered = [] {
-  static CpuLibrary library("maskops");
+  static OperatorLibrary library("maskops", "CPU");
   library.implement<&attention_forward_cpu>("attention_forward");
   library.implement<&attention_backward_cpu>("attention_backward");
   return true;

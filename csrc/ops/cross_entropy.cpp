@@ -193,7 +193,7 @@ void cross_entropy_backward_inplace_cpu(const Tensor& grad_loss, const Tensor& g
 }
 
 const bool registered = [] {
-  static CpuLibrary library("maskops");
+  static OperatorLibrary library("maskops", "CPU");
   library.implement<&cross_entropy_forward_cpu>("cross_entropy_forward");
   library.implement<&cross_entropy_backward_cpu>("cross_entropy_backward");
   library.implement<&cross_entropy_backward_inplace_cpu>("cross_entropy_backward_");

@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor> decode_forward_cpu(const Tensor& q, const Tensor& k_c
 }
 
 const bool registered = [] {
-  static CpuLibrary library("maskops");
+  static OperatorLibrary library("maskops", "CPU");
   library.implement<&append_kv_cpu>("append_kv");
   library.implement<&decode_forward_cpu>("decode_forward");
   return true;

@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> build
 }
 
 const bool registered = [] {
-  static CpuLibrary library("maskops");
+  static OperatorLibrary library("maskops", "CPU");
   library.implement<&build_plan_cpu>("build_plan");
   return true;
 }();

@@ -176,7 +176,7 @@ std::tuple<Tensor> masked_softmax_backward_cpu(const Tensor& grad_weights, const
 }
 
 const bool registered = [] {
-  static CpuLibrary library("maskops");
+  static OperatorLibrary library("maskops", "CPU");
   library.implement<&masked_softmax_forward_cpu>("masked_softmax_forward");
   library.implement<&masked_softmax_backward_cpu>("masked_softmax_backward");
   return true;

@@ -33,7 +33,7 @@ inline Element element_of(const Tensor& tensor) {
     case DType::float32: return Element::float32;
     case DType::bfloat16: return Element::bfloat16;
     case DType::float16: return Element::float16;
-    default: throw std::invalid_argument("maskops: the CPU kernels take float32, bfloat16 and float16");
+    default: throw std::invalid_argument("maskops: the kernels take float32, bfloat16 and float16");
   }
 }
 
@@ -56,7 +56,7 @@ inline Tensor empty_in_order_of(const Tensor& like, int64_t width) {
     new_strides[order[i]] = running;
     running *= std::max<int64_t>(sizes[order[i]], 1);
   }
-  return Tensor::empty_strided(4, new_sizes, new_strides, like.dtype());
+  return Tensor::empty_strided(4, new_sizes, new_strides, like.dtype(), like.place());
 }
 
 // A large tensor that was just allocated has no memory behind it yet: the kernel (of the system) provides and clears it

@@ -44,6 +44,7 @@ def describe() -> str:
     ]
     if reason is None:
         lines.append(("compiler", extension.compiler() or "unknown"))
+        lines.append(("CUDA compiler", extension.cuda_compiler() or "none"))
         lines.append(("instruction set", f"{extension.instruction_set()} of {', '.join(extension.instruction_sets())}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -115,10 +115,11 @@ def append_kv(
         requested=backend,
         reference_bytes=None if torch.compiler.is_compiling() or k.is_meta else k.numel() * k.element_size(),
     )
-    if name == backends.REFERENCE:
+    if name != "cpu":  # which checks by itself, and copies what it checked
         integers = [x for x in (lengths, block_table, batch_index) if x is not None]
         if values_can_be_read(integers, k_cache.device):
             reference.check_append(lengths, new, block_table, batch_index, k_cache)
+    if name == backends.REFERENCE:
         reference.append(k_cache, v_cache, k, v, lengths, block_table, batch_index)
         return
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))

@@ -1,4 +1,4 @@
-// A binary without CUDA kernels.
+// What a binary without CUDA kernels has instead of them.
 #include "device.h"
 
 namespace maskops {

@@ -1,0 +1,54 @@
+// What every .cu file includes: CUDA, or tests/emulation, which compiles the same file as host code; and the launch of a
+// kernel. No <<<>>> anywhere else.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef MASKOPS_EMULATION
+#include "emulation.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// A variable that the threads of a block share: MASKOPS_SHARED(float, sums, [32]) declares float sums[32]. Under emulation
+// it holds NaN at the start of every block.
+#define MASKOPS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+// The bytes that the launch asked for, aligned to 16.
+#define MASKOPS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace maskops {
+
+#ifndef MASKOPS_EMULATION
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("maskops: ") + what + ": " + cudaGetErrorString(error));
+}
+
+constexpr size_t SHARED_BYTES_OF_EVERY_KERNEL = 48 << 10;  // more has to be asked for
+
+// Puts kernel(arguments...) on a stream. Throws what the launch says; what the kernel itself does wrong shows later, at
+// the next call that waits for the device.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            Arguments... arguments) {
+  if (shared_bytes > SHARED_BYTES_OF_EVERY_KERNEL) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               "asking for shared memory");
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check_cuda(cudaGetLastError(), "launching a kernel");
+}
+
+#else
+
+using emulation::launch;
+
+#endif
+
+}  // namespace maskops
