@@ -3,8 +3,8 @@
 MASKOPS_BUILD: "auto" (default) installs without the extension when it cannot be built and keeps the reason for
 `python -m maskops info`; "require" makes that an error; "skip" does not try.
 
-The CUDA kernels are part of the same graph where there is nvcc (NVCC, else that of CUDA_HOME, CUDA_PATH or PATH; an empty
-NVCC leaves them out). They are never required: "require" only makes it an error when nvcc is there and fails.
+The CUDA kernels are part of the same graph where there is nvcc (NVCC, else that of CUDA_HOME, CUDA_PATH or PATH; an
+empty NVCC leaves them out). They are never required: "require" only makes it an error when nvcc is there and fails.
 """
 
 import importlib.util
@@ -28,8 +28,8 @@ MINIMUM_TORCH = (2, 10)
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra"
 
 OLDEST_NVCC = 12
-# Code for the cards that the kernels are tuned for, sm_90a for its clusters; code in PTX, which the driver compiles, for
-# everything older (from 7.5) and newer.
+# Code for the cards that the kernels are tuned for, sm_90a for its clusters; PTX, which the driver compiles, for what is
+# older (from 7.5 on) and newer.
 ARCHITECTURES = (
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
     "-gencode arch=compute_75,code=compute_75 -gencode arch=compute_90,code=compute_90"
@@ -70,7 +70,9 @@ def nvcc() -> list[str]:
             version = nvcc_version(command)
             release = re.search(r"release (\d+)", version)
             if release is None or int(release[1]) < OLDEST_NVCC:
-                raise RuntimeError(f"{candidate} is {version or 'not a CUDA compiler'}: expected {OLDEST_NVCC}.0 or newer")
+                raise RuntimeError(
+                    f"{candidate} is {version or 'not a CUDA compiler'}: expected {OLDEST_NVCC}.0 or newer"
+                )
             return command
     raise RuntimeError(f"no CUDA compiler (looked for {', '.join(candidates)}); install nvcc, or set CUDA_HOME")
 
@@ -131,7 +133,10 @@ def sources(with_cuda: bool) -> list[tuple[Path, str]]:
     if not with_cuda:
         return [(path, "compile") for path in [*everywhere, stand_in] if path.exists()]
     kernels = sorted((root / "cuda").glob("*.cu"))
-    return [*((path, "compile_cuda") for path in kernels), *((path, "compile") for path in [*sorted(of_cuda), *everywhere])]
+    return [
+        *((path, "compile_cuda") for path in kernels),
+        *((path, "compile") for path in [*sorted(of_cuda), *everywhere]),
+    ]
 
 
 class NinjaBuild(build_ext):

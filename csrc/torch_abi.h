@@ -99,8 +99,8 @@ class Tensor {
   static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype,
                               Place place = PROCESSOR) {
     AtenTensorHandle handle;
-    MASKOPS_CHECK_TORCH(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), place.type,
-                                                 place.index, &handle));
+    MASKOPS_CHECK_TORCH(
+        aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), place.type, place.index, &handle));
     return Tensor(handle);
   }
   template <size_t N>

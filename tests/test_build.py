@@ -159,7 +159,9 @@ def test_a_build_can_be_left_out(tmp_path: Path) -> None:
 def fake_nvcc(tmp_path: Path, version: str) -> str:
     """A CUDA compiler that names itself and then fails."""
     command = tmp_path / "nvcc"
-    command.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && echo '{version}' && exit 0\necho no such card >&2\nexit 1\n")
+    command.write_text(
+        f"#!/bin/sh\n[ \"$1\" = --version ] && echo '{version}' && exit 0\necho no such card >&2\nexit 1\n"
+    )
     command.chmod(0o755)
     return str(command)
 

@@ -7,9 +7,10 @@ import torch
 
 import maskops
 from maskops import backend as backends
+from tests.served import DEVICE
 
 NAME = "cuda"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.devices
 
 
 @pytest.fixture(autouse=True)
@@ -32,22 +33,22 @@ def test_append(kind: str, dtype: torch.dtype) -> None:
     }
     caches, others = [], []
     for last in (width, value_width):
-        cache = torch.randn(*shapes[kind], last, generator=generator).to(dtype).to(DEVICE)
+        cache = torch.randn(*shapes[kind], last, generator=generator).to(dtype)
         if kind == "transposed":
             cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
         caches.append(cache)
         others.append(cache.clone())
     k, v = (
-        torch.randn(batch, new, kv_heads, last, generator=generator).to(dtype).to(DEVICE).transpose(1, 2)
+        torch.randn(batch, new, kv_heads, last, generator=generator).to(dtype).transpose(1, 2)
         for last in (width, value_width)
     )
-    lengths = torch.tensor([0, 11, 3], device=DEVICE)
+    lengths = torch.tensor([0, 11, 3])
     keywords: dict[str, torch.Tensor] = {}
     if kind == "paged":
         table = torch.tensor([[8, 1, -5, -5], [5, 7, 3, 2], [0, 4, 99, 99]], dtype=torch.int32)
-        keywords["block_table"] = table.to(DEVICE)
+        keywords["block_table"] = table
     elif kind == "batch_index":
-        keywords["batch_index"] = torch.tensor([4, 0, 2], device=DEVICE)
+        keywords["batch_index"] = torch.tensor([4, 0, 2])
     maskops.append_kv(*caches, k, v, lengths, backend=NAME, **keywords)
     maskops.append_kv(*others, k, v, lengths, backend="reference", **keywords)
     for cache, other in zip(caches, others, strict=True):
@@ -56,11 +57,11 @@ def test_append(kind: str, dtype: torch.dtype) -> None:
 
 def test_what_lies_outside_of_the_cache_is_not_written() -> None:
     """The operator itself, below the checks of values, which a device makes under maskops.validate() alone."""
-    k_cache, v_cache = torch.zeros(2, 1, 4, 8, device=DEVICE), torch.zeros(2, 1, 4, 8, device=DEVICE)
-    new = torch.ones(2, 1, 2, 8, device=DEVICE)
-    absent = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    for lengths, index in (([3, -1], absent), ([0, 0], torch.tensor([1, 7], device=DEVICE))):
-        where = torch.tensor(lengths, device=DEVICE)
+    k_cache, v_cache = torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8)
+    new = torch.ones(2, 1, 2, 8)
+    absent = torch.empty(0, dtype=torch.int64)
+    for lengths, index in (([3, -1], absent), ([0, 0], torch.tensor([1, 7]))):
+        where = torch.tensor(lengths)
         torch.ops.maskops.append_kv_cuda(k_cache, v_cache, new, new, where, absent, index)
     expected = torch.zeros(2, 1, 4, 8)
     expected[0, 0, 3] = expected[1, 0, 0] = expected[1, 0, 1] = 1
@@ -68,7 +69,7 @@ def test_what_lies_outside_of_the_cache_is_not_written() -> None:
 
 
 def test_bad_values_are_refused() -> None:
-    cache = torch.zeros(1, 1, 4, 8, device=DEVICE)
-    new = torch.ones(1, 1, 2, 8, device=DEVICE)
+    cache = torch.zeros(1, 1, 4, 8)
+    new = torch.ones(1, 1, 2, 8)
     with maskops.validate(), pytest.raises(ValueError, match="exceeds the 4 that a sequence can hold"):
-        maskops.append_kv(cache, cache.clone(), new, new, torch.tensor([3], device=DEVICE), backend=NAME)
+        maskops.append_kv(cache, cache.clone(), new, new, torch.tensor([3]), backend=NAME)

@@ -1,8 +1,8 @@
 """`python -m tools.emulation`: compiles the CUDA kernels as host code into a library that the tests load.
 
-Every ``csrc/cuda/*.cu`` and ``csrc/ops/cuda/*.cpp``, with ``tests/emulation`` in the place of CUDA: the operators of the
-backend ``cuda`` then take tensors on the processor. It shows mistakes in the kernels' logic and barriers that are missing;
-it does not show that a kernel is free of races.
+Every ``csrc/cuda/*.cu`` and ``csrc/ops/cuda/*.cpp``, with ``tests/emulation`` in the place of CUDA: the operators of
+the backend ``cuda`` then take tensors on the processor. It shows mistakes in the kernels' logic and barriers that are
+missing; it does not show that a kernel is free of races.
 """
 
 from __future__ import annotations

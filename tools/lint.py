@@ -14,7 +14,7 @@ SUFFIXES = {".cpp", ".h", ".inc", ".cu", ".cuh"}
 
 def cpp_sources() -> list[str]:
     """The C++ sources and headers, fragments that are included once per instruction set among them."""
-    paths = sorted(path for folder in ("csrc", "fuzz", "tools") for path in (ROOT / folder).rglob("*"))
+    paths = sorted(path for folder in ("csrc", "fuzz", "tools", "tests") for path in (ROOT / folder).rglob("*"))
     return [str(path.relative_to(ROOT)) for path in paths if path.suffix in SUFFIXES]
 
 

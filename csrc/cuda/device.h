@@ -10,9 +10,9 @@ namespace maskops {
 const char* cuda_reason();
 
 struct Device {
-  int major, minor;       // compute capability
+  int major, minor;  // compute capability
   int multiprocessors;
-  int64_t shared_bytes;   // of a block, at most, where a kernel opts in
+  int64_t shared_bytes;  // of a block, at most, where a kernel opts in
 };
 
 // The properties of a device, read once. Throws where there is no such device.

@@ -1,5 +1,5 @@
-// What every .cu file includes: CUDA, or tests/emulation, which compiles the same file as host code; and the launch of a
-// kernel. No <<<>>> anywhere else.
+// What every .cu file includes: CUDA, or tests/emulation, which compiles the same file as host code; and the launch of
+// a kernel. No <<<>>> anywhere else.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// A variable that the threads of a block share: MASKOPS_SHARED(float, sums, [32]) declares float sums[32]. Under emulation
-// it holds NaN at the start of every block.
+// A variable that the threads of a block share: MASKOPS_SHARED(float, sums, [32]) declares float sums[32]. Under
+// emulation it holds NaN at the start of every block.
 #define MASKOPS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 // The bytes that the launch asked for, aligned to 16.
 #define MASKOPS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -26,7 +26,8 @@ namespace maskops {
 #ifndef MASKOPS_EMULATION
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("maskops: ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("maskops: ") + what + ": " + cudaGetErrorString(error));
 }
 
 constexpr size_t SHARED_BYTES_OF_EVERY_KERNEL = 48 << 10;  // more has to be asked for

@@ -24,7 +24,8 @@ constexpr size_t STACK_BYTES = 256 << 10, MOST_THREADS = 1024;
 constexpr size_t SHARED_BYTES = 227 << 10, CANARY_BYTES = 256;  // of a block on sm_90; what must stay untouched behind
 constexpr unsigned char POISON = 0xff;                          // NaN in every format, -1
 
-// ---- switching stacks ------------------------------------------------------------------------------------------------
+// ---- switching stacks
+// ------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // Saves the registers that a call preserves on one stack and goes on where another was left.
@@ -71,7 +72,8 @@ void prepare(Context& context, char* stack, void (*entry)()) {
 void switch_stacks(Context& from, Context& to) { swapcontext(&from, &to); }
 #endif
 
-// ---- a block ----------------------------------------------------------------------------------------------------------
+// ---- a block
+// ----------------------------------------------------------------------------------------------------------
 
 struct Fibre {
   Context context;
@@ -97,7 +99,7 @@ struct Block {
   Context scheduler;
   uint64_t barrier_generation;
   int barrier_arrived, barrier_line, barrier_sum, barrier_result;
-  std::vector<std::vector<Exchange>> exchanges;  // of each warp
+  std::vector<std::vector<Exchange>> exchanges;             // of each warp
   std::map<const void*, std::pair<size_t, size_t>> shared;  // key -> place, bytes
   size_t dynamic_bytes, shared_used;
   std::exception_ptr error;
@@ -207,7 +209,8 @@ void run_block(uint64_t seed) {
     if (!progressed) describe_deadlock();
   }
   const auto intact = [](size_t begin) {
-    return std::all_of(shared + begin, shared + begin + CANARY_BYTES, [](unsigned char byte) { return byte == POISON; });
+    return std::all_of(shared + begin, shared + begin + CANARY_BYTES,
+                       [](unsigned char byte) { return byte == POISON; });
   };
   bool clean = intact(block.dynamic_bytes);
   for (const auto& [key, place] : block.shared) clean = clean && intact(place.first + place.second);

@@ -5,8 +5,8 @@
 // missing shows as a value that is not there yet, or not there any more. Memory that a block shares holds NaN at first.
 // It is an error when a barrier or a lane of a warp's exchange is not reached by all, when threads meet at different
 // barriers, and when a block writes past the shared memory that it asked for. What only a device shows (accesses that
-// race between two barriers in a way that no order of whole stretches does, alignment, the scheduling of blocks) does not
-// show here.
+// race between two barriers in a way that no order of whole stretches does, alignment, the scheduling of blocks) does
+// not show here.
 #pragma once
 
 #include <algorithm>
@@ -94,12 +94,12 @@ T shuffle(uint32_t mask, T value, int source, int line) {
 constexpr int warpSize = emulation::WARP;
 
 // A place in the code is a key: of one variable of one kernel, in each of its instantiations.
-#define MASKOPS_SHARED(type, name, ...)           \
-  using name##_type = type __VA_ARGS__;           \
-  static const char name##_key = 0;               \
-  name##_type& name = *static_cast<name##_type*>( \
-      ::emulation::shared_memory(&name##_key, sizeof(name##_type)))
-#define MASKOPS_DYNAMIC_SHARED(name) unsigned char* const name = static_cast<unsigned char*>(::emulation::dynamic_memory())
+#define MASKOPS_SHARED(type, name, ...) \
+  using name##_type = type __VA_ARGS__; \
+  static const char name##_key = 0;     \
+  name##_type& name = *static_cast<name##_type*>(::emulation::shared_memory(&name##_key, sizeof(name##_type)))
+#define MASKOPS_DYNAMIC_SHARED(name) \
+  unsigned char* const name = static_cast<unsigned char*>(::emulation::dynamic_memory())
 
 // ---- barriers and exchanges ----------------------------------------------------------------------------------------
 
@@ -182,7 +182,8 @@ inline void __threadfence_block() {}
 inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) {}
 
-// ---- atomics: nothing runs beside a fibre ----------------------------------------------------------------------------
+// ---- atomics: nothing runs beside a fibre
+// ----------------------------------------------------------------------------
 
 template <class T, class U>
 T atomicAdd(T* at, U value) {
@@ -227,20 +228,15 @@ T atomicCAS(T* at, U expected, V value) {
   return old;
 }
 
-// ---- loads, vectors ---------------------------------------------------------------------------------------------------
+// ---- loads, vectors
+// ---------------------------------------------------------------------------------------------------
 
-#define MASKOPS_EMULATED_VECTOR(scalar, name)                                                                     \
-  struct alignas(2 * sizeof(scalar)) name##2 {                                                                    \
-    scalar x, y;                                                                                                  \
-  };                                                                                                              \
-  struct name##3 {                                                                                                \
-    scalar x, y, z;                                                                                               \
-  };                                                                                                              \
-  struct alignas(4 * sizeof(scalar) < 16 ? 4 * sizeof(scalar) : 16) name##4 {                                     \
-    scalar x, y, z, w;                                                                                            \
-  };                                                                                                              \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                                            \
-  inline name##3 make_##name##3(scalar x, scalar y, scalar z) { return {x, y, z}; }                               \
+#define MASKOPS_EMULATED_VECTOR(scalar, name)                                                       \
+  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };                                      \
+  struct name##3 { scalar x, y, z; };                                                               \
+  struct alignas(4 * sizeof(scalar) < 16 ? 4 * sizeof(scalar) : 16) name##4 { scalar x, y, z, w; }; \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                              \
+  inline name##3 make_##name##3(scalar x, scalar y, scalar z) { return {x, y, z}; }                 \
   inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 MASKOPS_EMULATED_VECTOR(float, float)
 MASKOPS_EMULATED_VECTOR(int, int)
@@ -279,7 +275,8 @@ void __stcg(T* at, T value, int line = __builtin_LINE()) {
   *const_cast<T*>(aligned(static_cast<const T*>(at), line)) = value;
 }
 
-// ---- numbers ----------------------------------------------------------------------------------------------------------
+// ---- numbers
+// ----------------------------------------------------------------------------------------------------------
 
 using std::max;
 using std::min;

@@ -66,9 +66,9 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   }
   require(lengths.dim() == 1 && lengths.size(0) == batch, "append_kv: lengths must have batch elements");
   const int64_t bytes = k_cache.dtype() == DType::float64 ? 8 : bytes_of(element_of(k_cache));
-  append_kv_cuda({at, integers_of(lengths, 1, "append_kv: lengths must be int32 or int64"), bytes_of_rows(k_cache, bytes),
-                  bytes_of_rows(v_cache, bytes), bytes_of_rows(k, bytes), bytes_of_rows(v, bytes), batch,
-                  k_cache.size(1), new_keys, k.size(3) * bytes, v.size(3) * bytes},
+  append_kv_cuda({at, integers_of(lengths, 1, "append_kv: lengths must be int32 or int64"),
+                  bytes_of_rows(k_cache, bytes), bytes_of_rows(v_cache, bytes), bytes_of_rows(k, bytes),
+                  bytes_of_rows(v, bytes), batch, k_cache.size(1), new_keys, k.size(3) * bytes, v.size(3) * bytes},
                  call.stream());
 }
 
