@@ -1,4 +1,4 @@
-"""A worker of `bench compile` with kernels of its own, `python -m tests.compiled_kernels`: see tests/test_compilation.py.
+"""A worker of `bench compile` with kernels of its own (`python -m tests.compiled_kernels`), for test_compilation.py.
 
 The kernels of a test run are interpreted; these have to be compiled, so they live in another process.
 """
