@@ -1,0 +1,5 @@
+"""Span attention on Triton: the operators ``attention_forward_triton`` and ``attention_backward_triton``."""
+
+from maskops.ops.attention.triton_kernels.forward import attention_forward
+
+__all__ = ["attention_forward"]
