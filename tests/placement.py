@@ -106,8 +106,6 @@ def configure(config: pytest.Config) -> None:
     for line in (MARKER, SMOKE):
         config.addinivalue_line("markers", line)
     if device == "cpu":
-        # Triton reads this when its kernels are first imported. Without a device they are interpreted.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
         return
     if device != "meta" and not getattr(torch, device).is_available():
         raise pytest.UsageError(f"--device {device}: torch sees no such device here")
