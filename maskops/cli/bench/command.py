@@ -16,6 +16,7 @@ import maskops
 from maskops.backend import ENVIRONMENT_VARIABLE
 from maskops.cli.bench import batches, chart, corpus, machine, variants
 from maskops.cli.bench.compilation import command as compilation
+from maskops.cli.bench.gpu import command as gpu
 from maskops.cli.bench.jobs import JOBS, Settings
 from maskops.cli.bench.measure import Row, Table, check, measure, split
 from maskops.cli.bench.progress import Progress
@@ -130,9 +131,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "work",
         nargs="?",
-        choices=["text", "compile"],
+        choices=["text", "gpu", "compile"],
         default="text",
-        help="text: real documents (default). compile: the device kernels, compiled for machines that are not here",
+        help="text: real documents (default). gpu: every kernel of a device against the best peer that is installed. "
+        "compile: the device kernels, compiled for machines that are not here",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="under two minutes on two cores (default)")
@@ -148,12 +150,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="let torch's allocator ask for huge pages (THP_MEM_ALLOC_ENABLE=1), for all variants alike",
     )
+    gpu.add_options(parser)
     compilation.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; 0 if every row is right and maskops refused nothing."""
+    if options.work == "gpu":
+        return gpu.run(options)
     if options.work == "compile":
         return compilation.run(options)
     if options.huge_pages and not machine.huge_pages():
