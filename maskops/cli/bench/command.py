@@ -150,6 +150,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="let torch's allocator ask for huge pages (THP_MEM_ALLOC_ENABLE=1), for all variants alike",
     )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="contests (gpu) or kernels (compile) whose name contains TEXT"
+    )
     gpu.add_options(parser)
     compilation.add_options(parser)
     parser.set_defaults(run=run)

@@ -17,7 +17,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     group = parser.add_argument_group("bench compile")
     group.add_argument("--triton", type=Path, metavar="FOLDER", help="take the Triton that was installed into FOLDER")
-    group.add_argument("--only", default="", metavar="TEXT", help="kernels with TEXT in their name or architecture")
     group.add_argument("--processes", type=int, metavar="N", help="compilations at a time (default: processors)")
     group.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what was compiled (default: Triton's cache)")
     group.add_argument("--without-cuda", action="store_true", help="leave the .cu files out")

@@ -27,7 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this work alone."""
     group = parser.add_argument_group("gpu")
     group.add_argument("--dry-run", action="store_true", help="tiny shapes on the processor: the run would work")
-    group.add_argument("--only", default="", metavar="TEXT", help="contests whose group or name contains the text")
     group.add_argument("--resume", action="store_true", help="keep what the file of --json holds of this run")
     group.add_argument("--limit", type=float, metavar="SECONDS", help="stop before the next contest after so long")
 
