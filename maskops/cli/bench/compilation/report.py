@@ -89,7 +89,7 @@ def line(result: Result) -> tuple[str, ...]:
         result.name,
         str(result.registers),
         str(result.spill_stores),
-        str(result.hot_spills),
+        " + ".join(str(loop.spills) for loop in result.loops) if result.hot_spills else "0",
         f"{result.shared / 1024:.0f}",
         "" if result.blocks is None else str(result.blocks),
         " ".join(f"{name} {number}" for name, number in products.items()),
