@@ -78,7 +78,8 @@ def _visit(
     is_read = key >= 0
     if PARTIAL:
         is_read = readable(key, bounds, KEY_VALID, N_SPANS)
-    k = load_rows(K, key, k_row_stride, is_read, PARTIAL, WIDTH, BLOCK_D)
+    # Keys that nothing sees may be read here, since their scores are selected; their values may not.
+    k = load_rows(K, key, k_row_stride, key < k_len, PARTIAL, WIDTH, BLOCK_D)
     scores = dot(q, tl.trans(k), None, PRECISION)
     if not FUSED:
         scores = scores_of(scores, factor, cap, HAS_SOFTCAP)
@@ -88,7 +89,8 @@ def _visit(
     if HAS_ALIBI:
         scores -= extras.slope[:, None] * distances(extras.diagonal[:, None], key[None, :])
     if PARTIAL:
-        is_visible = inside_spans(rows, key, N_SPANS) & is_read[None, :]
+        # No span holds -1: one comparison less for every pair, and registers enough for it on every compiler.
+        is_visible = inside_spans(rows, tl.where(is_read, key, -1), N_SPANS)
         if HAS_DENSE:
             is_visible &= dense_bits(
                 extras.dense, rows.index, rows.exists, first_key, k_len, dense_row_stride, BLOCK_M, BLOCK_N
