@@ -247,6 +247,8 @@ BACKENDS: dict[str, Backend] = {
         on_host=_cuda_is_emulated,
         ops={
             "append_kv": Declaration(dtypes=_ALL_FLOATS),
+            "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
+            "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
         },
     ),
     REFERENCE: Backend(

@@ -1,14 +1,18 @@
-// The processor as a device of compute capability 9.0 with two multiprocessors.
+// The processor as a device with two multiprocessors, of compute capability 9.0 unless a test chooses another one.
 #include "../../csrc/cuda/device.h"
 
 namespace maskops {
 
+static Device emulated{9, 0, 2, 227 << 10};
+
+extern "C" __attribute__((visibility("default"))) void maskops_emulate_capability(int major, int minor) {
+  emulated.major = major;
+  emulated.minor = minor;
+}
+
 const char* cuda_reason() { return nullptr; }
 
-const Device& device(int32_t) {
-  static const Device emulated{9, 0, 2, 227 << 10};
-  return emulated;
-}
+const Device& device(int32_t) { return emulated; }
 
 void* current_stream(int32_t) { return nullptr; }
 

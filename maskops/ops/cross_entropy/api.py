@@ -248,9 +248,10 @@ def cross_entropy(
         entropy=return_entropy,
         argmax=return_argmax,
     )
+    # The kernels of processors read the labels before anything else and check them then.
+    if chosen != "cpu" and values_can_be_read([rows.labels], rows.labels.device):
+        check_labels(rows.labels, matrix.shape[1], ignore_index)
     if chosen == backend.REFERENCE:
-        if values_can_be_read([rows.labels], rows.labels.device):
-            check_labels(rows.labels, matrix.shape[1], ignore_index)
         if probabilities is not None and shift:
             probabilities = probabilities.roll(-1, 0)
         results = reference.row_losses(matrix, rows.labels, scoring, class_weights=weights, probabilities=probabilities)
