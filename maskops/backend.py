@@ -246,6 +246,9 @@ BACKENDS: dict[str, Backend] = {
         unavailable=_cuda_reason,
         on_host=_cuda_is_emulated,
         ops={
+            "attention": Declaration(
+                dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}, needs_key_tiles=True
+            ),
             "append_kv": Declaration(dtypes=_ALL_FLOATS),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),

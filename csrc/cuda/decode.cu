@@ -1,25 +1,11 @@
 #include "decode.h"
 
-#include "launch.h"
+#include "attention_tile.cuh"
 
 namespace maskops {
 namespace {
 
 constexpr int APPEND_THREADS = 128;
-
-__device__ int64_t read(const DeviceIntegers& x, int64_t row, int64_t column) {
-  const int64_t at = row * x.row_stride + column * x.column_stride;
-  return x.wide ? static_cast<const int64_t*>(x.data)[at] : static_cast<const int32_t*>(x.data)[at];
-}
-
-// The row or page that holds a key of a sequence, -1 where there is none: nothing outside of the cache is touched.
-__device__ int64_t place_of(const DevicePlaces& at, int64_t batch, int64_t key) {
-  if (key < 0 || key >= at.places * at.page_size) return -1;
-  int64_t place = batch;
-  if (at.block_table.data != nullptr) place = read(at.block_table, batch, key / at.page_size);
-  if (at.batch_index.data != nullptr) place = read(at.batch_index, batch, 0);
-  return place >= 0 && place < at.rows ? place : -1;
-}
 
 template <class Word>
 __device__ void copy_row(char* to, const char* from, int64_t bytes) {

@@ -76,6 +76,11 @@ void* current_stream(int32_t index) {
   return stream;
 }
 
+void clear_cuda(void* data, int64_t bytes, void* stream) {
+  check_cuda(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
+             "clearing memory");
+}
+
 DeviceGuard::DeviceGuard(int32_t index) : before_(-1) {
   int before = -1;
   check_cuda(cudaGetDevice(&before), "reading the current device");

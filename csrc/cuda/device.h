@@ -21,6 +21,9 @@ const Device& device(int32_t index);
 // The stream on which torch puts its work for a device.
 void* current_stream(int32_t index);
 
+// Zeros on a stream.
+void clear_cuda(void* data, int64_t bytes, void* stream);
+
 // Makes a device the current one of this thread as long as it lives.
 class DeviceGuard {
  public:

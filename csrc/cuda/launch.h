@@ -52,4 +52,11 @@ using emulation::launch;
 
 #endif
 
+// A block each.
+inline dim3 grid_of(int64_t blocks) {
+  if (blocks < 1 || blocks > INT32_MAX)
+    throw std::invalid_argument("maskops: the call needs more blocks than a launch has");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 }  // namespace maskops
