@@ -28,8 +28,8 @@ MINIMUM_TORCH = (2, 10)
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra"
 
 OLDEST_NVCC = 12
-# Code for the cards that the kernels are tuned for, sm_90a for its clusters; PTX, which the driver compiles, for what is
-# older (from 7.5 on) and newer.
+# Code for the cards that the kernels are tuned for, sm_90a for its clusters; PTX, which the driver compiles, for those
+# that are older (from 7.5 on) and newer.
 ARCHITECTURES = (
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
     "-gencode arch=compute_75,code=compute_75 -gencode arch=compute_90,code=compute_90"
