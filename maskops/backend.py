@@ -237,6 +237,7 @@ BACKENDS: dict[str, Backend] = {
         name="triton",
         devices=("cuda",),
         unavailable=_triton_reason,
+        plans=True,
         on_host=_triton_is_interpreted,
         ops={},
     ),

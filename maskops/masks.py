@@ -180,7 +180,7 @@ class Mask:
             # Of lengths that are traced the operator decides itself, when it runs.
             is_short = all(not _is_known(x) or x < registration.MAX_LENGTH for x in (q_len, k_len))
             if is_short and len(operands) <= registration.MAX_OPERANDS:
-                if on_device.type != "cpu":  # where the operator does not look at values
+                if backend != "cpu":  # whose operators do not look at values
                     self._check_values(q_len, k_len, plan_batch, on_device)
                 wanted = {"grad": grad, "order": order, "positions": positions}
                 return registration.build_plan(

@@ -20,7 +20,7 @@ class Compilation:
             ``"attention_forward half 128 softcap"``.
         function: The kernel, as ``triton.jit`` made it.
         signature: Types of the arguments that are no constants, in Triton's words: ``"*bf16"``, ``"*i32"``, ``"i32"``,
-            ``"i64"``, ``"fp32"``, ``"tensordesc<bf16[64, 128]>"``.
+            ``"i64"``, ``"fp32"``, ``"tensordesc<bf16[64, 128]>"``; of a tuple, theirs.
         constants: Values of the ``tl.constexpr`` arguments, less those of ``config.blocks``, and of arguments that are
             None.
         config: Blocks, warps and stages.
@@ -36,7 +36,7 @@ class Compilation:
 
     name: str
     function: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, object]
     config: Config
     architecture: str

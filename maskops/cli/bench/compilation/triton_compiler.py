@@ -80,7 +80,7 @@ def source_of(compilation: Compilation) -> ASTSource:
     multiples = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
-        if name in compilation.divisible or (signature[name].startswith("*") and name not in compilation.unaligned)
+        if name in compilation.divisible or (signature[name][0] == "*" and name not in compilation.unaligned)
     }
     by_position = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(fn=compilation.function, signature=signature, constexprs=by_position, attrs=multiples)

@@ -1,0 +1,160 @@
+"""``build_plan`` on a device, in two launches whatever the mask and however large the batch.
+
+``rows.py`` is the first launch, from rows to spans and summaries of blocks, ``lists.py`` the second, from summaries to
+the work list, its order, and the seen keys; ``sequences.py`` holds how layouts and bounds are evaluated. Nothing waits
+for the host, and the tensors of a plan come unwritten: the launches write all of every one.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskops.ops.compilation import Compilation
+from maskops.ops.plan.program import parse
+from maskops.ops.plan.triton_kernels.lists import LIST_SCRATCH, plan_lists
+from maskops.ops.plan.triton_kernels.rows import ROW_SCRATCH, SUMMARY, plan_rows
+from maskops.ops.plan.triton_kernels.sequences import encoded
+from maskops.ops.triton_language import launch
+from maskops.spans import KEY_TILE, TILE_ROWS, tiles_per_batch_element
+from maskops.tuning import Config
+
+WINDOWS = (256, 1024, 2048)
+"""Rows that a program evaluates; 128 fewer are its own. Small problems take small windows."""
+
+
+class Blocks(NamedTuple):
+    """How rows and keys are shared among programs.
+
+    Attributes:
+        window: rows that a program of the first launch evaluates.
+        keys: keys that a program of the second launch answers for.
+    """
+
+    window: int
+    keys: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that belong to a program."""
+        return self.window - TILE_ROWS
+
+
+def blocks_of(q_len: int) -> Blocks:
+    """The blocks that a plan of ``q_len`` rows takes."""
+    window = next((window for window in WINDOWS if q_len <= window - TILE_ROWS), WINDOWS[-1])
+    return Blocks(window, window // 2)
+
+
+def build_plan(program: str, *arguments: Any, blocks: Blocks | None = None) -> tuple[Tensor, ...]:
+    """The operator ``build_plan`` (its schema is in ``ops/plan/registration.py``).
+
+    Args:
+        program: the mask as text.
+        arguments: the operands, then batch, q_len, k_len, grad, order and positions.
+        blocks: other blocks than those of ``blocks_of``, for tests.
+    """
+    *operands, batch, q_len, k_len, grad, order, positions = arguments
+    parsed = parse(program)
+    parsed.check(operands, batch, q_len, k_len)
+    blocks = blocks_of(q_len) if blocks is None else blocks
+    like: Tensor = operands[0]
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return like.new_empty(sizes, dtype=dtype)
+
+    n_spans = len(parsed.spans)
+    per_batch = tiles_per_batch_element(q_len, k_len)
+    capacity = batch * per_batch
+    n_tiles = (k_len + KEY_TILE - 1) // KEY_TILE
+    start, end = empty(n_spans, batch, q_len), empty(n_spans, batch, q_len)
+    key_valid = empty(batch, k_len, dtype=torch.uint8)
+    tiles, tile_count = empty(capacity, 4 + 4 * n_spans), empty(1)
+    key_tiles = empty(n_spans, batch, n_tiles, 4) if grad else empty(0)
+    by_cost = empty(capacity if order else 0)
+    where = empty(3, batch, q_len) if positions else empty(0)
+
+    if batch == 0:  # nothing to write but the count of the work list
+        batch, q_len, k_len = 1, 0, 0
+    n_blocks = max(1, -(-q_len // blocks.rows), -(-k_len // blocks.keys))
+    programs = batch * n_blocks
+    masks = parsed.mask_operands()
+    chain = empty(3, batch, q_len)
+    runs = empty(4, n_spans, batch, n_blocks * blocks.rows)
+    summary = empty(n_spans, batch, n_blocks, int(SUMMARY))
+    holes = empty(batch, n_blocks, blocks.keys + 1) if masks else empty(0)
+    window = empty(programs, max(int(ROW_SCRATCH), int(LIST_SCRATCH)) * blocks.window)
+    counter = empty(1 + 2 * (capacity if order else 0))
+
+    # Booleans as bytes; of an operand that shares one row among all batch elements the first size is 1.
+    passed = [x.view(torch.uint8) if x.dtype == torch.bool else x for x in operands]
+    farthest = q_len + k_len + 1
+    # At least one: steps without a number name the first.
+    numbers = tuple(encoded(max(-farthest, min(value, farthest))) for value in parsed.values or (0,))
+    sizes = tuple(encoded(parsed.first_size(index, x)) for index, x in enumerate(operands))
+    shape = (batch, q_len, k_len, n_blocks)
+    shared = {"MASKS": masks, "N_SPANS": n_spans, "OWN": blocks.rows, "W": blocks.window, "KEY_BLOCK": blocks.keys}
+    launch(
+        plan_rows, (programs,), like,
+        (*passed, sizes, numbers, start, end, where, chain, runs, summary, holes, window, counter, *shape),
+        num_warps=_warps(blocks), num_stages=1,
+        ORDINALS=positions or parsed.reads_ordinals, POSITIONS=positions, **parsed.structure(), **shared,
+    )  # fmt: skip
+    launch(
+        plan_lists, (programs, 2), like,
+        (
+            *passed, sizes, start, end, chain, runs, summary, holes, window, counter,
+            key_valid, tiles, tile_count, key_tiles, by_cost, *shape, per_batch, capacity,
+        ),
+        num_warps=_warps(blocks), num_stages=1,
+        GRAD=grad, ORDER=order, **shared,
+    )  # fmt: skip
+    return start, end, key_valid, tiles, tile_count, key_tiles, by_cost, where
+
+
+def _warps(blocks: Blocks) -> int:
+    return 4 if blocks.window <= 256 else 8
+
+
+_GUARDED = {
+    "causal": "span first diag 1",
+    "packed": "cu_seqlens 0 0 0 span diag -256 diag 1",
+    "holes, two spans": "padding_mask 0 span first prefix_of 1 span diag -10 diag 1",
+    "documents by ids": "ids 0 span chunk_start 128 chunk_end 128",
+}
+"""Programs that between them take every way through the kernels."""
+
+
+def compilations(architecture: str) -> Iterator[Compilation]:
+    """What the ahead-of-time compiler is held to: see ``ops/compilation.py``."""
+    blocks = Blocks(WINDOWS[-1], WINDOWS[-1] // 2)
+    config = Config({"OWN": blocks.rows, "W": blocks.window, "KEY_BLOCK": blocks.keys}, _warps(blocks), 1, "model")
+    operands = {f"operand{index}": "*i32" for index in range(6)} | {"sizes": ("i32",) * 6}
+    counts = dict.fromkeys(("batch", "q_len", "k_len", "n_blocks"), "i32")
+    between = dict.fromkeys(("chain", "runs", "summary", "holes", "window", "counter"), "*i32")
+    for name, text in _GUARDED.items():
+        program = parse(text)
+        shared = {"MASKS": program.mask_operands(), "N_SPANS": len(program.spans)}
+        rows = dict.fromkeys(("start", "end", "positions"), "*i32")
+        yield Compilation(
+            f"plan_rows {name}",
+            plan_rows,
+            operands | {"values": ("i32",) * max(1, len(program.values))} | rows | between | counts,
+            {"ORDINALS": True, "POSITIONS": True, **program.structure(), **shared},
+            config,
+            architecture,
+            guarded=False,
+        )
+        if name not in ("causal", "holes, two spans"):
+            continue  # the second launch knows no layout but the holes
+        lists = dict.fromkeys(("start", "end", "tiles", "tile_count", "key_tiles", "order"), "*i32")
+        yield Compilation(
+            f"plan_lists {name}",
+            plan_lists,
+            operands | lists | {"key_valid": "*u8"} | between | counts | {"per_batch": "i32", "capacity": "i32"},
+            {"GRAD": True, "ORDER": True, **shared},
+            config,
+            architecture,
+            guarded=False,
+        )
