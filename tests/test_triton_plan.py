@@ -136,7 +136,9 @@ def test_two_launches_and_nothing_else(program, monkeypatch):
     with Operators() as operators:
         kernels.build_plan(program, *operands, batch, 5, 5, True, True, True)
     assert launched == [kernels.plan_rows, kernels.plan_lists]
-    assert set(operators.names) <= {"aten::empty", "aten::new_empty", "aten::view", "aten::detach"}, "these only make room"
+    assert set(operators.names) <= {"aten::empty", "aten::new_empty", "aten::view", "aten::detach"}, (
+        "these only make room"
+    )
 
 
 def test_values_that_validation_would_refuse_stay_inside_their_tensors():
