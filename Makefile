@@ -10,13 +10,17 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full test grid lint package compile mutate sanitize fuzz coverage ci clean
+.PHONY: bench bench-full gpu test grid lint package compile mutate sanitize fuzz coverage ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
 
 bench-full: $(READY)
 	$(RUN) -m maskops bench --full --chart bench.png --json bench.json
+
+# On a machine with a GPU, without network and without .venv: PYTHON has torch, Triton and pytest.
+gpu:
+	$(PYTHON) -m tools.gpu
 
 test: $(READY)
 	$(RUN) -m pytest -n auto

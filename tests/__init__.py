@@ -5,5 +5,6 @@ import sys
 
 # Triton reads this when it is first imported, and importing maskops does that: torch's compiler asks whether Triton is
 # there. Without a device its kernels are interpreted. Workers of xdist get what the controller has set.
-_IS_ON_DEVICE = any(argument.startswith("--device") for argument in sys.argv) and "--device=cpu" not in sys.argv
+_ARGUMENTS = " ".join(sys.argv).replace("--device=", "--device ")
+_IS_ON_DEVICE = "--device " in _ARGUMENTS and "--device cpu" not in _ARGUMENTS
 os.environ.setdefault("TRITON_INTERPRET", "0" if _IS_ON_DEVICE else "1")

@@ -17,6 +17,7 @@ _M_PERTURB = -6
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declares where the tests that are for every device make their tensors."""
     parser.addoption("--device", default="cpu", help="run the tests marked `devices`, and no others, on this device")
+    parser.addoption("--precompile", action="store_true", help="on a device: compile Triton kernels, launch none")
 
 
 def pytest_configure(config: pytest.Config) -> None:

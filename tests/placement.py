@@ -115,6 +115,12 @@ def configure(config: pytest.Config) -> None:
     # What torch itself has no deterministic form of on a device (a float cumsum) serves tests as well without.
     torch.use_deterministic_algorithms(True, warn_only=True)
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+    if config.getoption("precompile"):
+        from maskops.cli.bench.gpu.precompile import without_launches
+
+        compiling = without_launches()
+        compiling.__enter__()
+        config.add_cleanup(lambda: compiling.__exit__(None, None, None))
 
 
 def place(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import types
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskops.cli.bench import machine
-from maskops.cli.bench.gpu import attention, command, measure, report, rivals, schedule
+from maskops.cli.bench.gpu import attention, command, measure, precompile, report, rivals, schedule
 from maskops.cli.bench.gpu.contest import Contender, Contest, Setting
 from maskops.cli.bench.timing import Timing
 from maskops.cli.main import main
@@ -84,6 +86,36 @@ def test_names_of_the_contests_are_their_own() -> None:
         assert len(set(names)) == len(names)
     assert {entry.group for entry in entries} == {entry.group for entry in entries if entry.quick}
     assert {entry.group for entry in entries} == {entry.group for entry in schedule.contests(SETTING)}
+
+
+def test_compiling_beforehand_launches_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[tuple[int, ...], bool, int]] = []
+    jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
+    assert {"grid", "warmup"} <= set(inspect.signature(jit.JITFunction.run).parameters)
+
+    class Kernel:
+        def run(self, *args: int, grid: tuple[int, ...], warmup: bool, **keywords: int) -> int:
+            calls.append((grid, warmup, keywords["num_warps"]))
+            return sum(args)
+
+    monkeypatch.setattr(jit, "JITFunction", Kernel)
+    with precompile.without_launches():
+        assert Kernel().run(1, 2, grid=(3,), warmup=False, num_warps=4) == 3
+    Kernel().run(grid=(3,), warmup=False, num_warps=8)
+    assert calls == [((3,), True, 4), ((3,), False, 8)]
+
+    ran: list[str] = []
+    once = Contender("once", lambda leaves: lambda x: ran.append("once") or x * 2.0, ours=True, compiles=True)
+    never = Contender("never", lambda leaves: lambda x: ran.append("never") or x * 2.0)
+    failing = dataclasses.replace(REFUSED, compiles=True)
+    entries = [schedule.Entry("group", str(n), lambda name: Doubled(once, never, failing)) for n in range(3)]
+    failed = precompile.precompile(entries, 1, 2)
+    assert ran == ["once", "once"]  # forward, forward and backward, of one of the three
+    assert failed == ["group: 1: refused: NotImplementedError: this device\nhas none"]
+    assert main(["bench", "gpu", "--dry-run", "--only", "softmax", "--precompile", "0/1"]) == 0
+    assert capsys.readouterr().out == "precompiled 1 contests\n"
 
 
 def contest(**keywords: Any) -> attention.AttentionContest:
@@ -273,7 +305,8 @@ def test_the_summary_derives_the_backward_pass() -> None:
     assert head[4] == "backward"
     printed = report.render(made_report(tables=tables, finished=True))
     assert "capability 9.0" in printed and "(not finished)" not in printed
-    assert max(map(len, printed.splitlines())) <= 140
+    lines = [line for line in printed.splitlines() if not line.lstrip().startswith("command")]  # pytest's own, here
+    assert max(map(len, lines)) <= 140
 
 
 def test_signatures_of_packed_attention_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:

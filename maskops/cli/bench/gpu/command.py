@@ -13,6 +13,7 @@ import torch
 from maskops.cli.bench import machine
 from maskops.cli.bench.gpu.contest import Setting
 from maskops.cli.bench.gpu.measure import Device, measure
+from maskops.cli.bench.gpu.precompile import precompile
 from maskops.cli.bench.gpu.report import Report, render
 from maskops.cli.bench.gpu.schedule import Entry, contests
 from maskops.cli.bench.progress import Progress
@@ -28,6 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("gpu")
     group.add_argument("--dry-run", action="store_true", help="tiny shapes on the processor: the run would work")
     group.add_argument("--resume", action="store_true", help="keep what the file of --json holds of this run")
+    group.add_argument(
+        "--precompile", metavar="K/N", help="only compile, what every Nth contest from number K on needs"
+    )
     group.add_argument("--limit", type=float, metavar="SECONDS", help="stop before the next contest after so long")
 
 
@@ -46,6 +50,11 @@ def run(options: argparse.Namespace) -> int:
         for entry in contests(setting)
         if options.only in f"{entry.group}: {entry.name}" and (mode != "quick" or entry.quick)
     ]
+    if options.precompile:
+        part, _, parts = options.precompile.partition("/")
+        failed = precompile(chosen, int(part), int(parts))
+        print("\n".join([f"precompiled {len(chosen[int(part) :: int(parts)])} contests", *failed]))
+        return 1 if failed else 0
     report = Report(
         machine=machine.describe(device, dtype, machine.load_average()),
         details=details(device),

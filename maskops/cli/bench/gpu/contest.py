@@ -61,6 +61,7 @@ class Contender:
         ours: Whether it calls maskops.
         habit: Whether it is what people do today.
         partial: Leaves out a part of the step, such as making a mask that every batch needs anew: shown, never best.
+        compiles: Its first call compiles something, which a run may want to do beforehand.
         consumes: Overwrites its inputs, so that it gets fresh copies, which are not timed.
     """
 
@@ -70,6 +71,7 @@ class Contender:
     ours: bool = False
     habit: bool = False
     partial: bool = False
+    compiles: bool = False
     consumes: bool = False
 
 

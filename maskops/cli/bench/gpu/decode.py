@@ -81,12 +81,13 @@ class DecodeContest(Contest):
             found.append(Contender("SDPA, heads as rows", lambda leaves: rows))
         found += [
             Contender("two matrix products", lambda leaves: products),
-            Contender("torch.compile of two matrix products", lambda leaves: setting.compiled(products)),
+            Contender("torch.compile of two matrix products", lambda leaves: setting.compiled(products), compiles=True),
         ]
         for name in setting.backends("decode_attention"):
-            found.append(Contender(f"maskops {name}", self._ours(name), ours=True))
+            compiles = name == "triton"
+            found.append(Contender(f"maskops {name}", self._ours(name), ours=True, compiles=compiles))
             label = f"maskops {name}, pages of {_PAGE}"
-            found.append(Contender(label, self._paged(name), ours=True))
+            found.append(Contender(label, self._paged(name), ours=True, compiles=compiles))
         return found
 
     def _ours(self, backend: str) -> Callable[[Leaves], Function]:

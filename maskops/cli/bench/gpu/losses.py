@@ -87,14 +87,14 @@ class LossContest(Contest):
         found = [
             Contender("F.cross_entropy", _always(plain)),
             Contender("F.cross_entropy in float32", _always(upcast), habit=True),
-            Contender("torch.compile(F.cross_entropy)", lambda leaves: setting.compiled(plain)),
-            Contender("Liger", liger, consumes=True),
+            Contender("torch.compile(F.cross_entropy)", lambda leaves: setting.compiled(plain), compiles=True),
+            Contender("Liger", liger, compiles=True, consumes=True),
         ]
         if len(kept) < self.rows:
             found.insert(2, Contender("F.cross_entropy of the rows that count", _always(gathered)))
         for name in setting.backends("cross_entropy"):
             ours = _with_backend(maskops.cross_entropy, name, target)
-            found.append(Contender(f"maskops {name}", _always(ours), ours=True))
+            found.append(Contender(f"maskops {name}", _always(ours), ours=True, compiles=name == "triton"))
         return found
 
     def sample(self, layout: str, results: Sequence[Tensor]) -> Outcome:
@@ -174,13 +174,13 @@ class LinearLossContest(Contest):
         found = [
             Contender("F.linear, F.cross_entropy", _always(plain), habit=True),
             Contender("F.linear, F.cross_entropy of the rows that count", _always(gathered)),
-            Contender("torch.compile of it", lambda leaves: setting.compiled(gathered)),
-            Contender("Liger", liger),
-            Contender("cut_cross_entropy", cce),
+            Contender("torch.compile of it", lambda leaves: setting.compiled(gathered), compiles=True),
+            Contender("Liger", liger, compiles=True),
+            Contender("cut_cross_entropy", cce, compiles=True),
         ]
         for name in setting.backends("linear_cross_entropy"):
             ours = _with_backend(maskops.linear_cross_entropy, name, target)
-            found.append(Contender(f"maskops {name}", _always(ours), ours=True))
+            found.append(Contender(f"maskops {name}", _always(ours), ours=True, compiles=name == "triton"))
         return found
 
     def sample(self, layout: str, results: Sequence[Tensor]) -> Outcome:
@@ -260,11 +260,11 @@ class SoftmaxContest(Contest):
 
         found = [
             Contender("masked_fill, softmax", _always(filled), habit=True),
-            Contender("torch.compile of it", lambda leaves: setting.compiled(filled)),
+            Contender("torch.compile of it", lambda leaves: setting.compiled(filled), compiles=True),
         ]
         for name in setting.backends("masked_softmax"):
             ours = _with_backend(maskops.masked_softmax, name, mask)
-            found.append(Contender(f"maskops {name}", _always(ours), ours=True))
+            found.append(Contender(f"maskops {name}", _always(ours), ours=True, compiles=name == "triton"))
         return found
 
     def sample(self, layout: str, results: Sequence[Tensor]) -> Outcome:

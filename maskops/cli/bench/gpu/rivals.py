@@ -33,7 +33,8 @@ def attention(contest: AttentionContest) -> list[Contender]:
     for index, backend in enumerate(contest.setting.backends("attention")):
         for layout in _our_layouts(contest):
             label = f"maskops {backend}" + (f", {layout}" if contest.ragged and layout != ROWS else "")
-            found.append(Contender(label, _ours(contest, layout, backend), layout, ours=True))
+            compiles = backend == "triton"
+            found.append(Contender(label, _ours(contest, layout, backend), layout, ours=True, compiles=compiles))
             if index == 0:
                 made = _ours(contest, layout, backend, planned=True)
                 found.append(Contender(f"{label}, plan made before", made, layout, ours=True, partial=True))
@@ -211,11 +212,11 @@ def _flex(contest: AttentionContest) -> list[Contender]:
         return prepare
 
     if contest.allowed is None and contest.window is None and ids is None and not contest.causal:
-        return [Contender("FlexAttention", make(True), layout)]
+        return [Contender("FlexAttention", make(True), layout, compiles=True)]
     # The mask of a batch, or one that a model keeps.
     of_a_batch = ids is not None or contest.allowed is not None
     return [
-        Contender("FlexAttention with its BlockMask", make(False), layout),
+        Contender("FlexAttention with its BlockMask", make(False), layout, compiles=True),
         Contender("FlexAttention, BlockMask made before", make(True), layout, partial=of_a_batch),
     ]
 
@@ -234,4 +235,8 @@ def _naive(contest: AttentionContest) -> list[Contender]:
             scores = scores.masked_fill(~mask, -math.inf)
         return torch.matmul(scores.softmax(-1), v)
 
-    return [Contender("torch.compile of the formula", lambda leaves: contest.setting.compiled(formula), PADDED)]
+    return [
+        Contender(
+            "torch.compile of the formula", lambda leaves: contest.setting.compiled(formula), PADDED, compiles=True
+        )
+    ]
