@@ -13,8 +13,9 @@ from torch import Tensor
 import maskops
 from maskops import extension
 from maskops.testing import error_budget
+from tests.served import AT_HOME
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = AT_HOME
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

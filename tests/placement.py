@@ -8,6 +8,7 @@ kernel's driver makes on the wrong device stays a mistake that shows.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -19,9 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskops.layouts import Layout
+from maskops.masks import Mask
 from tests import served
 
 MARKER = "devices: runs on the tensors of any device, chosen by --device"
+PROCESSOR = "processor: among those, one that is about the processor: its threads, its kernels, values that it checks"
 SMOKE = "gpu_smoke: one small case of each op, backend and pass; a minute on a device"
 
 _DRAWN = frozenset(
@@ -88,9 +92,12 @@ def _unwritten(make: Callable[..., Tensor], device: str) -> Callable[..., Tensor
 
 
 def moved(value: Any, device: str) -> Any:
-    """A value with the tensors inside of its dicts, lists and tuples on a device; itself where it holds none."""
+    """A value with the tensors in its dicts, lists, tuples and masks on a device; itself where it holds none."""
     if type(value) is Tensor:
         return value.detach().to(device).requires_grad_(value.requires_grad)
+    if isinstance(value, (Mask, Layout)):
+        parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return dataclasses.replace(value, **moved(parts, device))
     if type(value) is dict:
         parts = {key: moved(part, device) for key, part in value.items()}
         return parts if any(parts[key] is not value[key] for key in value) else value
@@ -103,7 +110,7 @@ def moved(value: Any, device: str) -> Any:
 def configure(config: pytest.Config) -> None:
     """Sets the device of the session, before any test module is imported."""
     device = str(config.getoption("device"))
-    for line in (MARKER, SMOKE):
+    for line in (MARKER, PROCESSOR, SMOKE):
         config.addinivalue_line("markers", line)
     if device == "cpu":
         return
@@ -128,8 +135,11 @@ def place(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = served.DEVICE
     if device == "cpu":
         return
-    kept = [item for item in items if item.get_closest_marker("devices")]
-    config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("devices")])
+    kept, left_out = [], []
+    for item in items:
+        is_kept = item.get_closest_marker("devices") and not item.get_closest_marker("processor")
+        (kept if is_kept else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
     items[:] = kept
     for item in kept:
         called = getattr(item, "callspec", None)

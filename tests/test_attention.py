@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskops
 from maskops import extension, masks, testing
 from maskops.ops.attention.registration import Features, filled, operator_arguments
-from tests.served import AT_HOME, kernels_here
+from tests.served import AT_HOME, DEVICE, kernels_here
+
+pytestmark = pytest.mark.devices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = testing.cases("attention", features=True)
@@ -33,22 +35,23 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("backend", AT_HOME)
 def test_case(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
     case = case.with_dtype(dtype)
-    if reasons := testing.refusals(backend, case):
+    if reasons := testing.refusals(backend, case, DEVICE):
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
     # What a mask means does not depend on the dtype, so the mask is read out once.
     parts = testing.PARTS if dtype == torch.float32 else ("numbers", "poison")
-    report = testing.check(testing.attention_on(backend, case), case, parts=parts)
+    report = testing.check(testing.attention_on(backend, case), case, parts=parts, device=DEVICE)
     assert report.is_differentiable
     report.raise_if_failed()
 
 
 @pytest.mark.parametrize("backend", AT_HOME)
 def test_backend_is_not_merely_skipped(backend: str) -> None:
-    served = sum(not testing.refusals(backend, case.with_dtype(dtype)) for case in CASES for dtype in DTYPES)
+    served = sum(not testing.refusals(backend, case.with_dtype(dtype), DEVICE) for case in CASES for dtype in DTYPES)
     expected = 3 * len(CASES)
     assert served >= expected, f"{backend} serves {served} cases here: {maskops.backends()[backend]}"
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize(
     "name", ["causal", "first tokens and window", "documents with a tail", "wide values", "softcap"]
 )
@@ -66,6 +69,7 @@ def test_instruction_sets(name: str) -> None:
         extension.select_instruction_set(before)
 
 
+@pytest.mark.processor
 def test_memory_of_the_extension_is_poisoned() -> None:
     """The suite sees unwritten outputs only as long as new memory holds NaN, however it is allocated."""
     if not hasattr(ctypes.CDLL(None), "mallopt"):
@@ -123,6 +127,7 @@ def forward_backward(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, backend:
     return [out.detach(), lse.detach(), *grads]
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("long", [5, 9, 17])
 def test_documents_that_pad_vectors_most(long: int) -> None:
     """One row, then a vector and a row: nothing leaves more lanes of the CPU's vectors unused."""
@@ -167,6 +172,7 @@ def test_gradients_at_every_offset_of_a_window(side: str) -> None:
                 assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), (width, backend)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "length", "mask"),
@@ -348,7 +354,7 @@ def test_plan_is_the_mask(backend: str) -> None:
 
 def test_autocast(backend: str) -> None:
     q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out, lse = maskops.attention(q, k.bfloat16(), v, return_lse=True, backend=backend)
         assert maskops.attention(*(x.double() for x in (q, k, v)), backend="reference").dtype == torch.float64
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
@@ -368,6 +374,7 @@ def test_empty_views_of_any_stride(backend: str, size: tuple[int, ...]) -> None:
     assert out.shape == grad.shape == q.shape
 
 
+@pytest.mark.processor
 def test_strides_that_the_kernel_cannot_read_are_named() -> None:
     q = torch.randn(1, 2, 5, 8)
     spans = masks.full().spans(5, 5)
@@ -382,6 +389,7 @@ def test_strides_that_the_kernel_cannot_read_are_named() -> None:
             torch.ops.maskops.attention_backward(*arguments)
 
 
+@pytest.mark.processor
 @pytest.mark.filterwarnings("ignore::maskops.BackendFallbackWarning")
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_meta_tensors_get_shapes_and_strides(backend: str | None) -> None:
@@ -453,6 +461,7 @@ def test_checkpointing(backend: str) -> None:
 # ---- the reference ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processor
 def test_gradients_of_the_reference() -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -13,7 +13,9 @@ import maskops
 from maskops import extension, masks, testing
 from maskops.ops.attention import reference
 from maskops.ops.attention.registration import Features, filled, operator_arguments
-from tests.served import AT_HOME, kernels_here
+from tests.served import AT_HOME, DEVICE, kernels_here
+
+pytestmark = pytest.mark.devices
 
 CASES = {case.name: case for case in testing.cases("attention", features=True)}
 
@@ -191,7 +193,7 @@ def test_a_row_that_a_bias_empties_may_hold_anything(backend: str) -> None:
 
 def test_a_bias_under_autocast_is_that_of_torch(backend: str) -> None:
     q, k, v, bias = draw(1, 2, 9, 4), draw(1, 2, 9, 4), draw(1, 2, 9, 4), draw(1, 1, 9, 9)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = maskops.attention(q, k, v, bias=bias * 3, backend=backend)
         (grad,) = torch.autograd.grad(out.sum(), bias)
     rounded = (bias.detach() * 3).bfloat16()
@@ -264,6 +266,7 @@ def test_slopes_of_packed_sequences(backend: str) -> None:
         maskops.varlen_attention(packed, packed, packed, mask=plan, alibi_slopes=slopes[:3], backend=backend)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("value", [-(2**31), -2, 2**20, 2**31 - 1])
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_hostile_positions(row: int, value: int) -> None:
@@ -414,6 +417,7 @@ def test_everything_at_once(bias: tuple[int, ...], dtype: torch.dtype) -> None:
         assert_close(actual, expected, max(2e-5, 2 * float(torch.finfo(dtype).eps)))
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("name", ["dense", "two spans with features", "everything", "bias, packed"])
 def test_instruction_sets(name: str) -> None:
     in_use = extension.instruction_set()
@@ -432,6 +436,7 @@ def test_instruction_sets(name: str) -> None:
         extension.select_instruction_set(in_use)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("bias", [(2, 6, 150, 150), (1, 6, 150, 150), (2, 1, 1, 150), (1, 1, 150, 1)], ids=str)
 def test_same_bits_with_any_number_of_threads(bias: tuple[int, ...]) -> None:
     tensors = everything(2, 150, bias, heads=6)

@@ -22,6 +22,8 @@ from tests.cross_entropy_oracle import (
     running_on,
 )
 
+pytestmark = pytest.mark.devices
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -210,6 +212,7 @@ def test_strided_logits(backend: str, dtype: torch.dtype) -> None:
     check_case(wide[0, :3, :30], target[0, ::2])  # labels apart
 
 
+@pytest.mark.processor
 def test_strided_logits_are_not_copied() -> None:
     needs_extension()
     wide = torch.randn(300, 1100)

@@ -21,6 +21,8 @@ from tests.cross_entropy_oracle import (
     running_on,
 )
 
+pytestmark = pytest.mark.devices
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -53,6 +55,7 @@ def test_backward_twice(backend: str) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.processor
 def test_large_gradients_stream_past_the_caches() -> None:
     """Above 32 MiB other stores are used: aligned ones, with ragged ends, whatever the alignment of a row."""
     needs_extension()
@@ -98,6 +101,7 @@ def test_inplace_backward_of_rows_that_share_memory(backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, row)[0], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.processor
 def test_another_op_that_saved_the_logits_notices_an_inplace_backward() -> None:
     needs_extension()
     logits, target = problem((6,), 50)
@@ -108,6 +112,7 @@ def test_another_op_that_saved_the_logits_notices_an_inplace_backward() -> None:
         loss.backward()
 
 
+@pytest.mark.processor
 def test_double_backward_is_refused() -> None:
     needs_extension()
     logits, target = problem((6,), 50)
@@ -124,7 +129,7 @@ def test_functional_gradients(backend: str) -> None:
     expected = torch.autograd.grad(maskops.cross_entropy(logits.requires_grad_(), target), logits)[0]
     logits = logits.detach()
     assert torch.equal(torch.func.grad(maskops.cross_entropy)(logits, target), expected)
-    if backend == "cpu":  # never a tangent of 0 that nobody computed
+    if backend != "reference":  # never a tangent of 0 that nobody computed
         with pytest.raises(NotImplementedError, match="forward mode AD"):
             torch.func.jvp(lambda x: maskops.cross_entropy(x, target), (logits,), (logits,))
     else:
@@ -155,7 +160,12 @@ COMPILED = {
 @pytest.mark.parametrize(
     "backend, options",
     [
-        *(pytest.param("cpu", options, id=f"cpu-{key}") for key, options in COMPILED.items()),
+        *(
+            pytest.param(name, options, id=f"{name}-{key}")
+            for name in BACKENDS
+            if name != "reference"
+            for key, options in COMPILED.items()
+        ),
         pytest.param("reference", COMPILED["outputs"], id="reference-outputs"),
     ],
     indirect=["backend"],
@@ -175,6 +185,7 @@ def test_compiles_as_one_graph(backend: str, options: dict[str, Any]) -> None:
         torch.testing.assert_close(eager, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.processor
 def test_compiles_with_inductor_and_dynamic_shapes() -> None:
     needs_extension()
     torch._dynamo.reset()
@@ -214,6 +225,7 @@ def test_needs_no_value_of_a_tensor(backend: str) -> None:
             assert outputs.lse.shape == (3, 5) and all(grad.shape == (3, 5, 30) for grad in grads)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("extras", [False, True])
 def test_operators_are_registered_properly(extras: bool) -> None:
     needs_extension()

@@ -26,6 +26,8 @@ from tests.cross_entropy_oracle import (
     running_on,
 )
 
+pytestmark = pytest.mark.devices
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -98,6 +100,7 @@ def test_confident_rows_keep_their_relative_accuracy(
             torch.testing.assert_close(actual.double(), grad, rtol=rounding, atol=subnormal)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_instruction_sets_agree(dtype: torch.dtype) -> None:
     needs_extension()
@@ -109,6 +112,7 @@ def test_instruction_sets_agree(dtype: torch.dtype) -> None:
                 check_case(*problem((5,), vocabulary, dtype), label_smoothing=0.1, softcap=9.0, z_loss=0.01)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
     needs_extension()
@@ -130,6 +134,7 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.processor
 def test_threads_do_not_change_a_bit_of_a_long_sum() -> None:
     needs_extension()
     logits, target = problem((90_001,), 2)
@@ -180,6 +185,7 @@ def test_incoming_gradients_of_skipped_rows_are_never_read(backend: str) -> None
     assert bool(grads.isfinite().all()) and bool((grads[target == IGNORE] == 0).all())
 
 
+@pytest.mark.processor
 def test_rows_without_an_incoming_gradient_are_not_read_in_backward() -> None:
     needs_extension()
     logits, target = problem((4,), 40)
@@ -255,6 +261,7 @@ def test_extreme_logits(backend: str, offset: float) -> None:
     assert maskops.cross_entropy(logits, torch.tensor([5])).item() == 0.0
 
 
+@pytest.mark.processor
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     needs_extension()
     logits, target = problem((64,), 300)

@@ -27,6 +27,8 @@ from tests.cross_entropy_oracle import (
     running_on,
 )
 
+pytestmark = pytest.mark.devices
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -221,6 +223,7 @@ def _loss_and_gradient(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return losses.detach(), torch.autograd.grad(losses.sum(), x)[0]
 
 
+@pytest.mark.processor
 def test_instruction_sets_agree() -> None:
     needs_extension()
     for name in extension.instruction_sets():
@@ -232,6 +235,7 @@ def test_instruction_sets_agree() -> None:
                 check_case(logits, target, **options)
 
 
+@pytest.mark.processor
 def test_threads_do_not_change_a_bit() -> None:
     needs_extension()
     logits, _ = problem((300,), 517)
@@ -251,6 +255,7 @@ def test_threads_do_not_change_a_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.processor
 def test_large_gradients_stream_past_the_caches() -> None:
     needs_extension()
     logits, _ = problem((85,), 100_003)
@@ -318,6 +323,7 @@ def test_inplace_backward(backend: str, target_grad: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.processor
 def test_double_backward_is_refused() -> None:
     needs_extension()
     logits, _ = problem((6,), 50)
@@ -376,6 +382,7 @@ def test_exports(backend: str) -> None:
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.processor
 def test_operators_are_registered_properly() -> None:
     needs_extension()
     logits, labels = problem((6,), 30)

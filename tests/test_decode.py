@@ -12,17 +12,16 @@ import maskops
 from maskops import masks
 from maskops.backend import BACKENDS
 from maskops.testing import error_budget, plain_attention
+from tests.served import DEVICE
+
+pytestmark = pytest.mark.devices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _serving() -> list[str]:
     """Backends that declare the ops and run here."""
-    return [
-        name
-        for name, row in BACKENDS.items()
-        if "decode_attention" in row.ops and maskops.backends()[name] == "available"
-    ]
+    return [name for name, row in BACKENDS.items() if "decode_attention" in row.ops and not row.refusals_of(DEVICE)]
 
 
 @pytest.fixture(params=_serving())

@@ -1,11 +1,14 @@
 """The documents: examples run, figures are those of the stored run, links lead somewhere, names exist."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import maskops
+from maskops.backend import BACKENDS
 from tools import readme
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +49,44 @@ def test_figures_are_written_from_the_json() -> None:
     assert "| padded (what people do) | 1.5 (0.50x) | 1.5 (0.50x) | 1.5 (0.50x) |" in written
     assert "| **ours** | WRONG |  | WRONG |" in written
     assert "75% of all positions are padding" in written
+
+
+def test_what_has_not_run_on_a_gpu_says_so(tmp_path: Path) -> None:
+    """From the results that are stored, and from nothing else."""
+    assert readme.on_gpus(tmp_path) == []
+    assert "compiled and interpreted; not yet run on a GPU" in readme.gpu_figures([])
+    row = {
+        "name": "maskops triton",
+        "ours": True,
+        "habit": False,
+        "partial": False,
+        "timing": {"median": 1e-3, "spread": 0.0, "seconds": [1e-3]},
+        "tflops": 420.0,
+        "ratio": 1.25,
+    }
+    table = {"group": "attention", "name": "causal", "backward": False, "rows": [row], "best": "SDPA cuDNN"}
+    result: dict[str, Any] = {
+        "machine": {"device": "NVIDIA H100", "torch": "2.11.0", "peaks": {"multiply_add": 8e5, "copy": 3e3}},
+        "settings": {"dtype": "bfloat16", "mode": "full"},
+        "finished": True,
+        "tables": [table],
+    }
+    for name, changes in (
+        ("gpu-a", {}),
+        ("gpu-b", {"finished": False}),
+        ("gpu-c", {"settings": {"mode": "dry run"}}),
+        ("cpu-d", {}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**result, **changes}))
+    results = readme.on_gpus(tmp_path)
+    assert results == [result]
+    assert "| attention: causal | TFLOP/s | 420 | 1.25x | - | - | - | SDPA cuDNN |" in readme.gpu_figures(results)
+    cells = {name: readme._runs_on(name, results) for name in BACKENDS}
+    both = "processors, NVIDIA H100"
+    assert cells == {"cpu": "processors", "triton": "NVIDIA H100", "cuda": "NVIDIA H100", "reference": both}
+    assert readme._runs_on("triton", []) == readme.NOT_YET and readme._runs_on("reference", []) == "processors"
+    assert readme._runs_on("cuda", []).endswith("not yet run on a GPU")
+    assert "| has run on | processors | NVIDIA H100 |" in readme.features(results)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -14,6 +14,9 @@ from torch import Tensor
 import maskops
 from maskops import masks
 from maskops.backend import BACKENDS, FEATURES, REFERENCE
+from tests.served import DEVICE
+
+pytestmark = pytest.mark.devices
 
 Outputs = Tensor | tuple[Tensor, ...]
 Probe = Callable[[str, dict[str, Tensor]], Outputs]
@@ -77,7 +80,7 @@ def _dropout(backend: str, x: dict[str, Tensor]) -> Outputs:
 
 def _autocast(backend: str, x: dict[str, Tensor]) -> Outputs:
     # float64 is left alone by autocast: the oracle computes what the rounded inputs give.
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = maskops.attention(x["q"], x["k"], x["v"], masks.causal(), backend=backend)
     assert out.dtype == (torch.float64 if x["q"].dtype == torch.float64 else torch.bfloat16)
     return out
@@ -247,7 +250,7 @@ def _soften(*given: tuple[Any, int], **keywords: Any) -> Probe:
 
 
 def _soften_under_autocast(backend: str, x: dict[str, Tensor]) -> Outputs:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = maskops.masked_softmax(x["x"], VISIBLE, backend=backend)
         assert out.dtype == torch.softmax(x["x"], -1).dtype
     return out
@@ -374,7 +377,7 @@ def test_every_declared_feature_has_a_probe_and_every_lack_is_a_feature() -> Non
 @pytest.mark.parametrize(("op", "feature"), PROBES, ids=lambda value: str(value).replace(" ", "-"))
 def test_what_is_declared_is_true(op: str, feature: str, backend: str) -> None:
     declared = BACKENDS[backend]
-    if reasons := declared.refusals_of("cpu"):
+    if reasons := declared.refusals_of(DEVICE):
         pytest.skip(f"{backend}: {reasons[0]}")
     if op not in declared.ops:
         pytest.skip(f"{backend} has no {op}")

@@ -18,13 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskops
 from maskops.ops.linear_cross_entropy import chunks
 from maskops.testing import error_budget
+from tests.served import AT_HOME, DEVICE
+
+pytestmark = pytest.mark.devices
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RETURNS = {"return_lse": True, "return_logprobs": True, "return_entropy": True, "return_argmax": True}
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=AT_HOME)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     if (available := maskops.backends()[name]) != "available":
@@ -200,6 +203,7 @@ def test_dtypes_mix(small_chunks: None, dtype: torch.dtype, weight_dtype: torch.
             check(problem, reduction="none")
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("least_rows", [1, 3, 11, 12, 13])
 def test_chunks_change_nothing(
@@ -327,6 +331,7 @@ def test_a_bias_bans_columns(backend: str) -> None:
     torch.testing.assert_close(outputs.loss, fewer)
 
 
+@pytest.mark.processor
 def test_confident_tokens_keep_their_relative_accuracy(on_cpu: None) -> None:
     """p = 0.99998: plain float32 is 8 % off."""
     hidden = torch.zeros(2, 4)
@@ -386,6 +391,7 @@ def test_a_tied_embedding_gets_both_gradients(backend: str) -> None:
     torch.testing.assert_close(grad, torch.autograd.grad(expected, wide)[0].float())
 
 
+@pytest.mark.processor
 def test_a_weight_held_transposed_gets_its_gradient_transposed(on_cpu: None) -> None:
     problem = Problem()
     held = problem.weight.t().contiguous().requires_grad_()
@@ -444,6 +450,7 @@ def test_float16_gradients_survive_a_loss_scale(backend: str) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.processor
 def test_double_backward_is_refused(on_cpu: None) -> None:
     problem = Problem()
     for reduction in ("mean", "none"):
@@ -467,6 +474,7 @@ def test_the_reference_differentiates_twice() -> None:
         assert torch.autograd.gradgradcheck(scored, problem.leaves())
 
 
+@pytest.mark.processor
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # what forward mode loads
 def test_transforms(on_cpu: None) -> None:
     problem = Problem()
@@ -492,12 +500,13 @@ def test_autocast_changes_nothing(backend: str) -> None:
         leaves = problem.leaves()
         plain = problem.score(leaves, **options)
         grads = torch.autograd.grad(plain.sum(), leaves)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             under = problem.score(leaves, **options)
         under_grads = torch.autograd.grad(under.sum(), leaves)
         assert torch.equal(plain, under) and all(torch.equal(a, b) for a, b in zip(grads, under_grads, strict=True))
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_and_repetition(on_cpu: None, dtype: torch.dtype) -> None:
     """Repeated, the same bits. With other threads the products are as equal as torch's library makes them."""
@@ -568,6 +577,7 @@ def record(problem: Problem, incoming: Tensor | None = None, *, gradients: bool 
     return recorder
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_skipped_tokens_cost_no_product(on_cpu: None, dtype: torch.dtype) -> None:
     problem = Problem((400,), 64, 1000, dtype)
@@ -577,6 +587,7 @@ def test_skipped_tokens_cost_no_product(on_cpu: None, dtype: torch.dtype) -> Non
     assert record(problem, torch.ones(400)).products == 3 * kept * 64 * 1000
 
 
+@pytest.mark.processor
 def test_tokens_without_an_incoming_gradient_cost_no_product(on_cpu: None) -> None:
     problem = Problem((40,), ignored=0.0)
     problem.hidden[1] = math.nan
@@ -587,6 +598,7 @@ def test_tokens_without_an_incoming_gradient_cost_no_product(on_cpu: None) -> No
     assert (grads[0] != 0).any(1).nonzero().flatten().tolist() == [0, 2]
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_is_that_of_a_chunk(on_cpu: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(chunks, "_CHUNK_BYTES", 64 * 1000 * 4)
@@ -607,6 +619,7 @@ def test_the_vocabulary_does_not_make_chunks_too_small() -> None:
     assert chunks._Rows(torch.ones(0, dtype=torch.bool), 10).chunks == []
 
 
+@pytest.mark.processor
 def test_operator(on_cpu: None) -> None:
     problem = Problem((9,))
     nothing, ones = torch.empty(0), torch.ones(9)
@@ -622,6 +635,7 @@ def test_operator(on_cpu: None) -> None:
         torch.library.opcheck(operator, (*tensors, *incoming, *numbers, *flags))
 
 
+@pytest.mark.processor
 def test_compile(on_cpu: None) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

@@ -11,6 +11,9 @@ import maskops
 from maskops import masks
 from maskops.spans import build_row_spans
 from maskops.testing import error_budget
+from tests.served import AT_HOME
+
+pytestmark = pytest.mark.devices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -51,7 +54,7 @@ def test_formula(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", AT_HOME)
 def test_split_and_merge_is_whole(backend: str, packed: bool) -> None:
     """Attention over two halves of the keys, merged, with gradients; rows that are empty in one half or in both."""
     if (reason := maskops.backends()[backend]) != "available":
@@ -131,6 +134,7 @@ def test_scores_beyond_the_exponential() -> None:
     assert torch.allclose(lse.double() - 1000, expected[1], atol=1e-3)
 
 
+@pytest.mark.processor
 def test_under_compile_and_vmap() -> None:
     inputs = parts(torch.float32)
     expected = maskops.merge_attention(*inputs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskops import masks
 from tests import placement, served
 from tests.placement import PlacedTorch, moved
 
@@ -40,6 +41,8 @@ def test_what_a_module_holds_is_moved() -> None:
     held = {"a": leaf, "b": [leaf.detach(), (1, "x")], "c": 3}
     found = moved(held, "meta")
     assert found["a"].is_meta and found["a"].requires_grad and found["b"][0].is_meta and found["b"][1] == (1, "x")
+    mask = moved((masks.padding(torch.tensor([3, 1])) & masks.causal(),), "meta")[0]
+    assert mask.layouts[0].tensor.is_meta and str(mask) == str(masks.padding(torch.tensor([3, 1])) & masks.causal())
     plain = {"a": [1, 2], "b": (3,)}
     assert moved(plain, "meta") is plain
 
@@ -50,18 +53,22 @@ def test_the_tests_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     others = {name: dict(vars(found)) for name, found in sys.modules.items() if name.startswith("tests.")}
     params: dict[str, Any] = {"lengths": torch.ones(2), "n": 3}
-    marked = SimpleNamespace(get_closest_marker=lambda name: name, callspec=SimpleNamespace(params=params))
+    call = SimpleNamespace(params=params)
+    marked = SimpleNamespace(get_closest_marker=lambda name: name == "devices", callspec=call)
     plain = SimpleNamespace(get_closest_marker=lambda name: None)
+    of_processors = SimpleNamespace(get_closest_marker=lambda name: name in ("devices", "processor"))
     left_out: list[object] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
     config: Any = SimpleNamespace(hook=hook)
-    items: list[Any] = [plain, marked]
+    items: list[Any] = [plain, marked, of_processors]
     placement.place(config, items)
-    assert items == [plain, marked] and vars(module)["torch"] is torch  # on the processor nothing changes
+    assert (
+        items == [plain, marked, of_processors] and vars(module)["torch"] is torch
+    )  # on the processor nothing changes
     monkeypatch.setattr(served, "DEVICE", "meta")
     try:
         placement.place(config, items)
-        assert items == [marked] and left_out == [plain]
+        assert items == [marked] and left_out == [plain, of_processors]
         assert params["lengths"].is_meta and params["n"] == 3
         held = vars(module)
         assert isinstance(held["torch"], PlacedTorch) and held["LENGTHS"].is_meta and held["NAME"] == "x"

@@ -14,7 +14,9 @@ import maskops
 from maskops import extension, masks
 from maskops.spans import build_row_spans
 from maskops.testing import error_budget
-from tests.served import AT_HOME
+from tests.served import AT_HOME, DEVICE
+
+pytestmark = pytest.mark.devices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = math.inf, math.nan
@@ -191,6 +193,7 @@ def test_strides(backend: str, kind: str, dtype: torch.dtype) -> None:
         check(x, mask, mask, dim)
 
 
+@pytest.mark.processor
 def test_strides_of_the_operator() -> None:
     """The kernel walks any strides; the public function copies some of them first, for speed."""
     needs_extension()
@@ -221,6 +224,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.processor
 def test_broadcast_mask_is_not_materialised() -> None:
     needs_extension()
     x, mask = noise(4, 3, 20, 30).requires_grad_(), coins(4, 1, 1, 30)
@@ -290,6 +294,7 @@ def test_empty_tensors(backend: str) -> None:
     assert maskops.masked_softmax(torch.tensor(3.0), None).tolist() == 1.0
 
 
+@pytest.mark.processor
 def test_hostile_spans_stay_inside() -> None:
     """Spans that a user made by hand: crossing, out of range, far apart. No access leaves the rows."""
     needs_extension()
@@ -402,6 +407,7 @@ def results(x: Tensor, mask: Any, dim: int) -> tuple[Tensor, ...]:
     return (weights, lse, *torch.autograd.grad((weights, lse), x, (noise(*x.shape, seed=1), torch.ones_like(lse))))
 
 
+@pytest.mark.processor
 def test_threads_give_the_same_bits() -> None:
     needs_extension()
     mask = masks.padding(torch.tensor([300, 5])) & masks.causal()
@@ -418,6 +424,7 @@ def test_threads_give_the_same_bits() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.processor
 def test_instruction_sets_agree() -> None:
     needs_extension()
     widest = extension.instruction_set()
@@ -439,6 +446,7 @@ def test_instruction_sets_agree() -> None:
 # ---- gradients and torch --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processor
 def test_gradcheck_of_the_reference() -> None:
     mask = coins(2, 3, 4)
     mask[0, 1] = False
@@ -504,6 +512,7 @@ def test_vmap(backend: str, in_dim: int) -> None:
     assert torch.equal(lse, torch.stack([pair[1] for pair in expected]))
 
 
+@pytest.mark.processor
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp loads its decompositions
 def test_forward_mode_is_refused_by_the_kernel() -> None:
     needs_extension()
@@ -513,7 +522,7 @@ def test_forward_mode_is_refused_by_the_kernel() -> None:
 
 def test_autocast(backend: str) -> None:
     x = noise(3, 9).bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert maskops.masked_softmax(x, None).dtype == torch.softmax(x, -1).dtype
         assert maskops.masked_softmax(x.float(), None).dtype == torch.float32
 
@@ -578,6 +587,7 @@ def test_export(backend: str) -> None:
             assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.processor
 def test_opcheck() -> None:
     needs_extension()
     absent = torch.empty(0, dtype=torch.int32)
@@ -599,6 +609,7 @@ def test_opcheck() -> None:
             torch.library.opcheck(torch.ops.maskops.masked_softmax_backward.default, backward)
 
 
+@pytest.mark.processor
 def test_fake_and_meta_tensors() -> None:
     x = torch.empty(2, 3, 4, 5, device="meta").transpose(1, 2)
     with maskops.use_backend("reference"):
@@ -681,11 +692,13 @@ def test_errors(arguments: tuple[Any, ...], error: type[Exception], message: str
         maskops.masked_softmax(*arguments)
 
 
+@pytest.mark.processor
 def test_named_backend_refuses() -> None:
     with pytest.raises(ValueError, match=r"backend 'cpu' cannot run maskops\.masked_softmax: .*not float64"):
         maskops.masked_softmax(torch.ones(3, dtype=torch.float64), None, backend="cpu")
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("place", range(6))
 def test_operator_refuses_what_it_cannot_read(place: int) -> None:
     """What only a direct call of the operator can bring about; the kernels rely on it for their memory accesses."""

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: stages that pass, fail, hang, wait to go on; what is kept of them; that its commands exist."""
+"""`make gpu` without a GPU: stages that pass, fail, hang, wish to go on; what is kept of them; its commands."""
 
 from __future__ import annotations
 

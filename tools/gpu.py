@@ -99,7 +99,7 @@ class Result:
 
 
 def _pytest(options: Options, *arguments: str, parallel: bool = True) -> list[str]:
-    """Only the plugins that are asked for: what else is installed beside them is not under test, nor are its warnings."""
+    """With the plugins that are asked for alone: what else is installed is not under test, nor are its warnings."""
     command = [options.python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-W", "default", "-W", "error::maskops.BackendFallbackWarning"]
     if parallel and importlib.util.find_spec("xdist") is not None:

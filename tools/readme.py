@@ -4,7 +4,10 @@ The runs:
     python -m maskops bench --json benchmarks/results/cpu.json --chart benchmarks/results/cpu.png
     python -m benchmarks.kernels --json benchmarks/results/kernels.json
 
-The table of features is written from the declarations of the backends.
+    make gpu        # which leaves benchmarks/results/gpu-<device>.json
+
+The table of features is written from the declarations of the backends, and says of each whether it has run on a GPU:
+whether there is a result of one.
 
 `--check` only compares and fails if they differ.
 """
@@ -15,9 +18,12 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from maskops.backend import BACKENDS, FEATURES
+from maskops.cli.bench.gpu.report import summary, tables_of
 from tools.environment import ROOT
 
 README = ROOT / "README.md"
@@ -26,8 +32,10 @@ CHART = RESULT.with_suffix(".png")
 KERNELS = RESULT.with_name("kernels.json")
 BLOCKS = {
     name: (f"<!-- {name}: begin (python -m tools.readme) -->\n", f"<!-- {name}: end -->\n")
-    for name in ("results", "features")
+    for name in ("results", "gpu", "features")
 }
+NOT_YET = "compiled and interpreted; not yet run on a GPU"
+NOT_YET_BUT = {"triton": NOT_YET, "cuda": "compiled, and run as host code; not yet run on a GPU"}
 
 
 def figures(result: dict[str, Any], kernels: dict[str, Any] | None = None) -> str:
@@ -78,9 +86,44 @@ def _cell(table: dict[str, Any], name: str) -> str:
     return f"{row['tokens_per_second'] / 1e3:.1f} ({row['speedup']:.2f}x)"
 
 
-def features() -> str:
-    """The table of what each backend serves, from the declarations."""
+def on_gpus(folder: Path = RESULT.parent) -> list[dict[str, Any]]:
+    """The finished runs of `maskops bench gpu` that are stored."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("gpu-*.json"))]
+    return [result for result in found if result["finished"] and result["settings"]["mode"] != "dry run"]
+
+
+def gpu_figures(results: Sequence[dict[str, Any]]) -> str:
+    """What is known of the backends of GPUs: a table a device, or that there is none."""
+    if not results:
+        return f"On a GPU: {NOT_YET}. `make gpu` verifies and measures everything where one is at hand.\n"
+    lines = []
+    for result in results:
+        machine = result["machine"]
+        lines += [
+            f"{machine['device']}, torch {machine['torch']}, {result['settings']['dtype']}; useful work, and the speed "
+            f"over the best peer of the same run ({machine['peaks']['multiply_add'] / 1e3:,.0f} TFLOP/s is the most "
+            f"that a matrix product reached, {machine['peaks']['copy']:,.0f} GB/s a copy):",
+            "",
+            "| | | forward | ratio | backward | both | ratio | best peer |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [f"| {' | '.join(cells)} |" for cells in summary(tables_of(result))[1:]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _runs_on(name: str, results: Sequence[dict[str, Any]]) -> str:
+    """Where a backend has run."""
+    gpus = [result["machine"]["device"] for result in results if BACKENDS[name].is_at_home("cuda")]
+    places = ["processors", *gpus] if BACKENDS[name].is_at_home("cpu") else gpus
+    return ", ".join(places) or NOT_YET_BUT[name]
+
+
+def features(results: Sequence[dict[str, Any]] | None = None) -> str:
+    """The table of what each backend serves, from the declarations, and of where it has run."""
+    runs = on_gpus() if results is None else results
     lines = [f"| | {' | '.join(f'`{name}`' for name in BACKENDS)} |", f"|---|{'---|' * len(BACKENDS)}"]
+    lines.append(f"| has run on | {' | '.join(_runs_on(name, runs) for name in BACKENDS)} |")
     for op, named in FEATURES.items():
         declarations = [backend.ops.get(op) for backend in BACKENDS.values()]
         dtypes = [
@@ -99,7 +142,7 @@ def features() -> str:
 
 def updated(readme: str) -> str:
     """The README with the features that are declared, and with the figures of the stored run if one is stored."""
-    blocks = {"features": features()}
+    blocks = {"features": features(), "gpu": gpu_figures(on_gpus())}
     if RESULT.exists():
         kernels = json.loads(KERNELS.read_text(encoding="utf-8")) if KERNELS.exists() else None
         blocks["results"] = figures(json.loads(RESULT.read_text(encoding="utf-8")), kernels)

@@ -78,7 +78,7 @@ class Report:
             return False
         if any(stored["machine"][name] != here[name] for name in same):
             return False
-        self.tables = [_table(table) for table in stored["tables"]]
+        self.tables = tables_of(stored)
         self.crashed = stored["crashed"]
         if stored["begun"] is not None and stored["begun"] not in self.crashed:
             self.crashed.append(stored["begun"])
@@ -91,6 +91,11 @@ def _plain(row: Row) -> dict[str, Any]:
     if timing is not None:
         plain["timing"] = {"median": timing.median, "spread": timing.spread, "seconds": list(timing.seconds)}
     return plain
+
+
+def tables_of(stored: dict[str, Any]) -> list[Table]:
+    """The tables of a report that was read from its file."""
+    return [_table(table) for table in stored["tables"]]
 
 
 def _table(stored: dict[str, Any]) -> Table:
