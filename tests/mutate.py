@@ -1,4 +1,4 @@
-"""`python -m tests.mutate`: break the C++ kernels one line at a time and show that a test catches each break.
+"""`python -m tests.mutate`: break the kernels one line at a time and show that a test catches each break.
 
 Works on a copy of the project; the binary and the sources under development are not touched. A mutation names a file, a
 piece of text that stands in it exactly once, what replaces it, and the tests that must notice.
@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.mutations import ROOT, Mutation, cuda_loss
+
 ATTENTION = ("tests/test_attention.py",)
 ATTENTION_FEATURES = ("tests/test_attention_features.py",)
 LOSS = (
@@ -33,25 +33,6 @@ DECODE = ("tests/test_decode_kernel.py", "tests/test_decode.py")
 DECODE_ERRORS = ("tests/test_decode_errors.py",)
 SOFTMAX_TESTS = ("tests/test_softmax.py",)
 VALUES = ("tests/test_masks.py",)
-
-
-@dataclass(frozen=True)
-class Mutation:
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...] = ATTENTION
-
-    def apply(self, root: Path) -> None:
-        path = root / self.file
-        text = path.read_text()
-        if text.count(self.old) != 1:
-            raise ValueError(f"{self.name}: {self.old!r} stands {text.count(self.old)} times in {self.file}, not once")
-        path.write_text(text.replace(self.old, self.new))
-
-    def revert(self, root: Path) -> None:
-        shutil.copy(ROOT / self.file, root / self.file)
 
 
 LANES = "csrc/cpu/attention_lanes.inc"
@@ -999,12 +980,14 @@ MUTATIONS = (
         LINEAR,
     ),
     Mutation("linear: factor of the loss forgotten", LINEAR_LAYER, "made.mul_(grad)", "made.mul_(1.0)", LINEAR),
+    *cuda_loss.MUTATIONS,
 )
 
 
 def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
-    # Optimised as little as the kernels bear: most of a mutation's time goes into the compiler.
-    environment = {**os.environ, "PYTHONPATH": str(root), "CXXFLAGS": "-O1"}
+    # Optimised as little as the kernels bear, and without nvcc: most of a mutation's time goes into the compiler. What
+    # the CUDA kernels do shows where they run, compiled as host code.
+    environment = {**os.environ, "PYTHONPATH": str(root), "CXXFLAGS": "-O1", "NVCC": ""}
     return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
 
 

@@ -14,7 +14,7 @@ namespace maskops {
 namespace {
 
 constexpr float LOWEST = -3.402823466e38f;
-constexpr int MOST_THREADS = 256;
+constexpr int MOST_THREADS = 128;  // a row's end is one thread's work: more blocks at a time, of fewer threads, hide it
 constexpr int MOST_WARPS = MOST_THREADS / 32;
 constexpr int32_t NO_COLUMN = 0x7fffffff;
 
@@ -41,7 +41,7 @@ struct Scan {
   Transform transform;
   float origin;
   int64_t pivot;
-  bool entropy, smoothing;
+  bool entropy, smoothing, argmax;
 };
 
 __device__ __forceinline__ Sums no_sums() { return {LOWEST, 0, 0, 0, 0, 0, 0, 0, 0, 0}; }
@@ -151,14 +151,14 @@ struct Part {
 // One vector into the sums.
 template <class T, bool GENERAL>
 __device__ __forceinline__ void add(const Vector<T>& vector, int64_t at, const CrossEntropyRows& rows,
-                                    const RowTarget& target, const Scan& scan, Sums& s, Best* best) {
+                                    const RowTarget& target, const Scan& scan, Sums& s, Best& best) {
   constexpr int N = VECTOR<T>;
   float x[N];
   unpack(vector, x);
-  if (GENERAL && best != nullptr) {
+  if (GENERAL && scan.argmax) {
 #pragma unroll
     for (int j = 0; j < N; j++)
-      if (x[j] > best->logit) best->logit = x[j], best->column = static_cast<int32_t>(at + j);
+      if (x[j] > best.logit) best = {x[j], static_cast<int32_t>(at + j)};
   }
   if (scan.pivot >= at && scan.pivot < at + N) {
 #pragma unroll
@@ -250,29 +250,30 @@ struct Exchange {
   Coefficients coefficients;
 };
 
-template <class Value>
-__device__ __forceinline__ void send(Value* to, int rank, const Value& value) {
-  static_assert(sizeof(Value) % 4 == 0, "values are sent word by word");
-  const auto* words = reinterpret_cast<const uint32_t*>(&value);
-#pragma unroll
-  for (int word = 0; word < static_cast<int>(sizeof(Value) / 4); word++) {
-    store_remote(reinterpret_cast<uint32_t*>(to) + word, rank, words[word]);
-  }
-}
-
-// The block's warps into one value, which lane r of the first warp sends to the block with rank r. Every thread calls
-// it.
+// The block's warps into one value, which the first warp sends to the others of the cluster, word by word. Every thread
+// calls it.
 template <class Value, class Merge>
-__device__ __forceinline__ void exchange(Value value, const Value& nothing, Value* of_warps, Value* of_blocks, int rank,
+__device__ __forceinline__ void exchange(Value value, Value nothing, Value* of_warps, Value* of_blocks, int rank,
                                          int size, const Merge& merge_warp) {
+  constexpr int WORDS = static_cast<int>(sizeof(Value) / 4);
+  static_assert(sizeof(Value) % 4 == 0, "values are sent word by word");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
   value = merge_warp(value);
   if (n_warps > 1) {
     if (lane == 0) of_warps[warp] = value;
     __syncthreads();
-    if (warp == 0) value = merge_warp(lane < n_warps ? of_warps[lane] : nothing);
+    if (warp == 0) {
+      value = nothing;
+      if (lane < n_warps) value = of_warps[lane];
+      value = merge_warp(value);
+    }
   }
-  if (warp == 0 && lane < size) send(&of_blocks[rank], lane, value);
+  if (warp != 0) return;
+  if (lane == 0) of_warps[0] = value;
+  __syncwarp();
+  const auto* words = reinterpret_cast<const uint32_t*>(of_warps);
+  auto* to = reinterpret_cast<uint32_t*>(&of_blocks[rank]);
+  for (int i = lane; i < size * WORDS; i += 32) store_remote(to + i % WORDS, i / WORDS, words[i % WORDS]);
 }
 
 struct Score {
@@ -351,7 +352,7 @@ __device__ __forceinline__ void write_row(const CrossEntropyForward& p, int64_t 
 
 // backward.grad_logits == nullptr: the forward pass alone. KEPT: the row is kept in shared memory.
 template <class T, bool GENERAL, bool KEPT>
-__global__ void __launch_bounds__(MOST_THREADS)
+__global__ void __launch_bounds__(MOST_THREADS, 5)
     score_rows(const __grid_constant__ CrossEntropyForward p, const __grid_constant__ CrossEntropyBackward backward,
                const CudaLabels labels, const Transform transform) {
   constexpr int N = VECTOR<T>, BATCH = GENERAL ? 1 : 4;
@@ -380,7 +381,8 @@ __global__ void __launch_bounds__(MOST_THREADS)
       part.fetch();
     }
     const bool soft = GENERAL && target.probabilities != nullptr;
-    Scan scan = {transform, 0.0f, target.label, p.entropy != nullptr, p.rows.label_smoothing != 0.0};
+    const bool wants_best = GENERAL && p.argmax != nullptr && !soft;
+    Scan scan = {transform, 0.0f, target.label, p.entropy != nullptr, p.rows.label_smoothing != 0.0, wants_best};
     Best best = {-INFINITY, NO_COLUMN};
     const auto best_of = [&](const Best* of_blocks) {
       Best found = of_blocks[0];
@@ -407,11 +409,9 @@ __global__ void __launch_bounds__(MOST_THREADS)
     }
     const float pivot_logit = scan.pivot == NO_LABEL ? -INFINITY : to_float(x[scan.pivot]);
     if (GENERAL && pivot_logit > -INFINITY) scan.origin = value_of(pivot_logit, transform);
-    const bool wants_best = GENERAL && p.argmax != nullptr && !soft;
     Sums sums = no_sums();
-    part.template each<BATCH>([&](const Vector<T>& vector, int64_t at) {
-      add<T, GENERAL>(vector, at, p.rows, target, scan, sums, wants_best ? &best : nullptr);
-    });
+    part.template each<BATCH>(
+        [&](const Vector<T>& vector, int64_t at) { add<T, GENERAL>(vector, at, p.rows, target, scan, sums, best); });
     if (waits) cluster_wait();
     exchange(sums, no_sums(), parts.sums_of_warps, parts.sums, rank, size,
              [&](const Sums& value) { return of_warp<GENERAL>(value, transform.factor); });

@@ -32,14 +32,24 @@ struct Sum {
 // What exponentials refer to: finite where nothing is visible.
 __device__ __forceinline__ float reference_of(float top) { return top == -INFINITY ? 0.0f : top; }
 
-// -inf where the element is masked.
-__device__ __forceinline__ void add(Sum& sum, float x) {
-  sum.holds_nan |= x != x;
-  if (x > sum.top) {
-    sum.total *= expf(fmaxf(sum.top - x, DEEPEST));
-    sum.top = x;
+// -inf where an element is masked.
+template <int N>
+__device__ __forceinline__ void add(Sum& sum, const float (&x)[N]) {
+  float top = x[0];
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    sum.holds_nan |= x[j] != x[j];
+    top = fmaxf(top, x[j]);
   }
-  sum.total += expf(x - reference_of(sum.top));
+  if (top > sum.top) {
+    sum.total *= expf(fmaxf(sum.top - top, DEEPEST));
+    sum.top = top;
+  }
+  const float reference = reference_of(sum.top);
+  float total = 0.0f;
+#pragma unroll
+  for (int j = 0; j < N; j++) total += expf(x[j] - reference);
+  sum.total += total;
 }
 
 __device__ __forceinline__ void merge(Sum& sum, const Sum& other) {
@@ -230,7 +240,7 @@ __device__ __forceinline__ void each_row(int64_t count, const Body& body) {
 }
 
 template <class T, bool BLOCK>
-__global__ void __launch_bounds__(THREADS) softmax_forward_rows(const __grid_constant__ SoftmaxForward p) {
+__global__ void __launch_bounds__(THREADS, 4) softmax_forward_rows(const __grid_constant__ SoftmaxForward p) {
   constexpr int N = VECTOR<T>;
   MASKOPS_SHARED(Sum, of_warps, [THREADS / 32]);
   each_row<BLOCK>(p.shape.outer_count, [&](int64_t outer) {
@@ -245,7 +255,8 @@ __global__ void __launch_bounds__(THREADS) softmax_forward_rows(const __grid_con
       float values[N];
       load_elements(x, p.x.along, p.shape.length, at, bits, values);
 #pragma unroll
-      for (int j = 0; j < N; j++) add(sum, (bits >> j & 1u) != 0 ? values[j] : -INFINITY);
+      for (int j = 0; j < N; j++) values[j] = (bits >> j & 1u) != 0 ? values[j] : -INFINITY;
+      add(sum, values);
     });
     sum = of_row<BLOCK>(sum, of_warps);
     const Weigh weigh(sum);
@@ -346,7 +357,9 @@ __global__ void __launch_bounds__(THREADS) softmax_forward_lanes(const __grid_co
     const auto visible = [&](int64_t i) { return mask == nullptr || mask[i * p.mask.along] != 0; };
     Sum sum = {-INFINITY, 0.0f, false};
     for (int64_t i = first; i < length; i += GROUPS) {
-      if (visible(i)) add(sum, to_float(x[i * p.x.along]));
+      if (!visible(i)) continue;
+      const float value[1] = {to_float(x[i * p.x.along])};
+      add(sum, value);
     }
     sum = of_lane(sum, of_threads);
     const Weigh weigh(sum);

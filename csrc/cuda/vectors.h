@@ -72,6 +72,12 @@ __device__ __forceinline__ Vector<T> load_aligned(const T* p) {
   return vector;
 }
 
+// Through an intrinsic: of an assignment the compiler makes four stores of a word each in some of the kernels.
+template <class T>
+__device__ __forceinline__ void store_aligned(T* p, const Vector<T>& vector) {
+  __stcg(reinterpret_cast<uint4*>(p), vector.bits);
+}
+
 // The elements before p in the 16 aligned bytes that hold it.
 template <class T>
 __device__ __forceinline__ int phase_of(const T* p) {
@@ -144,7 +150,7 @@ __device__ __forceinline__ void store_floats(T* row, int64_t count, int64_t at, 
     for (int j = 0; j < WIDTH; j++) some[j] = values[part + j];
     const int64_t first = at + part;
     if (WIDTH == VECTOR<T> && first >= 0 && first + WIDTH <= count && phase_of(row + first) == 0) {
-      *reinterpret_cast<uint4*>(row + first) = pack<T>(some).bits;
+      store_aligned(row + first, pack<T>(some));
     } else {
 #pragma unroll
       for (int j = 0; j < WIDTH; j++)
