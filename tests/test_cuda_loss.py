@@ -244,6 +244,43 @@ def test_inplace_backward(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("scoring", [{}, {"label_smoothing": 0.2, "z_loss": 0.05, "softcap": 7.0, "logit_scale": 1.5}])
+@pytest.mark.parametrize("vocabulary", [41, 3000, 60_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_passes_at_once(dtype: torch.dtype, vocabulary: int, scoring: dict[str, float]) -> None:
+    """The same bits as one pass after the other, on chip and where a row is too long for that."""
+    wide, target = problem((5,), vocabulary + 3, dtype)
+    target = target.clamp(max=vocabulary - 1)
+    weights, nothing = torch.linspace(0.5, 2.0, vocabulary), torch.zeros(0)
+    some = torch.tensor([1.0, 0.0, -2.0, 0.5, 0.25]).masked_fill(target == IGNORE, math.nan)
+    numbers = (
+        IGNORE,
+        *(scoring.get(name, 0.0) for name in ("label_smoothing", "z_loss", "softcap")),
+        scoring.get("logit_scale", 1.0),
+    )
+    results = []
+    for first in (0, 1):
+        for at_once in (True, False):
+            logits = wide.clone()[:, first : first + vocabulary]
+            incoming = (some, some * 0.5, nothing, some * 0.25 if scoring else nothing)
+            if at_once:
+                outputs = operators().cross_entropy_both__cuda(
+                    *incoming, logits, target, weights, *numbers, bool(scoring), bool(scoring)
+                )
+            else:
+                *outputs, statistics = operators().cross_entropy_forward_cuda(
+                    logits, target, weights, nothing, False, *numbers, bool(scoring), bool(scoring)
+                )
+                _, lse, logprobs, entropy, _ = outputs
+                operators().cross_entropy_backward__cuda(
+                    *incoming, logits, target, weights, nothing, lse, logprobs, entropy, statistics, False, *numbers
+                )
+            assert bool((logits[target == IGNORE] == 0).all()) and bool((logits[target != IGNORE] != 0).any())
+            results.append((*outputs, logits))
+        for ours, expected in zip(*results[-2:], strict=True):
+            assert torch.equal(ours, expected)
+
+
 # ---- what nobody checks ---------------------------------------------------------------------------------------------
 
 

@@ -94,11 +94,34 @@ void backward_in_place(const Tensor& grad_loss, const Tensor& grad_lse, const Te
   if (rows.n_rows > 0) cross_entropy_backward_cuda(p, labels_of(target, ignore_index), call.stream());
 }
 
+// Both passes of rows that are scored against their labels: their gradients replace the logits.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_in_place(
+    const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& grad_logprobs, const Tensor& grad_entropy,
+    const Tensor& logits, const Tensor& target, const Tensor& class_weights, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, double logit_scale, bool entropy, bool argmax) {
+  const Call call(logits);
+  call.require_here({&grad_loss, &grad_lse, &grad_logprobs, &grad_entropy, &target, &class_weights});
+  const Tensor no_probabilities = call.empty({0}, DType::float32);
+  const CrossEntropyRows rows = cross_entropy_rows(logits, target, class_weights, no_probabilities, false,
+                                                   label_smoothing, z_loss, softcap, logit_scale);
+  require_distinct_rows(logits);
+  Outputs outputs = outputs_of(call, rows, entropy, argmax);
+  auto& [loss, lse, logprobs, uncertainty, highest, statistics] = outputs;
+  const CrossEntropyBackward backward = cross_entropy_backward_of(
+      rows, grad_loss, grad_lse, grad_logprobs, grad_entropy, lse, logprobs, uncertainty, statistics, logits, nullptr);
+  if (rows.n_rows > 0) {
+    cross_entropy_both_cuda(forward_of(rows, outputs), backward, labels_of(target, ignore_index), call.device(),
+                            call.stream());
+  }
+  return {std::move(loss), std::move(lse), std::move(logprobs), std::move(uncertainty), std::move(highest)};
+}
+
 const bool registered = [] {
   static OperatorLibrary library("maskops", DEVICE_KEY);
   library.implement<&forward>("cross_entropy_forward_cuda");
   library.implement<&backward>("cross_entropy_backward_cuda");
   library.implement<&backward_in_place>("cross_entropy_backward__cuda");
+  library.implement<&both_in_place>("cross_entropy_both__cuda");
   return true;
 }();
 

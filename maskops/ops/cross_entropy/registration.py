@@ -109,6 +109,27 @@ def _backward_in_place_fake(
     return None
 
 
+def _both_in_place_fake(
+    grad_loss: Tensor,
+    grad_lse: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    class_weights: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    entropy: bool,
+    argmax: bool,
+) -> tuple[Tensor, ...]:
+    nothing = logits.new_empty(0)
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return _forward_fake(logits, target, class_weights, nothing, False, *numbers, entropy, argmax)[:5]
+
+
 # Results: loss, lse, logprobs, entropy, argmax, and statistics for the backward pass, (N, 6) float64. The last three
 # have no rows where they are not needed.
 define(
@@ -130,6 +151,16 @@ define(
     f"({_GRADIENTS}, Tensor(a!) logits, {_TARGETS}, {_SAVED}, bool shift, {_NUMBERS}) -> ()",
     _backward_in_place_fake, _TAGS,
 )  # fmt: skip
+
+# Both passes of rows that are scored against their labels, where incoming gradients are known before the losses: the
+# gradient replaces the logits. `cuda` alone has it, whose rows stay on chip in between. Results: loss, lse, logprobs,
+# entropy, argmax.
+_library.define(
+    f"cross_entropy_both__cuda({_GRADIENTS}, Tensor(a!) logits, Tensor target, Tensor class_weights, {_NUMBERS}, "
+    "bool entropy, bool argmax) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.register_fake("maskops::cross_entropy_both__cuda", _both_in_place_fake, lib=_library)
 
 _OF_ROWS = ("logits", "target", "lse", "logprobs", "entropy", "columns")
 
