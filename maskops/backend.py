@@ -239,7 +239,10 @@ BACKENDS: dict[str, Backend] = {
         unavailable=_triton_reason,
         plans=True,
         on_host=_triton_is_interpreted,
-        ops={},
+        ops={
+            "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
+            "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
+        },
     ),
     "cuda": Backend(
         name="cuda",

@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections import Counter
 
+import numpy
 import pytest
 import torch
 
@@ -30,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_PERTURB, 0x100)
+    # Triton's interpreter computes with numpy, which warns of infinities and NaN that are meant.
+    numpy.seterr(all="ignore")
     # On the small shapes of tests a second thread costs more than it brings; what depends on threads sets their number.
     torch.set_num_threads(1)
     placement.configure(config)
