@@ -412,7 +412,7 @@ def compilations(architecture: str) -> Iterator[Compilation]:
                 )
         for kernel in (forward.score_rows, backward.find_coefficients):
             of_kernel = set(kernel.arg_names)
-            everything = {name: True for name in (*_PLAIN, "LOSS", "LSE", "LOGPROBS")}
+            everything = dict.fromkeys((*_PLAIN, "LOSS", "LSE", "LOGPROBS"), True)
             constants = {**everything, "ROWS": _SCORED_ROWS, "SHIFT": False}
             yield Compilation(
                 name=f"cross_entropy {kernel.__name__} {element}",

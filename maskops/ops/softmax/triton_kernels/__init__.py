@@ -325,7 +325,7 @@ def masked_softmax_backward(
     grad_x = weights.new_empty(weights.shape)
     if weights.numel() == 0:
         return grad_x
-    has_lse = not _is_absent(grad_lse) or weights.dim() == 1 and grad_lse.dim() == 0
+    has_lse = not _is_absent(grad_lse) or (weights.dim() == 1 and grad_lse.dim() == 0)
     _require(
         not has_lse
         or (

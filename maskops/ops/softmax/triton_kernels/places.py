@@ -42,11 +42,10 @@ def softmaxes(lanes, outer_count, S: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(
-    base, place, lane, along, across, k, GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr
-):
+def tile_pointers(base, place, lane, along, across, k, GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers (S, K). ``ALIGNED``: places, and steps between neighbours of another direction, are multiples of GROUP,
-    which is then written so that the compiler sees it."""
+    which is then written so that the compiler sees it.
+    """
     if LANES:
         if ALIGNED:
             place = place // GROUP * GROUP
