@@ -242,6 +242,9 @@ BACKENDS: dict[str, Backend] = {
         ops={
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
+            "linear_cross_entropy": Declaration(
+                dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}
+            ),
         },
     ),
     "cuda": Backend(

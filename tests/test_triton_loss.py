@@ -1,4 +1,4 @@
-"""maskops.cross_entropy by Triton's kernels: the cases of the other backends, and what streaming in groups can break."""
+"""maskops.cross_entropy by Triton: the cases of the other backends, and what streaming in groups can break."""
 
 import math
 from collections.abc import Iterator

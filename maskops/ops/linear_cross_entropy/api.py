@@ -125,18 +125,23 @@ def linear_cross_entropy(
     logits that are not rounded to the dtype of the inputs. Tokens that are skipped take no part in any product: their
     hidden states may hold anything, NaN included, cost nothing, and have a gradient of exactly 0.
 
-    Memory: inputs, gradients, and the logits of a chunk of tokens (32 MiB, or those of 128 tokens if that is more).
+    Memory: inputs, gradients, and the logits of a chunk of tokens (32 MiB, or those of 128 tokens if that is more; on a
+    device 256 MiB or 512 tokens, and as much again in the dtype of 16-bit inputs where gradients are wanted).
     Where gradients of a bfloat16 or float16 weight are wanted, also a float32 sum of them while it is computed.
     Time: where the result is a single number (any reduction but ``"none"``, and no ``return_*`` except
     ``return_argmax``) and gradients are wanted, they are computed with it, in three matrix products in all, as many as
     the layer itself takes. In all other cases, for float16 inputs, and in a second backward pass through one graph, the
     backward pass computes the logits again: a fourth. Call it under ``torch.no_grad()`` where no gradients are wanted.
+    On the CPU all of it is proportional to the tokens that are kept. On a device only the work between the products is:
+    how many tokens are kept is not read back, so that products have the size of all, where the others are zeros.
 
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64: the input of the last linear layer.
         weight: (V, H), one of the same dtypes, not necessarily the same one; the weight of that layer, or an embedding
             that is tied to it. Any strides. All products are computed and summed in float32 (float64 where an input
-            is), also under autocast, which casts nothing here: there is nothing to gain from it.
+            is), also under autocast, which casts nothing here: there is nothing to gain from it. On a device,
+            16-bit inputs of one dtype are multiplied as they are and summed in float32, and for that the gradient of
+            the logits, but never the logits, is rounded to that dtype.
         target: (...) int64 or int32, labels in [0, V), or ``ignore_index``.
         bias: (V,) or None. A bias of -inf bans its column.
         mask: as the remaining arguments, what it is for ``maskops.cross_entropy``.

@@ -50,7 +50,7 @@ def find_coefficients(
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The coefficients of every row, and its pivot: -1 where the row's gradient is 0 and its logits need not be read."""
+    """The coefficients of every row, and its pivot: -1 where the gradient is 0 and no logit need be read."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
     label = tl.load(target + row * target_stride, mask=is_row, other=0).to(tl.int64)

@@ -1,7 +1,7 @@
 """The masked softmax in Triton: how tensors are walked, and which kernel does it; from shapes alone.
 
-Rows that fit on the chip are kept there, a few to a program; longer ones are streamed twice, in 16-byte pieces. Softmaxes
-along another dimension lie side by side and are computed side by side; nothing is transposed.
+Rows that fit on the chip are kept there, a few to a program; longer ones are streamed twice, in 16-byte pieces.
+Softmaxes along another dimension lie side by side and are computed side by side; nothing is transposed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -192,6 +192,15 @@ def _plan(x: Tensor, dim: int, start: Tensor, end: Tensor, key_valid: Tensor) ->
     )
 
 
+def _power_of_2(count: int) -> int:
+    """The least one that is not below ``count``."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _pieces(count: int, size: int) -> int:
+    return -(-count // size)
+
+
 class _Tile(NamedTuple):
     """A tile of S softmaxes with K elements each; ``stream``: they are longer."""
 
@@ -202,14 +211,14 @@ class _Tile(NamedTuple):
 
 
 def _tile(common: _Common) -> _Tile:
-    elements = triton.next_power_of_2(common.length)
+    elements = _power_of_2(common.length)
     if common.lanes > 1:
-        softmaxes = min(_LANES, triton.next_power_of_2(common.lanes))
+        softmaxes = min(_LANES, _power_of_2(common.lanes))
         stream = softmaxes * elements > _KEPT
         elements = _STREAMED_PLACES if stream else elements
     else:
         softmaxes = max(1, _SMALL_TILE // elements)
-        softmaxes = min(softmaxes, triton.next_power_of_2(common.outer_count))
+        softmaxes = min(softmaxes, _power_of_2(common.outer_count))
         stream = elements > _KEPT
         elements = _KEPT // 8 if stream else elements
     warps = min(max(softmaxes * elements // 1024, 1), 16)
@@ -218,8 +227,8 @@ def _tile(common: _Common) -> _Tile:
 
 def _programs(common: _Common, tile: _Tile) -> int:
     if common.lanes > 1:
-        return common.outer_count * triton.cdiv(common.lanes, tile.softmaxes)
-    return triton.cdiv(common.outer_count, tile.softmaxes)
+        return common.outer_count * _pieces(common.lanes, tile.softmaxes)
+    return _pieces(common.outer_count, tile.softmaxes)
 
 
 def _config(device: torch.device, dtype: torch.dtype) -> tuning.Config:
@@ -396,7 +405,9 @@ def compilations(architecture: str) -> Iterator[Compilation]:
             yield Compilation(
                 name=" ".join(("masked_softmax", kernel.__name__, element, variant)),
                 function=kernel,
-                signature={name: signature[name] for name in kernel.arg_names if name not in constants | tile.blocks},
+                signature={
+                    name: signature[name] for name in kernel.arg_names if name not in {**constants, **tile.blocks}
+                },
                 constants={name: value for name, value in constants.items() if name in kernel.arg_names},
                 config=tile,
                 architecture=architecture,

@@ -78,7 +78,7 @@ def forward_tiles(
     GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, MASK_ALIGNED: tl.constexpr, MASK: tl.constexpr,
     SPANS: tl.constexpr, LSE: tl.constexpr, STREAM: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Weights and lse of S softmaxes. With ``STREAM`` they are longer than K, and read a second time for the weights."""
+    """Weights and lse of S softmaxes. With ``STREAM`` they are longer than K, and read again for the weights."""
     outer, lane, there = softmaxes(lanes, outer_count, S, LANES)
     x_place = x_lead + outer_place(outer, size_1, size_2, size_3, x_0, x_1, x_2, x_3)
     mask_place = mask_lead + outer_place(outer, size_1, size_2, size_3, mask_0, mask_1, mask_2, mask_3)
