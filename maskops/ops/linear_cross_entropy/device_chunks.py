@@ -1,14 +1,14 @@
 """Linear cross-entropy on a device: a chunk of rows at a time, with no look at a value.
 
 As on the CPU (chunks.py), a chunk's logits are one product, are scored and overwritten by their gradient by the kernels
-of cross-entropy, and end in two more products. What differs: how many rows are kept is only known to the device. Rows are
-put in an order in which those that are kept come first, the number of chunks follows from the number of all rows, and
-the chunks that have no row left to score find rows of zeros. Their products take their time: what a masked row saves
-here is the rest, not the product.
+of cross-entropy, and end in two more products. What differs: how many rows are kept is known to the device alone. Rows
+are put in an order in which those that are kept come first, the number of chunks follows from the number of all rows,
+and the chunks that have no row left to score find rows of zeros. Their products take their time: what a masked row
+saves here is the rest, not the product.
 
-The products are cuBLAS's, in the dtype of the inputs where hidden and weight share one, else in float32; they are summed
-in float32, and so are logits and the gradient of the weight. Gradients of logits are rounded to that dtype, multiplied
-by a power of two before that so that float16 holds them.
+The products are cuBLAS's, in the dtype of the inputs where hidden and weight share one, else in float32; they are
+summed in float32, and so are logits and the gradient of the weight. Gradients of logits are rounded to that dtype,
+multiplied by a power of two before that so that float16 holds them.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Linear cross-entropy in Triton: chunks whose rows are scored by the kernels of cross-entropy. No kernel of its own."""
+"""Linear cross-entropy in Triton: chunks whose rows the kernels of cross-entropy score. No kernel of its own."""
 
 from collections.abc import Iterator
 from typing import Any
