@@ -446,6 +446,13 @@ def planner(device: str) -> str | None:
     return None
 
 
+@constant_when_compiling
+def moves_rows(device: str) -> bool:
+    """Whether the kernels of ``cuda`` pack and unpad rows of tensors on a device."""
+    cuda = BACKENDS["cuda"]
+    return (cuda.is_at_home(device) or _preferred().name == cuda.name) and not cuda.refusals_of(device)
+
+
 @contextlib.contextmanager
 def use_backend(name: str = AUTO, fallback: Literal["warn", "error"] = "warn") -> Iterator[None]:
     """Prefers a backend inside a ``with`` block (or a decorated function), in this thread only.

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from maskops import masks
+from maskops.backend import moves_rows
 from maskops.checks import INTEGERS, check_mask_values, check_tensor
 from maskops.layouts import values_can_be_read
+from maskops.ops.packing import registration
 
 __all__ = [
     "PackedBatch",
@@ -157,11 +159,14 @@ def unpad_input(
         raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}, expected (batch, length, ...)")
     batch, length = hidden_states.shape[:2]
     _check_mask("attention_mask", attention_mask, (batch, length))
-    real = attention_mask != 0
-    kept = real
     if unused_mask is not None:
         _check_mask("unused_mask", unused_mask, (batch, length))
-        kept = real | (unused_mask != 0)
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity={capacity}: expected 0 or more")
+    if _moved_by_kernels(hidden_states, attention_mask):
+        return _unpad_by_kernels(hidden_states, attention_mask, unused_mask, capacity)
+    real = attention_mask != 0
+    kept = real if unused_mask is None else real | (unused_mask != 0)
     seqused = real.sum(1, dtype=torch.int32)
     lengths = kept.sum(1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -172,8 +177,6 @@ def unpad_input(
         return flat.index_select(0, indices), indices, cu_seqlens, longest, seqused
 
     tokens = batch * length
-    if capacity < 0:
-        raise ValueError(f"capacity={capacity}: expected 0 or more")
     if _values_can_be_read(attention_mask) and int(cu_seqlens[-1]) > capacity:
         raise ValueError(f"attention_mask keeps {int(cu_seqlens[-1])} tokens, more than capacity={capacity}")
     order = kept.flatten().to(torch.int64).cumsum(0) - 1
@@ -184,6 +187,35 @@ def unpad_input(
     # Empty places read one more row, a zero; select, because a product would let NaN of the padding through.
     padded = torch.cat((flat, flat.new_zeros(1, *flat.shape[1:])))
     return padded.index_select(0, indices), indices, cu_seqlens.clamp(max=capacity), length, seqused
+
+
+def _moved_by_kernels(*tensors: Tensor) -> bool:
+    """Whether the CUDA half of the extension moves these rows; torch operations do the same elsewhere."""
+    functorch = torch._C._functorch
+    if not moves_rows(tensors[0].device.type) or any(x.device != tensors[0].device for x in tensors):
+        return False
+    return torch.compiler.is_compiling() or not any(functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def _unpad_by_kernels(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """``unpad_input`` in two launches for the indices and one for the tokens."""
+    batch, length = attention_mask.shape
+    flat = hidden_states.flatten(0, 1)
+    tokens = batch * length
+    if capacity is None:
+        indices, cu_seqlens, seqused = registration.unpad_index(attention_mask, unused_mask, tokens)
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if batch else 0
+        indices = indices[: int(cu_seqlens[-1])]
+        return registration.gather_rows(flat, indices), indices, cu_seqlens, longest, seqused
+    if _values_can_be_read(attention_mask):
+        kept = attention_mask != 0
+        count = int((kept if unused_mask is None else kept | (unused_mask != 0)).sum())
+        if count > capacity:
+            raise ValueError(f"attention_mask keeps {count} tokens, more than capacity={capacity}")
+    indices, cu_seqlens, seqused = registration.unpad_index(attention_mask, unused_mask, capacity)
+    return registration.gather_rows(flat, indices), indices, cu_seqlens, length, seqused
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
@@ -218,6 +250,8 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
                 f"seqlen={seqlen}"
             )
     rest = hidden_states.shape[1:]
+    if _moved_by_kernels(hidden_states, indices):
+        return registration.scatter_rows(hidden_states, indices, tokens).reshape(batch, seqlen, *rest)
     output = hidden_states.new_zeros(tokens + 1, *rest).index_copy(0, indices.to(torch.int64), hidden_states)
     return output[:tokens].reshape(batch, seqlen, *rest)
 

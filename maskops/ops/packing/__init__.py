@@ -1,0 +1,1 @@
+"""Moving rows between padded and packed tensors on a device."""
