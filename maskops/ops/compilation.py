@@ -4,11 +4,25 @@ Every ``triton_kernels`` of an op has a function ``compilations(architecture)`` 
 tuning table, plain, and each feature on its own at the common widths. Variants that no call builds do not belong there.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from maskops.tuning import Config
+
+_ELEMENTS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
 
 
 @dataclass(frozen=True)
@@ -49,3 +63,52 @@ class Compilation:
     def constexprs(self) -> dict[str, object]:
         """All compile-time arguments, blocks included."""
         return {**self.config.blocks, **self.constants}
+
+
+def compilation_of_call(
+    name: str,
+    function: Any,
+    arguments: Mapping[str, Any],
+    config: Config,
+    architecture: str,
+    do_not_specialize: Collection[str] = (),
+    **more: Any,
+) -> Compilation:
+    """The variant that a launch with these arguments would compile.
+
+    Args:
+        name: as in ``Compilation``, like ``function``, ``config`` and ``architecture``.
+        function: the kernel.
+        arguments: by name, without the blocks of the config; tensors may be on the device ``meta``.
+        config: blocks, warps and stages.
+        architecture: of the device.
+        do_not_specialize: as the kernel was decorated with: integers of which Triton must not look at the values.
+        more: further fields of the ``Compilation``.
+    """
+    annotations = inspect.get_annotations(function.fn)
+    constants = {x for x in arguments if getattr(annotations.get(x), "__name__", annotations.get(x)) == "constexpr"}
+    signature: dict[str, str] = {}
+    divisible: list[str] = []
+    for argument, value in arguments.items():
+        if argument in constants:
+            continue
+        if isinstance(value, Tensor):
+            signature[argument] = f"*{_ELEMENTS[value.dtype]}"
+        elif isinstance(value, float):
+            signature[argument] = "fp32"
+        elif value is None or (value == 1 and argument not in do_not_specialize):
+            constants.add(argument)
+        else:
+            signature[argument] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and argument not in do_not_specialize:
+                divisible.append(argument)
+    return Compilation(
+        name=name,
+        function=function,
+        signature=signature,
+        constants={argument: arguments[argument] for argument in arguments if argument in constants},
+        config=config,
+        architecture=architecture,
+        divisible=tuple(divisible),
+        **more,
+    )

@@ -1,5 +1,14 @@
 """Span attention on Triton: the operators ``attention_forward_triton`` and ``attention_backward_triton``."""
 
-from maskops.ops.attention.triton_kernels.forward import attention_forward
+from collections.abc import Iterator
 
-__all__ = ["attention_forward"]
+from maskops.ops.attention.triton_kernels.forward import attention_forward
+from maskops.ops.attention.triton_kernels.variants import forward_compilations
+from maskops.ops.compilation import Compilation
+
+__all__ = ["attention_forward", "compilations"]
+
+
+def compilations(architecture: str) -> Iterator[Compilation]:
+    """What is compiled ahead of time."""
+    yield from forward_compilations(architecture)

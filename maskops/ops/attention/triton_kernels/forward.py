@@ -41,12 +41,13 @@ ENOUGH_PROGRAMS = 128
 
 KEYS_OF_A_SPLIT = 1024
 
-# Sizes that change from call to call: a kernel compiled for one of them serves all.
-_OPEN = (
+
+OPEN = (
     "q_len", "k_len", "capacity", "span_stride", "plan_stride", "key_valid_stride", "positions_stride",
     "positions_batch_stride", "out_split_stride", "lse_split_stride", "plan_batches", "repeats", "heads_at_a_time",
     "slopes_outer", "splits", "last_dropped",
 )  # fmt: skip
+"""Integers that change from call to call: a kernel compiled for one of them serves all."""
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def _visit(
     return acc, row_sum, new_max
 
 
-@triton.jit(do_not_specialize=_OPEN)
+@triton.jit(do_not_specialize=OPEN)
 def attention_forward_kernel(
     Q, K, V, OUT, LSE, START, END, KEY_VALID, TILES, TILE_COUNT, ORDER,
     POSITIONS, DENSE, BIAS, SLOPES, SINKS, SEED, LAST_ORDINAL,
