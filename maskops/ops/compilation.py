@@ -94,6 +94,8 @@ def compilation_of_call(
             continue
         if isinstance(value, Tensor):
             signature[argument] = f"*{_ELEMENTS[value.dtype]}"
+        elif hasattr(value, "block_shape"):  # a descriptor of tiles
+            signature[argument] = f"tensordesc<{_ELEMENTS[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[argument] = "fp32"
         elif value is None or (value == 1 and argument not in do_not_specialize):

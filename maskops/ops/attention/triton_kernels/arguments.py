@@ -185,6 +185,7 @@ def problem_of(
         "HAS_SOFTCAP": softcap != 0.0,
         "FUSED": is_fused,
         "NATURAL": has_bias,
+        "WIDE": max(0, *(x.stride(2) for x in (q, k, v)), *bias.stride()[2:]) * TILE_ROWS > _INT32_MAX,
         "PRECISION": float32_precision() if q.dtype == torch.float32 else "ieee",
     }  # fmt: skip
     return Problem(

@@ -41,15 +41,15 @@ class Rows(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """The key tiles of a unit: disjoint ranges of tiles from ``first`` on, some of which are full.
+    """The key tiles of a unit: disjoint ranges, each of partial tiles, then full tiles, then partial tiles.
 
-    The full ones of a range follow one another. Tuples with an element for each span, in the order of the keys.
+    Partial tiles may be narrower than full ones. Tuples with an element for each span, in the order of the keys.
     """
 
     first: Any  # key
-    before: Any  # tiles before the full ones
+    before: Any  # partial tiles before the full ones
     fulls: Any  # full tiles
-    partials: Any  # tiles that are not full
+    after: Any  # partial tiles behind them
 
 
 # ---- the work list ---------------------------------------------------------------------------------------------------
@@ -135,16 +135,26 @@ def bounds_of(unit, rows, TILES, k_len, BLOCK_M: tl.constexpr, N_SPANS: tl.const
 
 
 @triton.jit
-def walk_of(bounds, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr, HAS_DENSE: tl.constexpr):
-    """Which key tiles are visited: those of the union of the spans, none of them twice."""
+def walk_of(
+    bounds, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, N_SPANS: tl.constexpr, HAS_DENSE: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Which key tiles are visited: those of the union of the spans, none of them twice.
+
+    Args:
+        bounds: as ``bounds_of`` gives them.
+        BLOCK_N: keys of a full tile.
+        BLOCK_P: keys of a partial tile.
+        IS_ALIGNED: begin at multiples of 32, or of BLOCK_P where that is less: at a word of the bits of a dense mask,
+            and where loads of several elements of a bias may begin.
+    """
     FAR: tl.constexpr = 2147483647
-    # A tile of bits begins with a word of them, or with a half where it is no larger.
-    ALIGNED: tl.constexpr = min(BLOCK_N, 32)
+    ALIGNED: tl.constexpr = min(BLOCK_P, 32)
     lows, full_lows, full_highs, highs = bounds
     firsts = ()
     befores = ()
     fulls = ()
-    partials = ()
+    afters = ()
     visited = 0  # every key before it
     for _ in tl.static_range(N_SPANS):
         first = FAR
@@ -159,52 +169,64 @@ def walk_of(bounds, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr, HAS_DENSE: tl.
             full_low = tl.where(is_next, full_lows[span], full_low)
             full_high = tl.where(is_next, full_highs[span], full_high)
         first = tl.where(high > 0, first, visited)
-        if HAS_DENSE:
+        if IS_ALIGNED:
             first = first // ALIGNED * ALIGNED
-        n_tiles = tl.cdiv(tl.maximum(high - first, 0), BLOCK_N)
-        before = tl.minimum(tl.cdiv(tl.maximum(full_low - first, 0), BLOCK_N), n_tiles)
-        until = tl.maximum(tl.minimum(tl.maximum(full_high - first, 0) // BLOCK_N, n_tiles), before)
+        n_partials = tl.cdiv(tl.maximum(high - first, 0), BLOCK_P)  # if there were no full tile
+        before = tl.minimum(tl.cdiv(tl.maximum(full_low - first, 0), BLOCK_P), n_partials)
+        full = tl.maximum(full_high - (first + before * BLOCK_P), 0) // BLOCK_N
         if HAS_DENSE:
-            until = before
+            full = full * 0
+        behind = first + before * BLOCK_P + full * BLOCK_N
+        after = tl.cdiv(tl.maximum(high - behind, 0), BLOCK_P)
         firsts = firsts + (first,)
         befores = befores + (before,)
-        fulls = fulls + (until - before,)
-        partials = partials + (n_tiles - (until - before),)
-        visited = tl.maximum(visited, first + n_tiles * BLOCK_N)
-    return Walk(first=firsts, before=befores, fulls=fulls, partials=partials)
+        fulls = fulls + (full,)
+        afters = afters + (after,)
+        visited = tl.maximum(visited, behind + after * BLOCK_P)
+    return Walk(first=firsts, before=befores, fulls=fulls, after=afters)
 
 
 @triton.jit
-def total(counts, N_SPANS: tl.constexpr):
-    """The sum of a tuple of a walk."""
-    result = counts[0]
+def full_tiles(walk, N_SPANS: tl.constexpr):
+    """How many."""
+    number = walk.fulls[0]
     for span in tl.static_range(1, N_SPANS):
-        result += counts[span]
-    return result
+        number += walk.fulls[span]
+    return number
 
 
 @triton.jit
-def full_tile(walk, number, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr):
+def partial_tiles(walk, N_SPANS: tl.constexpr):
+    """How many."""
+    number = walk.before[0] + walk.after[0]
+    for span in tl.static_range(1, N_SPANS):
+        number += walk.before[span] + walk.after[span]
+    return number
+
+
+@triton.jit
+def full_tile(walk, number, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, N_SPANS: tl.constexpr):
     """First key of the full tile of a number."""
-    key = walk.first[0] + (walk.before[0] + number) * BLOCK_N
+    key = walk.first[0] + walk.before[0] * BLOCK_P + number * BLOCK_N
     passed = walk.fulls[0]
     for span in tl.static_range(1, N_SPANS):
-        here = walk.first[span] + (walk.before[span] + number - passed) * BLOCK_N
+        here = walk.first[span] + walk.before[span] * BLOCK_P + (number - passed) * BLOCK_N
         key = tl.where(number >= passed, here, key)
         passed += walk.fulls[span]
     return key
 
 
 @triton.jit
-def partial_tile(walk, number, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr):
-    """First key of the partial tile of a number: those before the full ones of a range, then those behind them."""
-    key = walk.first[0] + (number + tl.where(number >= walk.before[0], walk.fulls[0], 0)) * BLOCK_N
-    passed = walk.partials[0]
+def partial_tile(walk, number, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, N_SPANS: tl.constexpr):
+    """First key of the partial tile of a number."""
+    skipped = tl.where(number >= walk.before[0], walk.fulls[0], 0)
+    key = walk.first[0] + number * BLOCK_P + skipped * BLOCK_N
+    passed = walk.before[0] + walk.after[0]
     for span in tl.static_range(1, N_SPANS):
         place = number - passed
-        here = walk.first[span] + (place + tl.where(place >= walk.before[span], walk.fulls[span], 0)) * BLOCK_N
-        key = tl.where(number >= passed, here, key)
-        passed += walk.partials[span]
+        skipped = tl.where(place >= walk.before[span], walk.fulls[span], 0)
+        key = tl.where(number >= passed, walk.first[span] + place * BLOCK_P + skipped * BLOCK_N, key)
+        passed += walk.before[span] + walk.after[span]
     return key
 
 
@@ -280,10 +302,17 @@ def scores_of(products, factor, cap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def bias_of(BIAS, row, key, is_read, row_stride, key_stride):
-    """The bias of pairs, float32, 0 where ``is_read`` says no; ``BIAS`` of the batch element and head."""
-    place = row.to(tl.int64) * row_stride + key.to(tl.int64) * key_stride
-    return tl.load(BIAS + place, mask=is_read, other=0.0).to(tl.float32)
+def bias_of(BIAS, row, key, is_read, row_stride, key_stride, WIDE: tl.constexpr = True):
+    """The bias of pairs, float32, 0 where ``is_read`` says no.
+
+    Args:
+        BIAS: of the batch element and head, or of the first pair of a tile, from which row and key then count.
+        WIDE: offsets need 64 bits; they do from the beginning of the tensor.
+    """
+    if WIDE:
+        row = row.to(tl.int64)
+        key = key.to(tl.int64)
+    return tl.load(BIAS + (row * row_stride + key * key_stride), mask=is_read, other=0.0).to(tl.float32)
 
 
 @triton.jit

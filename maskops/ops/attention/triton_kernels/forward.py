@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskops.ops.attention.registration import empty_in_order
 from maskops.ops.attention.triton_kernels.arguments import Problem, chosen, problem_of, strides_of
@@ -21,15 +22,16 @@ from maskops.ops.attention.triton_kernels.features import (
     distances,
     extras_of,
     full_tile,
+    full_tiles,
     inside_spans,
     kept,
     natural,
     partial_tile,
+    partial_tiles,
     power,
     readable,
     rows_of,
     scores_of,
-    total,
     unit_of,
     walk_of,
 )
@@ -51,42 +53,62 @@ OPEN = (
 
 
 @triton.jit
-def load_rows(BASE, index, row_stride, is_read, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows (index) of a matrix of WIDTH columns in a tile of BLOCK columns; what is not read is 0."""
-    column = tl.arange(0, BLOCK)
-    place = BASE + index.to(tl.int64)[:, None] * row_stride + column[None, :]
+def load_rows(
+    BASE, row_stride, is_read,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS rows of a matrix, from the row at BASE on; its BLOCK columns beyond WIDTH are 0.
+
+    Args:
+        is_read: with MASKED which rows are loaded; the others are 0.
+        WIDE: offsets within a tile need 64 bits.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    if WIDE:
+        row = row.to(tl.int64)
+    place = BASE + (row * row_stride + column)
     if MASKED:
         if WIDTH == BLOCK:
             return tl.load(place, mask=is_read[:, None], other=0.0)
-        return tl.load(place, mask=is_read[:, None] & (column[None, :] < WIDTH), other=0.0)
+        return tl.load(place, mask=is_read[:, None] & (column < WIDTH), other=0.0)
     if WIDTH == BLOCK:
         return tl.load(place)
-    return tl.load(place, mask=column[None, :] < WIDTH, other=0.0)
+    return tl.load(place, mask=column < WIDTH, other=0.0)
 
 
 @triton.jit
 def _visit(
-    acc, row_sum, row_max, q, first_key, rows, extras, bounds, unit, K, V, KEY_VALID,
-    k_row_stride, v_row_stride, dense_row_stride, bias_row_stride, bias_key_stride, k_len,
+    acc, row_sum, row_max, q, first_key, rows, extras, bounds, unit, K, V, KEY_VALID, K_TILES, V_TILES,
+    kv_head, k_row_stride, v_row_stride, dense_row_stride, bias_row_stride, bias_key_stride, k_len,
     factor, cap, last_dropped, keep_scale,
     PARTIAL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, FUSED: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, FUSED: tl.constexpr, NATURAL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of keys to the running softmax."""
     key = first_key + tl.arange(0, BLOCK_N)
     is_read = key >= 0
     if PARTIAL:
         is_read = readable(key, bounds, KEY_VALID, N_SPANS)
-    # Keys that nothing sees may be read here, since their scores are selected; their values may not.
-    k = load_rows(K, key, k_row_stride, key < k_len, PARTIAL, WIDTH, BLOCK_D)
+    if K_TILES is None or PARTIAL:
+        # Keys that nothing sees may be read, since their scores are selected; their values may not.
+        k = load_rows(
+            K + first_key.to(tl.int64) * k_row_stride, k_row_stride, key < k_len, PARTIAL, WIDTH, BLOCK_D, BLOCK_N, WIDE
+        )
+    else:
+        k = K_TILES.load([unit.batch, kv_head, first_key, 0]).reshape([BLOCK_N, BLOCK_D])
     scores = dot(q, tl.trans(k), None, PRECISION)
     if not FUSED:
         scores = scores_of(scores, factor, cap, HAS_SOFTCAP)
     if HAS_BIAS:
+        bias = extras.bias + unit.first_row.to(tl.int64) * bias_row_stride + first_key.to(tl.int64) * bias_key_stride
         pairs = rows.exists[:, None] & is_read[None, :]
-        scores += bias_of(extras.bias, rows.index[:, None], key[None, :], pairs, bias_row_stride, bias_key_stride)
+        row = tl.arange(0, BLOCK_M)[:, None]
+        column = tl.arange(0, BLOCK_N)[None, :]
+        scores += bias_of(bias, row, column, pairs, bias_row_stride, bias_key_stride, WIDE)
     if HAS_ALIBI:
         scores -= extras.slope[:, None] * distances(extras.diagonal[:, None], key[None, :])
     if PARTIAL:
@@ -116,14 +138,21 @@ def _visit(
             (extras.diagonal - extras.first)[:, None], unit.head, extras.ordinal[:, None],
         )  # fmt: skip
         weights = tl.where(is_kept, weights * keep_scale, 0.0)
-    v = load_rows(V, key, v_row_stride, is_read, PARTIAL, VALUE_WIDTH, BLOCK_DV)
+    # A weight of 0 does not make a NaN harmless: values that nobody sees are not loaded.
+    if V_TILES is None or PARTIAL:
+        v = load_rows(
+            V + first_key.to(tl.int64) * v_row_stride, v_row_stride, is_read, PARTIAL, VALUE_WIDTH, BLOCK_DV, BLOCK_N,
+            WIDE,
+        )  # fmt: skip
+    else:
+        v = V_TILES.load([unit.batch, kv_head, first_key, 0]).reshape([BLOCK_N, BLOCK_DV])
     acc = dot(weights.to(v.dtype), v, acc, PRECISION)
     return acc, row_sum, new_max
 
 
 @triton.jit(do_not_specialize=OPEN)
 def attention_forward_kernel(
-    Q, K, V, OUT, LSE, START, END, KEY_VALID, TILES, TILE_COUNT, ORDER,
+    Q, K, V, K_TILES, V_TILES, OUT, LSE, START, END, KEY_VALID, TILES, TILE_COUNT, ORDER,
     POSITIONS, DENSE, BIAS, SLOPES, SINKS, SEED, LAST_ORDINAL,
     q_batch_stride, q_head_stride, q_row_stride, k_batch_stride, k_head_stride, k_row_stride,
     v_batch_stride, v_head_stride, v_row_stride, out_batch_stride, out_head_stride, out_row_stride, out_split_stride,
@@ -137,13 +166,16 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr, HAS_ORDER: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, BY_SEQUENCE: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, FUSED: tl.constexpr,
-    NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes out and lse of every row of the work list.
 
+    K_TILES and V_TILES are descriptors of the same keys and values for the hardware that copies tiles, or None.
     With several splits OUT and LSE are float32 buffers of parts, (splits, batch, heads, rows[, width]), each normalised
     by itself.
     """
+    # Code of the mask takes registers: partial tiles are at most half of the largest full ones, and waste less.
+    BLOCK_P: tl.constexpr = min(BLOCK_N, 64)
     n_items = tl.minimum(tl.load(TILE_COUNT), capacity)
     n_units = n_items * (128 // BLOCK_M) * repeats * heads * splits
     programs = tl.num_programs(0)
@@ -159,7 +191,7 @@ def attention_forward_kernel(
         if (work < n_units) & (unit.rows > 0):
             rows = rows_of(unit, START, END, span_stride, plan_stride, k_len, BLOCK_M, N_SPANS)
             bounds = bounds_of(unit, rows, TILES, k_len, BLOCK_M, N_SPANS)
-            walk = walk_of(bounds, BLOCK_N, N_SPANS, HAS_DENSE)
+            walk = walk_of(bounds, BLOCK_N, BLOCK_P, N_SPANS, HAS_DENSE, HAS_DENSE or HAS_BIAS)
             extras = extras_of(
                 unit, rows, POSITIONS, DENSE, BIAS, SLOPES, SEED, LAST_ORDINAL,
                 plan_batches, positions_stride, positions_batch_stride, dense_batch_stride, dense_head_stride,
@@ -168,34 +200,42 @@ def attention_forward_kernel(
             )  # fmt: skip
             batch = unit.batch.to(tl.int64)
             head = unit.head.to(tl.int64)
+            kv_head = unit.head // group
+            row = unit.first_row.to(tl.int64)
             q = load_rows(
-                Q + batch * q_batch_stride + head * q_head_stride, rows.index, q_row_stride, rows.exists,
-                True, WIDTH, BLOCK_D,
+                Q + batch * q_batch_stride + head * q_head_stride + row * q_row_stride, q_row_stride, rows.exists,
+                True, WIDTH, BLOCK_D, BLOCK_M, WIDE,
             )  # fmt: skip
-            keys = K + batch * k_batch_stride + head // group * k_head_stride
-            values = V + batch * v_batch_stride + head // group * v_head_stride
+            keys = K + batch * k_batch_stride + kv_head.to(tl.int64) * k_head_stride
+            values = V + batch * v_batch_stride + kv_head.to(tl.int64) * v_head_stride
             valid = KEY_VALID + unit.plan_batch.to(tl.int64) * key_valid_stride
 
             acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
             row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            n_fulls = total(walk.fulls, N_SPANS)
+            n_fulls = full_tiles(walk, N_SPANS)
             for number in tl.range(n_fulls * split // splits, n_fulls * (split + 1) // splits):
+                first_key = full_tile(walk, number, BLOCK_N, BLOCK_P, N_SPANS)
+                if HAS_BIAS:
+                    first_key = tl.multiple_of(first_key, 16)
                 acc, row_sum, row_max = _visit(
-                    acc, row_sum, row_max, q, full_tile(walk, number, BLOCK_N, N_SPANS), rows, extras, bounds, unit,
-                    keys, values, valid, k_row_stride, v_row_stride, dense_row_stride, bias_row_stride,
-                    bias_key_stride, k_len, factor, cap, last_dropped, keep_scale,
+                    acc, row_sum, row_max, q, first_key, rows, extras, bounds, unit,
+                    keys, values, valid, K_TILES, V_TILES, kv_head, k_row_stride, v_row_stride, dense_row_stride,
+                    bias_row_stride, bias_key_stride, k_len, factor, cap, last_dropped, keep_scale,
                     False, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, N_SPANS,
-                    HAS_DENSE, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_SOFTCAP, FUSED, NATURAL, PRECISION,
+                    HAS_DENSE, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_SOFTCAP, FUSED, NATURAL, WIDE, PRECISION,
                 )  # fmt: skip
-            n_partials = total(walk.partials, N_SPANS)
+            n_partials = partial_tiles(walk, N_SPANS)
             for number in tl.range(n_partials * split // splits, n_partials * (split + 1) // splits):
+                first_key = partial_tile(walk, number, BLOCK_N, BLOCK_P, N_SPANS)
+                if HAS_BIAS:
+                    first_key = tl.multiple_of(first_key, 16)
                 acc, row_sum, row_max = _visit(
-                    acc, row_sum, row_max, q, partial_tile(walk, number, BLOCK_N, N_SPANS), rows, extras, bounds, unit,
-                    keys, values, valid, k_row_stride, v_row_stride, dense_row_stride, bias_row_stride,
-                    bias_key_stride, k_len, factor, cap, last_dropped, keep_scale,
-                    True, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, N_SPANS,
-                    HAS_DENSE, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_SOFTCAP, FUSED, NATURAL, PRECISION,
+                    acc, row_sum, row_max, q, first_key, rows, extras, bounds, unit,
+                    keys, values, valid, K_TILES, V_TILES, kv_head, k_row_stride, v_row_stride, dense_row_stride,
+                    bias_row_stride, bias_key_stride, k_len, factor, cap, last_dropped, keep_scale,
+                    True, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_P, N_SPANS,
+                    HAS_DENSE, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_SOFTCAP, FUSED, NATURAL, WIDE, PRECISION,
                 )  # fmt: skip
 
             # Empty rows took part in the full tiles: they are selected, since 0 * NaN is not 0. A NaN stays.
@@ -207,13 +247,14 @@ def attention_forward_kernel(
                 share = share / (1.0 + tl.exp2((sink - lse) * LOG2E))
             out = tl.where(is_empty[:, None], 0.0, acc * share[:, None])
             lse = tl.where(is_empty, float("-inf"), lse)
-            column = tl.arange(0, BLOCK_DV)
+            offset = tl.arange(0, BLOCK_M)
+            column = tl.arange(0, BLOCK_DV)[None, :]
             place = OUT + split.to(tl.int64) * out_split_stride + batch * out_batch_stride + head * out_head_stride
-            place = place + rows.index.to(tl.int64)[:, None] * out_row_stride + column[None, :]
-            is_written = rows.exists[:, None] & (column[None, :] < VALUE_WIDTH)
+            place = place + row * out_row_stride + (offset.to(tl.int64)[:, None] * out_row_stride + column)
+            is_written = rows.exists[:, None] & (column < VALUE_WIDTH)
             tl.store(place, out.to(OUT.dtype.element_ty), mask=is_written)
-            place = LSE + split.to(tl.int64) * lse_split_stride + (batch * heads + head) * q_len
-            tl.store(place + rows.index, lse, mask=rows.exists)
+            place = LSE + split.to(tl.int64) * lse_split_stride + (batch * heads + head) * q_len + row
+            tl.store(place + offset, lse, mask=rows.exists)
 
 
 @triton.jit(do_not_specialize=("n_rows", "q_len", "splits"))
@@ -286,21 +327,53 @@ def attention_forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    tuned = config(
-        "attention_forward", architecture(q.device), problem.element, max(problem.width, problem.value_width)
-    )
+    tuned = tuned_for(problem, architecture(q.device))
     splits = splits_of(problem, tuned)
     parts, part_lse = out, lse
     if splits > 1:
         parts = q.new_empty((splits, *q.shape[:3], problem.value_width), dtype=torch.float32)
         part_lse = q.new_empty((splits, *q.shape[:3]), dtype=torch.float32)
     arguments = forward_arguments(problem, parts, part_lse, splits)
+    if can_describe(problem, architecture(q.device)):
+        arguments.update(descriptors(problem, tuned))
     resident = multiprocessors(q.device) * max(8 // tuned.num_warps, 1)
     programs = min(problem.units(tuned.blocks["BLOCK_M"]) * splits, resident)
     launch(attention_forward_kernel, (programs,), q, (), **arguments, **tuned.launch())
     if splits > 1:
         merge_splits(parts, part_lse, sinks, out, lse)
     return out, lse
+
+
+def tuned_for(problem: Problem, architecture: str) -> Config:
+    """Tiles, warps and stages. What is read or drawn for every pair takes registers: then the tiles are smaller."""
+    is_per_pair = problem.values["HAS_BIAS"] or problem.values["HAS_DROPOUT"]
+    kernel = "attention_forward_per_pair" if is_per_pair else "attention_forward"
+    return config(kernel, architecture, problem.element, max(problem.width, problem.value_width))
+
+
+def can_describe(problem: Problem, architecture: str) -> bool:
+    """Whether the hardware's copies of tiles serve these keys and values: 16-byte strides, halves, sm_90."""
+    k, v = problem.values["K"], problem.values["V"]
+    return architecture == "sm_90" and problem.element == "half" and k.numel() > 0 and all(map(is_describable, (k, v)))
+
+
+def is_describable(x: Tensor) -> bool:
+    """Whether a (batch, heads, rows, width) tensor has the address and the strides that a descriptor needs."""
+    steps = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in steps)
+    return aligned and x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[3] * x.element_size() >= 16
+
+
+def descriptors(problem: Problem, tuned: Config) -> dict[str, TensorDescriptor]:
+    """Descriptors of the tiles of keys and values; beyond the tensor they read zeros."""
+    block_keys = tuned.blocks["BLOCK_N"]
+    described = {}
+    for name, block in (("K", problem.values["BLOCK_D"]), ("V", problem.values["BLOCK_DV"])):
+        x = problem.values[name]
+        # A dimension of one has no step of its own: any will do that is allowed.
+        strides = [stride if size > 1 else 16 * x.shape[3] for stride, size in zip(x.stride(), x.shape, strict=True)]
+        described[f"{name}_TILES"] = TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block_keys, block])
+    return described
 
 
 def splits_of(problem: Problem, tuned: Config) -> int:
@@ -312,7 +385,8 @@ def splits_of(problem: Problem, tuned: Config) -> int:
 def forward_arguments(problem: Problem, out: Tensor, lse: Tensor, splits: int) -> dict[str, Any]:
     """Arguments of the forward kernel but for blocks; ``out`` and ``lse`` with a dimension of splits if there are."""
     of_split, lse_of_split = (out[0], lse[0]) if splits > 1 else (out, lse)
-    more = {"OUT": out, "LSE": lse, "splits": splits, **strides_of("out", of_split)}
+    more: dict[str, Any] = {"OUT": out, "LSE": lse, "splits": splits, "K_TILES": None, "V_TILES": None}
+    more.update(strides_of("out", of_split))
     more["out_split_stride"] = of_split.numel()
     more["lse_split_stride"] = lse_of_split.numel()
     if splits > 1:  # the sink is applied to the whole

@@ -8,7 +8,14 @@ import torch
 
 from maskops import tuning
 from maskops.ops.attention.triton_kernels.arguments import Problem, problem_of
-from maskops.ops.attention.triton_kernels.forward import OPEN, attention_forward_kernel, forward_arguments
+from maskops.ops.attention.triton_kernels.forward import (
+    OPEN,
+    attention_forward_kernel,
+    can_describe,
+    descriptors,
+    forward_arguments,
+    tuned_for,
+)
 from maskops.ops.compilation import Compilation, compilation_of_call
 
 FEATURES = ("two spans", "dense", "bias", "alibi", "softcap", "dropout")
@@ -63,11 +70,14 @@ def _forward(architecture: str, element: str, width: int, feature: str) -> Compi
     problem = example(element, width, feature)
     q = problem.values["Q"]
     arguments: dict[str, Any] = forward_arguments(problem, q, q.new_empty(q.shape[:3], dtype=torch.float32), 1)
+    tuned = tuned_for(problem, architecture)
+    if can_describe(problem, architecture):
+        arguments.update(descriptors(problem, tuned))
     return compilation_of_call(
         f"attention_forward {element} {width} {feature}".rstrip(),
         attention_forward_kernel,
         arguments,
-        tuning.config("attention_forward", architecture, element, width),
+        tuned,
         architecture,
         OPEN,
         # Scores under a dropout or in float32 wait for arithmetic, not for what is spilled around it.
