@@ -240,6 +240,11 @@ BACKENDS: dict[str, Backend] = {
         plans=True,
         on_host=_triton_is_interpreted,
         ops={
+            "attention": Declaration(
+                dtypes=_HALVES_AND_SINGLE,
+                lacks={"double backward": _NO_DOUBLE_BACKWARD},
+                needs_key_tiles=True,
+            ),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
             "linear_cross_entropy": Declaration(

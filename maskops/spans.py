@@ -194,7 +194,7 @@ def build_row_spans(
         key_valid=seen.to(torch.uint8),
         tiles=tiles,
         tile_count=tile_count,
-        key_tiles=_transposed_bounds(start, end, seen, dense is not None) if grad else None,
+        key_tiles=transposed_bounds(start, end, seen, dense is not None) if grad else None,
         order=costliest_first(tiles, tile_count) if is_for_devices(start.device, order) else None,
         positions=positions,
         dense=dense,
@@ -401,7 +401,7 @@ def _hull_of_rows(from_tile: Tensor, to_tile: Tensor, live: Tensor, n_tiles: int
     return low, high + 1
 
 
-def _transposed_bounds(start: Tensor, end: Tensor, seen: Tensor, is_dense: bool) -> Tensor:
+def transposed_bounds(start: Tensor, end: Tensor, seen: Tensor, is_dense: bool) -> Tensor:
     """Rows that see each key tile (see ``RowSpans.key_tiles``); ``start`` and ``end`` int64."""
     n_spans, batch, q_len = start.shape
     k_len = seen.shape[1]

@@ -166,6 +166,7 @@ def problem_of(
         "heads_at_a_time": _heads_at_a_time(k, v, heads),
         "q_len": q_len,
         "k_len": k_len,
+        "softmax_scale": softmax_scale,
         "factor": factor,
         "cap": softcap * unit,
         "last_dropped": last_dropped - 2**32 if last_dropped > _INT32_MAX else last_dropped,

@@ -77,7 +77,7 @@ def unit_of(
     tile = TILES + item.to(tl.int64) * (4 + 4 * N_SPANS)
     plan_batch = tl.minimum(tl.maximum(tl.load(tile), 0), plan_batches - 1)
     first_row = tl.minimum(tl.maximum(tl.load(tile + 1), 0), q_len)
-    rows = tl.minimum(tl.minimum(tl.load(tile + 2), TILE_ROWS), q_len - first_row)
+    rows = tl.minimum(tl.minimum(tl.maximum(tl.load(tile + 2), 0), TILE_ROWS), q_len - first_row)
     skipped = part * BLOCK_M
     return Unit(
         item=item,
