@@ -8,6 +8,7 @@ the package decides between implementations.
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -114,7 +115,7 @@ def _triton_reason() -> str | None:
     if is_blocked or importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it with: python -m pip install triton"
     if _triton_is_interpreted():
-        return None
+        return interpreter_problem()
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()
@@ -138,6 +139,22 @@ def _cuda_is_emulated() -> bool:
     from maskops import extension
 
     return extension.cuda_is_emulated()
+
+
+@functools.lru_cache(maxsize=1)
+def interpreter_problem() -> str | None:
+    """Why the installed Triton's interpreter cannot run kernels here, None where it can or where there is none."""
+    try:
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} needs numpy < 2.4, this is numpy {numpy}"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
 _NO_DOUBLE_BACKWARD = "a kernel's backward pass cannot be differentiated: it says so, backend 'reference' can"

@@ -1,6 +1,7 @@
 """The choice of a backend: order, reasons, warnings, preferences, and what the package says when parts are missing."""
 
 import dataclasses
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -285,3 +286,16 @@ def test_public_names() -> None:
     assert {"attention", "varlen_attention", "masks", "testing", "use_backend", "validate", "backends"} <= set(
         maskops.__all__
     )
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.3.9", True), ("3.6.0", "2.4.0", False), ("3.9.0", "2.5.5", True), ("3.6.0+git1", "2.5.5", False)],
+)
+def test_an_interpreter_that_does_not_run_says_so(
+    triton: str, numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    reason = backend.interpreter_problem.__wrapped__()
+    assert reason == (None if works else f"the interpreter of Triton {triton} needs numpy < 2.4, this is numpy {numpy}")

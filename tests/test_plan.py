@@ -9,6 +9,7 @@ import maskops
 from maskops import masks
 from maskops.backend import planner
 from maskops.ops.plan import registration
+from tests.served import DEVICE
 from tests.test_spans import random_mask
 
 pytestmark = pytest.mark.skipif(
@@ -16,12 +17,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def by_torch(mask, q_len, k_len, batch=None, grad=True, order=False, positions=False, bits=False):
-    plan_batch, device = mask._check_structure(q_len, k_len, batch, None, positions)
+def by_torch(mask, q_len, k_len, batch=None, grad=True, order=False, positions=False, bits=False, device=None):
+    plan_batch, device = mask._check_structure(q_len, k_len, batch, device, positions)
     return mask._spans_by_torch(q_len, k_len, plan_batch, device, grad, order, positions, bits)
 
 
 def check_same(mask, q_len, k_len, **keywords):
+    keywords["device"] = DEVICE
     one, other = mask.spans(q_len, k_len, **keywords), by_torch(mask, q_len, k_len, **keywords)
     for name, x, y in zip(one._fields, one, other, strict=True):
         assert (x is None) == (y is None), name

@@ -12,10 +12,13 @@ from maskops.masks import Mask
 from maskops.ops.attention.registration import Features, span_attention
 from maskops.ops.attention.triton_kernels import forward
 
+pytestmark = pytest.mark.devices
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **features: object) -> tuple[Tensor, Tensor]:
     """The kernel, on a plan as devices have it."""
-    spans = mask.spans(q.shape[2], k.shape[2], batch=q.shape[0], order=True, bits=True, positions=True)
+    wanted = {"order": True, "bits": True, "positions": True}
+    spans = mask.spans(q.shape[2], k.shape[2], batch=q.shape[0], device=q.device, **wanted)
     chosen = Features(softmax_scale=1.0 / math.sqrt(q.shape[3]), **features)  # type: ignore[arg-type]
     return span_attention(q, k, v, spans, chosen, "triton")
 

@@ -15,9 +15,10 @@ from maskops.ops.plan.triton_kernels import Blocks
 from tests.test_plan import check_same
 from tests.test_spans import random_mask
 
-pytestmark = pytest.mark.skipif(
-    maskops.backends()["triton"] != "available", reason=f"triton: {maskops.backends()['triton']}"
-)
+pytestmark = [
+    pytest.mark.skipif(maskops.backends()["triton"] != "available", reason=f"triton: {maskops.backends()['triton']}"),
+    pytest.mark.devices,
+]
 
 EVERYTHING = {"grad": True, "order": True, "positions": True}
 
