@@ -59,7 +59,7 @@ def test_case(backend: str, case: testing.Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "width, value_width, dtype",
-    [(65, 129, torch.float32), (129, 65, torch.float32), (72, 80, torch.float16)],
+    [(65, 129, torch.float32), (129, 65, torch.float32), (72, 80, torch.float16), (260, 300, torch.float32)],
     ids=str,
 )
 def test_several_tiles(backend: str, width: int, value_width: int, dtype: torch.dtype) -> None:

@@ -9,11 +9,13 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(DeviceAttentionForward
   MASKOPS_DYNAMIC_SHARED(bytes);
   TileMemory& memory = *reinterpret_cast<TileMemory*>(bytes);
   const DeviceAttention& call = p.call;
+  const int64_t groups = groups_of(call.shape.value_dim), group = blockIdx.x % groups;
+  const Columns columns{static_cast<int32_t>(group) * GROUP, static_cast<int32_t>(call.shape.value_dim)};
   RowTile tile;
-  if (!find_rows(call, blockIdx.x, tile)) return;
+  if (!find_rows(call, blockIdx.x / groups, tile)) return;
   const RowState row = read_row(call, tile);
   Result<CHUNKS> result{};
-  const RowSum total = attend_rows<CHUNKS>(call, tile, row, memory, result);
+  const RowSum total = attend_rows<CHUNKS>(call, tile, row, columns, memory, result);
 
   __syncthreads();
   if (tile_part() == 0) {
@@ -24,13 +26,13 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(DeviceAttentionForward
       factor /= 1.0f + expf(per_head(call.features.sinks, 0, tile.head) - lse);
     }
     memory.factor[tile_row()] = factor;
-    if (row.used) p.lse[(tile.batch * call.shape.heads + tile.head) * call.shape.q_len + row.row] = lse;
+    if (row.used && group == 0) p.lse[(tile.batch * call.shape.heads + tile.head) * call.shape.q_len + row.row] = lse;
   }
   __syncthreads();
   float factor[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) factor[i] = memory.factor[piece_row() + i];
-  store_rows(call.shape.element, p.out, tile, call.shape.value_dim, factor, result);
+  store_rows(call.shape.element, p.out, tile, columns, factor, result);
 }
 
 // The last of the ordinals of a plan: how many sequences each batch element that shares it counts on.
@@ -49,7 +51,7 @@ __global__ void count_kernel(const int32_t* ordinals, int64_t rows, int32_t* seq
 
 void attention_forward_cuda(const DeviceAttentionForward& p, void* stream) {
   const int64_t value_dim = p.call.shape.value_dim;
-  const dim3 grid = grid_of(row_tiles(p.call));
+  const dim3 grid = grid_of(row_tiles(p.call) * groups_of(value_dim));
   if (value_dim <= COLUMNS)
     launch(forward_kernel<1>, grid, dim3(THREADS), sizeof(TileMemory), stream, p);
   else if (value_dim <= 2 * COLUMNS)

@@ -29,12 +29,16 @@ __global__ void __launch_bounds__(THREADS) keys_kernel(DeviceAttentionBackward p
   const AttentionShape& shape = call.shape;
   const auto n_tiles = static_cast<int32_t>((shape.k_len + KEYS - 1) / KEYS);
   int64_t index = blockIdx.x;
-  const bool is_values = index % 2 != 0;
-  index /= 2;
+  const int64_t key_groups = groups_of(shape.head_dim), groups = key_groups + groups_of(shape.value_dim);
+  int64_t group = index % groups;
+  index /= groups;
+  const bool is_values = group >= key_groups;
+  if (is_values) group -= key_groups;
   const int64_t kv_head = index % shape.kv_heads, batch = index / shape.kv_heads % shape.batch;
   const auto key_tile = static_cast<int32_t>(index / shape.kv_heads / shape.batch);
-  const int64_t width = is_values ? shape.value_dim : shape.head_dim;
-  const int64_t group = shape.heads / shape.kv_heads;
+  const Columns columns{static_cast<int32_t>(group) * GROUP,
+                        static_cast<int32_t>(is_values ? shape.value_dim : shape.head_dim)};
+  const int64_t shared_by = shape.heads / shape.kv_heads;
   const int mine = tile_row(), part = tile_part();
   const int32_t base = key_tile * KEYS, first = base + part * PART;
   read_valid_keys(call, batch, base, memory);
@@ -42,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) keys_kernel(DeviceAttentionBackward p
   const uint32_t valid = valid_part(memory);
   const uint64_t keys = memory.valid[0] | static_cast<uint64_t>(memory.valid[1]) << 32;
   Result<CHUNKS> result{};
-  for (int64_t head = kv_head * group; keys != 0 && head < (kv_head + 1) * group; head++) {
+  for (int64_t head = kv_head * shared_by; keys != 0 && head < (kv_head + 1) * shared_by; head++) {
     for (int32_t begin = 0;;) {
       begin = next_row(call, batch, key_tile, n_tiles, begin);
       if (begin >= shape.q_len) break;
@@ -79,13 +83,13 @@ __global__ void __launch_bounds__(THREADS) keys_kernel(DeviceAttentionBackward p
         }
         score = is_values ? gradient.weight : gradient.product;
       }
-      add_over_rows<CHUNKS>(call, memory.scores, rows, width, memory, result);
+      add_over_rows<CHUNKS>(call, memory.scores, rows, columns, memory, result);
     }
   }
   const float scale = is_values ? 1.0f : shape.softmax_scale;
   const DeviceRows gradient = is_values ? p.grad_v : p.grad_k;
   const int32_t left = static_cast<int32_t>(shape.k_len) - base;
-  store_rows(shape.element, gradient, {batch, kv_head, base, left < KEYS ? left : KEYS}, width,
+  store_rows(shape.element, gradient, {batch, kv_head, base, left < KEYS ? left : KEYS}, columns,
              {scale, scale, scale, scale}, result);
 }
 
@@ -93,7 +97,8 @@ __global__ void __launch_bounds__(THREADS) keys_kernel(DeviceAttentionBackward p
 
 void attention_keys_cuda(const DeviceAttentionBackward& p, void* stream) {
   const AttentionShape& shape = p.call.shape;
-  const int64_t blocks = 2 * shape.batch * shape.kv_heads * ((shape.k_len + KEYS - 1) / KEYS);
+  const int64_t groups = groups_of(shape.head_dim) + groups_of(shape.value_dim);
+  const int64_t blocks = groups * shape.batch * shape.kv_heads * ((shape.k_len + KEYS - 1) / KEYS);
   if (blocks == 0) return;
   const int64_t width = shape.head_dim > shape.value_dim ? shape.head_dim : shape.value_dim;
   if (width <= COLUMNS)

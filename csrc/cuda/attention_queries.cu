@@ -25,8 +25,11 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(DeviceAttentionBackwar
   MASKOPS_DYNAMIC_SHARED(bytes);
   TileMemory& memory = *reinterpret_cast<TileMemory*>(bytes);
   const DeviceAttention& call = p.call;
+  const int64_t groups = groups_of(call.shape.head_dim), group = blockIdx.x % groups;
+  const Columns columns{static_cast<int32_t>(group) * GROUP, static_cast<int32_t>(call.shape.head_dim)};
+  writes_bias = writes_bias && group == 0;
   RowTile tile;
-  if (!find_rows(call, blockIdx.x, tile)) return;
+  if (!find_rows(call, blockIdx.x / groups, tile)) return;
   RowState row = read_row(call, tile);
   const bool is_there = row.used;
   const RowGradient of_row = read_gradient(p, row);
@@ -75,14 +78,14 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(DeviceAttentionBackwar
       }
       slope = gradient.product;
     }
-    add_over_keys<CHUNKS>(call, memory.slopes, keys, call.shape.head_dim, memory, result);
+    add_over_keys<CHUNKS>(call, memory.slopes, keys, columns, memory, result);
   }
   const float scale = call.shape.softmax_scale;
-  store_rows(call.shape.element, p.grad_q, tile, call.shape.head_dim, {scale, scale, scale, scale}, result);
+  store_rows(call.shape.element, p.grad_q, tile, columns, {scale, scale, scale, scale}, result);
   if (p.row_grad_slopes == nullptr) return;
   memory.part_sum[part][mine] = grad_slope;
   __syncthreads();
-  if (part == 0 && is_there) {
+  if (part == 0 && group == 0 && is_there) {
     float sum = 0.0f;
     for (int i = 0; i < PARTS; i++) sum += memory.part_sum[i][mine];
     p.row_grad_slopes[row_index(call, row)] = sum;
@@ -99,7 +102,7 @@ void attention_queries_cuda(const DeviceAttentionBackward& p, void* stream) {
     const int64_t elements = shape.batch * shape.heads * shape.q_len * shape.k_len;
     clear_cuda(p.grad_bias, elements * bytes_of(p.call.features.bias_element), stream);
   }
-  const dim3 grid = grid_of(row_tiles(p.call));
+  const dim3 grid = grid_of(row_tiles(p.call) * groups_of(shape.head_dim));
   if (shape.head_dim <= COLUMNS)
     launch(queries_kernel<1>, grid, dim3(THREADS), sizeof(TileMemory), stream, p, writes_bias);
   else if (shape.head_dim <= 2 * COLUMNS)

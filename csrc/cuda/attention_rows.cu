@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(DeviceAttentionBackward p
   RowSum sum{lse, 1.0f};
   if (__syncthreads_or(is_large)) {
     Result<0> nothing;
-    const RowSum anew = attend_rows<0>(call, tile, row, memory, nothing);
+    const RowSum anew = attend_rows<0>(call, tile, row, {}, memory, nothing);
     if (is_large) sum = anew;
   }
   if (!row.used || tile_part() != 0) return;

@@ -14,8 +14,8 @@ struct RowSum {
 
 // The result is that of weights exp(score - maximum), dropped and scaled by dropout; CHUNKS 0 leaves the values out.
 template <int CHUNKS>
-__device__ RowSum attend_rows(const DeviceAttention& p, const RowTile& tile, const RowState& row, TileMemory& memory,
-                              Result<CHUNKS>& result) {
+__device__ RowSum attend_rows(const DeviceAttention& p, const RowTile& tile, const RowState& row,
+                              [[maybe_unused]] const Columns& columns, TileMemory& memory, Result<CHUNKS>& result) {
   const int mine = tile_row(), part = tile_part();
   const int64_t kv_head = tile.head / (p.shape.heads / p.shape.kv_heads);
   const uint64_t rows = tile.count == ROWS ? ~uint64_t{0} : (uint64_t{1} << tile.count) - 1;
@@ -91,8 +91,8 @@ __device__ RowSum attend_rows(const DeviceAttention& p, const RowTile& tile, con
           for (int j = 0; j < 4; j++) result.values[chunk][i][j] *= factor;
         }
       }
-      add_over_keys<CHUNKS>(p, memory.scores, {p.v, p.in_cache, tile.batch, kv_head, key_base, seen}, p.shape.value_dim,
-                            memory, result);
+      add_over_keys<CHUNKS>(p, memory.scores, {p.v, p.in_cache, tile.batch, kv_head, key_base, seen}, columns, memory,
+                            result);
     }
   }
   return total;

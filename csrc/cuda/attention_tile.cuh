@@ -15,6 +15,7 @@ constexpr int PART = 16, PARTS = KEYS / PART;  // keys of a thread that has a ro
 constexpr int DEPTH = 32;                      // of the dimension that a product sums over, at a time
 constexpr int LD = 68, DEPTH_LD = DEPTH + 4;   // rows in shared memory: multiples of 16 bytes, spread over the banks
 constexpr int COLUMNS = 64;                    // of a result, at a time
+constexpr int GROUP = 4 * COLUMNS;             // of a result, in a block
 constexpr int32_t NO_KEY = INT32_MAX;
 
 static_assert(ROWS * PARTS == THREADS);
@@ -347,6 +348,14 @@ __device__ inline void multiply_rows(const DeviceAttention& p, const Operand& a,
   }
 }
 
+// The columns [begin, width) of a result that a block makes.
+struct Columns {
+  int32_t begin, width;
+};
+
+// At least one block writes the log-sum-exp, whatever there is beside it.
+__host__ __device__ inline int64_t groups_of(int64_t width) { return width == 0 ? 1 : (width + GROUP - 1) / GROUP; }
+
 // A 64 x (64 CHUNKS) result, 4 x 4 numbers a thread in each chunk of columns. Without chunks it is not there.
 template <int CHUNKS>
 struct Result {
@@ -365,12 +374,12 @@ __device__ inline void add_outer(float (&sums)[4][4], const float4& x, const flo
 // result[row][column] += the sum over keys of weights[key][row] * b[key][column]. Begins with a barrier.
 template <int CHUNKS>
 __device__ void add_over_keys(const DeviceAttention& p, const float (&weights)[KEYS][LD], const Operand& b,
-                              int64_t width, TileMemory& memory, Result<CHUNKS>& result) {
+                              const Columns& columns, TileMemory& memory, Result<CHUNKS>& result) {
   const int row = piece_row(), column = piece_column() * 4;
 #pragma unroll 1
-  for (int chunk = 0; chunk < CHUNKS && chunk * COLUMNS < width; chunk++) {
+  for (int chunk = 0; chunk < CHUNKS && columns.begin + chunk * COLUMNS < columns.width; chunk++) {
     __syncthreads();
-    load_rows<COLUMNS>(p, b, chunk * COLUMNS, static_cast<int32_t>(width), memory.columns);
+    load_rows<COLUMNS>(p, b, columns.begin + chunk * COLUMNS, columns.width, memory.columns);
     __syncthreads();
     // Registers have no index: the code of the sums is there once for each chunk, that of the loads is not.
 #pragma unroll
@@ -387,12 +396,12 @@ __device__ void add_over_keys(const DeviceAttention& p, const float (&weights)[K
 // result[key][column] += the sum over rows of weights[key][row] * b[row][column]. Begins with a barrier.
 template <int CHUNKS>
 __device__ void add_over_rows(const DeviceAttention& p, const float (&weights)[KEYS][LD], const Operand& b,
-                              int64_t width, TileMemory& memory, Result<CHUNKS>& result) {
+                              const Columns& columns, TileMemory& memory, Result<CHUNKS>& result) {
   const int key = piece_row(), column = piece_column() * 4;
 #pragma unroll 1
-  for (int chunk = 0; chunk < CHUNKS && chunk * COLUMNS < width; chunk++) {
+  for (int chunk = 0; chunk < CHUNKS && columns.begin + chunk * COLUMNS < columns.width; chunk++) {
     __syncthreads();
-    load_rows<COLUMNS>(p, b, chunk * COLUMNS, static_cast<int32_t>(width), memory.columns);
+    load_rows<COLUMNS>(p, b, columns.begin + chunk * COLUMNS, columns.width, memory.columns);
     __syncthreads();
 #pragma unroll
     for (int place = 0; place < CHUNKS; place++) {
@@ -413,8 +422,8 @@ __device__ void add_over_rows(const DeviceAttention& p, const float (&weights)[K
 }
 
 template <class T, int CHUNKS>
-__device__ void store_rows_of(const DeviceRows& x, const RowTile& tile, int64_t width, const float (&factor)[4],
-                              const Result<CHUNKS>& result) {
+__device__ void store_rows_of(const DeviceRows& x, const RowTile& tile, const Columns& columns,
+                              const float (&factor)[4], const Result<CHUNKS>& result) {
   T* data = reinterpret_cast<T*>(x.data) + tile.batch * x.batch_stride + tile.head * x.head_stride;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -425,8 +434,8 @@ __device__ void store_rows_of(const DeviceRows& x, const RowTile& tile, int64_t 
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const int64_t column = chunk * COLUMNS + piece_column() * 4 + j;
-        if (column < width) to[column] = from_float<T>(result.values[chunk][i][j] * factor[i]);
+        const int column = columns.begin + chunk * COLUMNS + piece_column() * 4 + j;
+        if (column < columns.width) to[column] = from_float<T>(result.values[chunk][i][j] * factor[i]);
       }
     }
   }
@@ -434,12 +443,12 @@ __device__ void store_rows_of(const DeviceRows& x, const RowTile& tile, int64_t 
 
 // Writes the tile's rows of a tensor: the result, each row times its factor.
 template <int CHUNKS>
-__device__ void store_rows(Element element, const DeviceRows& x, const RowTile& tile, int64_t width,
+__device__ void store_rows(Element element, const DeviceRows& x, const RowTile& tile, const Columns& columns,
                            const float (&factor)[4], const Result<CHUNKS>& result) {
   switch (element) {
-    case Element::float32: return store_rows_of<float>(x, tile, width, factor, result);
-    case Element::bfloat16: return store_rows_of<__nv_bfloat16>(x, tile, width, factor, result);
-    case Element::float16: return store_rows_of<__half>(x, tile, width, factor, result);
+    case Element::float32: return store_rows_of<float>(x, tile, columns, factor, result);
+    case Element::bfloat16: return store_rows_of<__nv_bfloat16>(x, tile, columns, factor, result);
+    case Element::float16: return store_rows_of<__half>(x, tile, columns, factor, result);
   }
 }
 

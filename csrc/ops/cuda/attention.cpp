@@ -26,8 +26,7 @@ AttentionShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, doubl
   require(shape.heads == 0 || (shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0),
           "attention: the heads of k and v must divide those of q");
   require(shape.q_len < INT32_MAX - 128 && shape.k_len < INT32_MAX - 128, "attention: too many queries or keys");
-  require(shape.head_dim <= 256 && shape.value_dim <= 256,
-          "attention: the CUDA kernels take head dimensions up to 256");
+  require(shape.head_dim < INT32_MAX / 2 && shape.value_dim < INT32_MAX / 2, "attention: head_dim is too large");
   for (const Tensor* tensor : {&q, &k, &v}) {
     require(last_is_contiguous(*tensor), "attention: the last dimension must be contiguous");
   }

@@ -287,6 +287,9 @@ def decode_attention(
         requested=backend,
         reference_bytes=None if is_traced else lambda: _reference_bytes(q, k_cache, v_cache, capacity),
     )
+    integer_tensors = [x for x in (lengths, leftpad, block_table, batch_index) if x is not None]
+    if name != "cpu" and values_can_be_read(integer_tensors, device):
+        reference.check_filled(lengths, leftpad, block_table, batch_index, k_cache)
     if name != backends.REFERENCE:
         # The op knows lengths by itself: a plan is for what else the mask says. To the newest query alone causal() says
         # nothing, and planning it would cost more than attention over a short sequence.
@@ -310,9 +313,6 @@ def decode_attention(
             name,
         )
         return (out, lse) if return_lse else out
-    integer_tensors = [x for x in (lengths, leftpad, block_table, batch_index) if x is not None]
-    if values_can_be_read(integer_tensors, device):
-        reference.check_filled(lengths, leftpad, block_table, batch_index, k_cache)
     spans = _within(_plan(mask, q, capacity, lengths, leftpad, alibi_slopes is not None), lengths, leftpad)
     autocast = has_autocast(device.type)
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
