@@ -352,6 +352,24 @@ def test_saved_statistics_are_not_trusted() -> None:
     assert grad.shape == target_grad.shape == logits.shape
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_under_shift_the_last_row_is_skipped_whatever_its_label(dtype: torch.dtype) -> None:
+    """There are no probabilities behind the last ones, and the first ones get no gradient."""
+    logits, _ = problem((4,), 40, dtype)
+    labels, nothing = torch.zeros(4, dtype=torch.int64), torch.zeros(0)
+    target = distributions(logits)
+    loss, lse, logprobs, entropy, _, statistics = operators().cross_entropy_forward_cuda(
+        logits, labels, nothing, target, True, IGNORE, 0.0, 0.0, 0.0, 1.0, False, False
+    )
+    assert loss[3] == 0 and lse[3] == 0 and bool((loss[:3] != 0).all())
+    grad, target_grad = operators().cross_entropy_backward_cuda(
+        torch.ones(4), nothing, nothing, nothing, logits, labels, nothing, target, lse, logprobs, entropy, statistics,
+        True, True, IGNORE, 0.0, 0.0, 0.0, 1.0,
+    )  # fmt: skip
+    assert bool((grad[3] == 0).all()) and bool((target_grad[0] == 0).all())
+    assert bool((grad[:3] != 0).any(1).all()) and bool((target_grad[1:] != 0).any(1).all())
+
+
 def test_bad_shapes_are_refused() -> None:
     logits, target = problem((4,), 40)
     nothing = torch.zeros(0)
