@@ -282,6 +282,9 @@ BACKENDS: dict[str, Backend] = {
             "decode_attention": Declaration(dtypes=_HALVES_AND_SINGLE),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
+            "linear_cross_entropy": Declaration(
+                dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}
+            ),
         },
     ),
     REFERENCE: Backend(

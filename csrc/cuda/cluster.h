@@ -25,9 +25,7 @@ __device__ __forceinline__ int cluster_size() {
   return static_cast<int>(size);
 }
 // Every thread of the cluster arrives, and waits for all others: what they wrote before they arrived is visible then.
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // Writes to a shared variable of the block with this rank.
 __device__ __forceinline__ void store_remote(uint32_t* variable, int rank, uint32_t word) {

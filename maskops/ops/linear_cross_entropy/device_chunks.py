@@ -105,6 +105,7 @@ def linear_cross_entropy(
         check_labels(labels, vocabulary, ignore_index)
     forward = getattr(torch.ops.maskops, name_of("cross_entropy_forward", backend))
     backward = getattr(torch.ops.maskops, name_of("cross_entropy_backward_", backend))
+    both = torch.ops.maskops.cross_entropy_both__cuda if backend == "cuda" else None  # reads a chunk's logits once
     # Inside an operator, autograd and autocast would still see its tensors.
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         single, total = torch.float32, labels.shape[0]
@@ -152,16 +153,20 @@ def linear_cross_entropy(
             if bias.numel():
                 logits.add_(wide_bias)
             targets = (rows.take(labels, chunk), class_weights, logits.new_empty(0))  # no probabilities
-            *scores, statistics = forward(logits, *targets, False, *numbers, entropy, argmax)
+            taken = [rows.take(grad, chunk) for grad in incoming] if gradients else []
+            if gradients and both is not None:
+                scores = both(*taken, logits, *targets[:2], *numbers, entropy, argmax)
+            else:
+                *scores, statistics = forward(logits, *targets, False, *numbers, entropy, argmax)
+                _, lse, logprobs, uncertainty, _ = scores
+                if gradients:
+                    backward(*taken, logits, *targets, lse, logprobs, uncertainty, statistics, False, *numbers)
             if values:
                 for result, score in zip(outputs, scores, strict=True):
                     if result.numel():
                         rows.put(result, score, chunk)
             if not gradients:
                 continue
-            _, lse, logprobs, uncertainty, _ = scores
-            taken = [rows.take(grad, chunk) for grad in incoming]
-            backward(*taken, logits, *targets, lse, logprobs, uncertainty, statistics, False, *numbers)
             grad = logits
             if bias_gradient:
                 bias_sums += logits.sum(0)

@@ -9,6 +9,7 @@ rows, H 1024 and V 32000, that takes 0.8 of the time of torch's linear and cross
 takes 1.1 of it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from maskops.ops.cross_entropy.rows import Scoring, total
-from maskops.ops.linear_cross_entropy import chunks
+from maskops.ops.linear_cross_entropy import chunks, device_chunks
 from maskops.ops.operators import define, name_of, names_of
 from maskops.ops.scalars import call
 from maskops.ops.transforms import (
@@ -81,6 +82,11 @@ define(
     _fake, _TAGS,
 )  # fmt: skip
 _library.impl("linear_cross_entropy", chunks.linear_cross_entropy, "CPU")
+_library.impl(
+    name_of("linear_cross_entropy", "cuda"),
+    functools.partial(device_chunks.linear_cross_entropy, "cuda"),
+    "CompositeExplicitAutograd",
+)
 
 _OF_ROWS = ("hidden", "labels", "grad_loss", "grad_lse", "grad_logprobs", "grad_entropy")
 
