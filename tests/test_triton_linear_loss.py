@@ -1,4 +1,4 @@
-"""maskops.linear_cross_entropy in chunks on a device: the cases of the CPU, and what only a device's driver can break."""
+"""maskops.linear_cross_entropy in chunks on a device: the cases of the CPU, and what only a device can break."""
 
 import math
 from collections.abc import Iterator
