@@ -80,8 +80,6 @@ inline int64_t tiles_per_batch_element(int64_t q_len, int64_t k_len) {
   return q_len < bound ? q_len : bound;
 }
 
-PlanProgram parse_plan(const std::string& text);
-
 // Checks lengths and operands against the program: std::invalid_argument with the words of maskops/layouts.py and
 // masks.py.
 void check_plan(const PlanRequest& request);

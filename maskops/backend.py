@@ -273,6 +273,7 @@ BACKENDS: dict[str, Backend] = {
         name="cuda",
         devices=("cuda",),
         unavailable=_cuda_reason,
+        plans=True,
         on_host=_cuda_is_emulated,
         ops={
             "attention": Declaration(

@@ -179,6 +179,7 @@ class Mask:
             program, operands = self._program(on_device)
             # Of lengths that are traced the operator decides itself, when it runs.
             is_short = all(not _is_known(x) or x < registration.MAX_LENGTH for x in (q_len, k_len))
+            is_short = is_short and registration.fits_a_kernel(program)
             if is_short and len(operands) <= registration.MAX_OPERANDS:
                 if backend != "cpu":  # whose operators do not look at values
                     self._check_values(q_len, k_len, plan_batch, on_device)

@@ -1,135 +1,17 @@
-// The program of build_plan: its text to steps, and the checks of its operands.
-#include "plan.h"
-
-#include <algorithm>
-#include <stdexcept>
-#include <string_view>
+// The checks of the operands of build_plan against its program.
 #include <unordered_set>
-#include <utility>
+
+#include "../plan_program.h"
+#include "plan.h"
 
 namespace maskops {
 namespace {
 
 using Kind = PlanLayout::Kind;
 using Op = PlanStep::Op;
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-void require(bool condition, const char* message) {
-  if (!condition) refuse(std::string("build_plan: ") + message);
-}
-
-std::string text_of(int64_t value) { return std::to_string(value); }
-
-// ---- text to program ----
-
-struct Words {
-  std::string_view rest;
-  std::string_view next() {
-    const size_t length = std::min(rest.find(' '), rest.size());
-    const std::string_view word = rest.substr(0, length);
-    rest.remove_prefix(std::min(length + 1, rest.size()));
-    return word;
-  }
-  int64_t number() {
-    const std::string_view word = next();
-    const bool negative = !word.empty() && word[0] == '-';
-    require(word.size() > static_cast<size_t>(negative) && word.size() < 20, "a number is missing in the program");
-    int64_t value = 0;
-    for (char digit : word.substr(negative)) {
-      require(digit >= '0' && digit <= '9', "a number of the program is malformed");
-      // Larger ones mean the same as this one: everything is clipped to the lengths.
-      value = std::min<int64_t>(value * 10 + (digit - '0'), int64_t{1} << 40);
-    }
-    return negative ? -value : value;
-  }
-  int operand() {
-    const int64_t index = number();
-    require(0 <= index && index < plan_operands, "the program names an operand that does not exist");
-    return static_cast<int>(index);
-  }
-};
-
-constexpr CuSeqlensNames documents_names{"documents: ", "cu_seqlens", "cu_seqlens_k", {"q_len=", ""}, {"k_len=", ""}};
-constexpr CuSeqlensNames varlen_names{
-    "", "cu_seqlens_q", "cu_seqlens_k", {"the ", " rows of q"}, {"the ", " rows of k"}};
-
-bool parse_layout(std::string_view word, Words& words, PlanLayout& layout) {
-  constexpr std::pair<std::string_view, Kind> names[] = {
-      {"padding_right", Kind::padding_right},
-      {"padding_left", Kind::padding_left},
-      {"padding_mask", Kind::padding_mask},
-      {"key_lengths", Kind::key_lengths},
-      {"key_length", Kind::key_length},
-      {"key_mask", Kind::key_mask},
-      {"cu_seqlens", Kind::cu_seqlens},
-      {"varlen", Kind::cu_seqlens},
-      {"ids", Kind::ids},
-  };
-  for (const auto& [name, kind] : names) {
-    if (word != name) continue;
-    layout.kind = kind;
-    if (kind == Kind::key_length) {
-      layout.length = words.number();
-    } else {
-      layout.operand = words.operand();
-    }
-    if (kind == Kind::cu_seqlens) {
-      layout.key_operand = words.operand();
-      layout.keys_given = words.number() != 0;
-      layout.names = word == "varlen" ? &varlen_names : &documents_names;
-    }
-    return true;
-  }
-  return false;
-}
-
-PlanStep parse_step(std::string_view word, Words& words) {
-  constexpr std::pair<std::string_view, Op> names[] = {
-      {"first", Op::first},         {"last", Op::last},           {"diag", Op::diag},
-      {"prefix", Op::prefix},       {"prefix_of", Op::prefix_of}, {"chunk_start", Op::chunk_start},
-      {"chunk_end", Op::chunk_end}, {"max", Op::maximum},         {"min", Op::minimum},
-  };
-  for (const auto& [name, op] : names) {
-    if (word != name) continue;
-    if (op == Op::prefix_of) return {op, words.operand()};
-    const bool has_value = op == Op::diag || op == Op::prefix || op == Op::chunk_start || op == Op::chunk_end;
-    const int64_t value = has_value ? words.number() : 0;
-    require(value >= 1 || (op != Op::chunk_start && op != Op::chunk_end), "a chunk has no keys");
-    return {op, value};
-  }
-  refuse("build_plan: the program has an unknown word '" + std::string(word) + "'");
-}
-
-}  // namespace
-
-PlanProgram parse_plan(const std::string& text) {
-  PlanProgram program;
-  Words words{text};
-  std::string_view word = words.next();
-  for (PlanLayout layout; parse_layout(word, words, layout); word = words.next()) {
-    program.layouts.push_back(layout);
-    layout = {};
-  }
-  while (!word.empty()) {
-    require(word == "span", "the program has an unknown layout");
-    size_t depth = 0;
-    for (word = words.next(); !word.empty() && word != "span"; word = words.next()) {
-      const PlanStep step = parse_step(word, words);
-      const bool joins = step.op == Op::maximum || step.op == Op::minimum;
-      require(!joins || depth >= 2, "the program takes the maximum or minimum of nothing");
-      depth = joins ? depth - 1 : depth + 1;
-      program.deepest = std::max(program.deepest, depth);
-      program.steps.push_back(step);
-    }
-    require(depth == 2, "a span of the program must leave its start and its end");
-    program.span_ends.push_back(program.steps.size());
-  }
-  require(!program.span_ends.empty(), "the program has no span");
-  return program;
-}
-
-namespace {
+using plan_text::refuse;
+using plan_text::require;
+using plan_text::text_of;
 
 // ---- value checks, in the words of layouts.py and masks.py ----
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <tuple>
 
+#include "../plan_program.h"
 #include "tensors.h"
 
 namespace maskops {

@@ -29,8 +29,17 @@ from maskops.ops.operators import define, name_of
 from maskops.spans import KEY_TILE, RowSpans, build_row_spans, tiles_per_batch_element
 
 MAX_OPERANDS = 6
+MAX_SPANS = 16
+MAX_LAYOUTS = 12
+MAX_STEPS = 160
+"""Longer programs do not fit the arguments of a kernel."""
+
 MAX_LENGTH = 2**28
 """Above it, sums of lengths would not fit the int32 arithmetic of the operator."""
+
+_LAYOUT_WORDS = frozenset(
+    "padding_right padding_left padding_mask key_lengths key_length key_mask ids cu_seqlens varlen".split()
+)
 
 _NATIVE_DTYPES = (torch.int32, torch.int64, torch.bool, torch.uint8)
 
@@ -144,6 +153,14 @@ def derive_plan(
     lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
     dense_bits = words if bits and dense is not None else None
     return RowSpans(start.to(torch.int32), end.to(torch.int32), *lists, positions, dense, dense_bits)
+
+
+def fits_a_kernel(program: str) -> bool:
+    """Whether a program is short enough for every backend; torch plans longer ones."""
+    words = program.split(" ")
+    spans, layouts = words.count("span"), sum(word in _LAYOUT_WORDS for word in words)
+    # Every step is a word; the stack of a bound is never deeper than its extrema and one.
+    return spans <= MAX_SPANS and layouts <= MAX_LAYOUTS and len(words) <= MAX_STEPS
 
 
 def build_plan(

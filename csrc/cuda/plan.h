@@ -1,0 +1,55 @@
+// build_plan on CUDA: a mask as a program, from the operands on the device to the tensors of a RowSpans there.
+#pragma once
+
+#include "../plan.h"
+
+namespace maskops {
+
+constexpr int PLAN_LAYOUTS = 12;
+constexpr int PLAN_STEPS = 160;
+constexpr int PLAN_SPANS = 16;
+constexpr int PLAN_DEPTH = PLAN_STEPS / 2;  // values on the stack of a bound
+
+struct DevicePlanLayout {
+  PlanLayout::Kind kind;
+  int32_t operand, keys;
+  int32_t length;  // of key_length
+  bool counts;     // whether it numbers the sequences
+};
+
+struct DevicePlanStep {
+  PlanStep::Op op;
+  int32_t value;
+};
+
+struct DevicePlanOperand {
+  const void* data;
+  int32_t bytes;  // of an element: 1, unsigned, 4 or 8
+  int32_t rows;   // size of the first dimension, 1 of ids without one for the batch
+};
+
+// A program as a kernel takes it.
+struct DevicePlan {
+  DevicePlanLayout layouts[PLAN_LAYOUTS];
+  DevicePlanStep steps[PLAN_STEPS];
+  int32_t span_ends[PLAN_SPANS];
+  DevicePlanOperand operands[plan_operands];
+  int32_t n_layouts, n_spans;
+  bool has_holes, reads_ordinals;
+  int32_t batch, q_len, k_len;
+  int32_t per_batch, capacity;  // room for items
+  PlanResult result;
+  int32_t window, n_blocks;  // threads of a block, and blocks that a batch element takes (plan_blocks)
+  int32_t* scratch;          // plan_scratch(p) elements
+};
+
+// Chooses the blocks.
+void plan_blocks(DevicePlan& p);
+
+// Elements of scratch that a plan takes.
+int64_t plan_scratch(const DevicePlan& p);
+
+// Writes all of the result in two launches.
+void build_plan_cuda(const DevicePlan& p, void* stream);
+
+}  // namespace maskops
