@@ -6,6 +6,8 @@ from typing import Any
 
 from maskops.cli.bench.compilation.sass import Loop
 
+TRITON = "triton"
+
 _REGISTERS = 65_536
 _SHARED = {"sm_80": 167_936, "sm_90": 233_472}
 """Shared memory of a multiprocessor, bytes, of which every block takes 1 KiB for the system."""
@@ -39,7 +41,7 @@ class Result:
 
     name: str
     architecture: str
-    source: str = "triton"
+    source: str = TRITON
     error: str = ""
     warps: int = 0
     registers: int = 0
