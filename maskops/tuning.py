@@ -98,7 +98,6 @@ def _compiled(registers: int, instructions: int = 0) -> str:
     return f"compiled with 3.6.0 and 3.9.0: {registers} registers, no spills in hot loops{per_tile}; never timed"
 
 
-_FORWARD = "compiled prototype (Triton 3.6.0, 3.9.0): {} registers, 0 spills; never timed"
 _MODEL = "model: size of the tiles; never timed"
 
 # kernel, architecture, element, width: BLOCK_M, BLOCK_N, warps, stages, provenance
@@ -115,8 +114,8 @@ _ATTENTION: tuple[tuple[str, str, str, int, int, int, int, int, str], ...] = (
     ("attention_forward", "sm_80", "single", 256, 16, 16, 4, 2, _MODEL),
     ("attention_forward", "sm_90", "half", 16, 128, 64, 4, 3, _compiled(222, 1740)),
     ("attention_forward", "sm_90", "half", 32, 128, 64, 4, 3, _compiled(239, 1896)),
-    ("attention_forward", "sm_90", "half", 64, 128, 128, 8, 2, _compiled(254, 2032)),
-    ("attention_forward", "sm_90", "half", 128, 128, 128, 8, 2, _compiled(255, 2484)),
+    ("attention_forward", "sm_90", "half", 64, 128, 128, 8, 2, _compiled(255, 1920)),
+    ("attention_forward", "sm_90", "half", 128, 128, 128, 8, 2, _compiled(255, 2068)),
     ("attention_forward", "sm_90", "half", 256, 128, 64, 8, 2, _compiled(255, 4568)),
     ("attention_forward", "sm_90", "single", 16, 64, 32, 4, 2, _compiled(168)),
     ("attention_forward", "sm_90", "single", 32, 64, 32, 4, 2, _compiled(254)),
@@ -145,8 +144,8 @@ _ATTENTION: tuple[tuple[str, str, str, int, int, int, int, int, str], ...] = (
     ("attention_forward_per_pair", "sm_90", "single", 256, 16, 16, 4, 2, _MODEL),
     ("attention_backward_dq", "sm_80", "half", 16, 128, 64, 4, 2, _MODEL),
     ("attention_backward_dq", "sm_80", "half", 32, 128, 64, 4, 2, _MODEL),
-    ("attention_backward_dq", "sm_80", "half", 64, 128, 64, 8, 2, _MODEL),
-    ("attention_backward_dq", "sm_80", "half", 128, 64, 32, 4, 2, _MODEL),
+    ("attention_backward_dq", "sm_80", "half", 64, 128, 64, 8, 2, _compiled(254, 2736)),
+    ("attention_backward_dq", "sm_80", "half", 128, 64, 32, 4, 2, _compiled(255, 5216)),
     ("attention_backward_dq", "sm_80", "half", 256, 32, 32, 4, 1, _MODEL),
     ("attention_backward_dq", "sm_80", "single", 16, 64, 32, 4, 2, _MODEL),
     ("attention_backward_dq", "sm_80", "single", 32, 64, 32, 4, 2, _MODEL),
@@ -155,8 +154,8 @@ _ATTENTION: tuple[tuple[str, str, str, int, int, int, int, int, str], ...] = (
     ("attention_backward_dq", "sm_80", "single", 256, 16, 16, 4, 1, _MODEL),
     ("attention_backward_dq", "sm_90", "half", 16, 128, 64, 4, 2, _MODEL),
     ("attention_backward_dq", "sm_90", "half", 32, 128, 64, 4, 2, _MODEL),
-    ("attention_backward_dq", "sm_90", "half", 64, 128, 64, 8, 2, _FORWARD.format(128)),
-    ("attention_backward_dq", "sm_90", "half", 128, 128, 64, 8, 2, _FORWARD.format(185)),
+    ("attention_backward_dq", "sm_90", "half", 64, 128, 64, 8, 2, _compiled(210, 2272)),
+    ("attention_backward_dq", "sm_90", "half", 128, 128, 64, 8, 2, _compiled(255, 2712)),
     ("attention_backward_dq", "sm_90", "half", 256, 64, 32, 8, 2, _MODEL),
     ("attention_backward_dq", "sm_90", "single", 16, 64, 32, 4, 2, _MODEL),
     ("attention_backward_dq", "sm_90", "single", 32, 64, 32, 4, 2, _MODEL),
@@ -165,8 +164,8 @@ _ATTENTION: tuple[tuple[str, str, str, int, int, int, int, int, str], ...] = (
     ("attention_backward_dq", "sm_90", "single", 256, 16, 16, 4, 1, _MODEL),
     ("attention_backward_dkdv", "sm_80", "half", 16, 64, 64, 4, 2, _MODEL),
     ("attention_backward_dkdv", "sm_80", "half", 32, 64, 64, 4, 2, _MODEL),
-    ("attention_backward_dkdv", "sm_80", "half", 64, 64, 64, 8, 2, _MODEL),
-    ("attention_backward_dkdv", "sm_80", "half", 128, 32, 64, 8, 2, _MODEL),
+    ("attention_backward_dkdv", "sm_80", "half", 64, 64, 64, 4, 2, _compiled(255, 4480)),
+    ("attention_backward_dkdv", "sm_80", "half", 128, 32, 64, 4, 2, _compiled(255, 6960)),
     ("attention_backward_dkdv", "sm_80", "half", 256, 16, 32, 8, 1, _MODEL),
     ("attention_backward_dkdv", "sm_80", "single", 16, 32, 64, 4, 2, _MODEL),
     ("attention_backward_dkdv", "sm_80", "single", 32, 32, 64, 4, 2, _MODEL),
@@ -175,8 +174,8 @@ _ATTENTION: tuple[tuple[str, str, str, int, int, int, int, int, str], ...] = (
     ("attention_backward_dkdv", "sm_80", "single", 256, 16, 16, 4, 1, _MODEL),
     ("attention_backward_dkdv", "sm_90", "half", 16, 64, 64, 4, 2, _MODEL),
     ("attention_backward_dkdv", "sm_90", "half", 32, 64, 64, 4, 2, _MODEL),
-    ("attention_backward_dkdv", "sm_90", "half", 64, 64, 64, 4, 2, _MODEL),
-    ("attention_backward_dkdv", "sm_90", "half", 128, 64, 64, 8, 2, _MODEL),
+    ("attention_backward_dkdv", "sm_90", "half", 64, 64, 128, 8, 2, _compiled(255, 3328)),
+    ("attention_backward_dkdv", "sm_90", "half", 128, 32, 128, 8, 2, _compiled(255, 4720)),
     ("attention_backward_dkdv", "sm_90", "half", 256, 32, 64, 8, 1, _MODEL),
     ("attention_backward_dkdv", "sm_90", "single", 16, 32, 64, 4, 2, _MODEL),
     ("attention_backward_dkdv", "sm_90", "single", 32, 32, 64, 4, 2, _MODEL),

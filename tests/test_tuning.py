@@ -8,7 +8,13 @@ import pytest
 from maskops import tuning
 from maskops.tuning import ARCHITECTURES, ELEMENTS, SHARED_MEMORY, TABLE, WIDTHS, Config, Key, config
 
-ATTENTION = ("attention_forward", "attention_backward_dq", "attention_backward_dkdv", "decode")
+ATTENTION = (
+    "attention_forward",
+    "attention_forward_per_pair",
+    "attention_backward_dq",
+    "attention_backward_dkdv",
+    "decode",
+)
 STREAMS = ("cross_entropy", "masked_softmax")
 ROWS = [pytest.param(key, row, id="-".join(map(str, key))) for key, row in TABLE.items()]
 ITEM_ROWS, ITEM_KEYS = 128, 64
@@ -34,7 +40,7 @@ def test_row(key: Key, row: Config) -> None:
     assert shared_memory(key, row) <= SHARED_MEMORY[key.architecture]
     if "BLOCK_N" in row.blocks:
         assert min(row.blocks.values()) >= 16, "tl.dot takes no side below 16"
-    if key.kernel in ATTENTION[:3]:
+    if key.kernel in ATTENTION[:-1]:
         assert ITEM_ROWS % row.blocks["BLOCK_M"] == 0
         assert row.blocks["BLOCK_N"] % ITEM_KEYS == 0 or ITEM_KEYS % row.blocks["BLOCK_N"] == 0
 
@@ -48,6 +54,7 @@ def shared_memory(key: Key, row: Config) -> int:
     rows, keys = (size * key.width * row.blocks[name] for name in ("BLOCK_M", "BLOCK_N"))
     held, streamed = {
         "attention_forward": (rows, 2 * keys),
+        "attention_forward_per_pair": (rows, 2 * keys),
         "decode": (rows, 2 * keys),
         "attention_backward_dq": (2 * rows, 2 * keys),
         "attention_backward_dkdv": (2 * keys, 2 * rows),
