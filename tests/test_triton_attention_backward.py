@@ -12,6 +12,9 @@ from maskops import masks, testing
 from maskops.masks import Mask
 from maskops.ops.attention.registration import Features, span_attention
 from maskops.ops.attention.triton_kernels import backward
+from tests.served import DEVICE
+
+pytestmark = pytest.mark.devices
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -95,7 +98,7 @@ def test_divisors() -> None:
 def test_the_order_of_programs_changes_no_bit() -> None:
     tensors = problem(q_len=150, k_len=150)
     leaves = [x.requires_grad_() for x in tensors.values()]
-    spans = masks.causal().spans(150, 150, batch=1, order=True)
+    spans = masks.causal().spans(150, 150, batch=1, order=True, device=DEVICE)
     assert spans.order is not None and int(spans.tile_count) > 1
     found = []
     for order in (spans.order, spans.order[: int(spans.tile_count)].flip(0), None):
@@ -110,8 +113,8 @@ def test_the_order_of_programs_changes_no_bit() -> None:
 def test_a_plan_without_bounds_of_key_tiles() -> None:
     tensors = problem(q_len=20, k_len=90)
     leaves = [x.requires_grad_() for x in tensors.values()]
-    with_bounds = masks.causal().spans(20, 90, batch=1, grad=True)
-    without = masks.causal().spans(20, 90, batch=1, grad=False)
+    with_bounds = masks.causal().spans(20, 90, batch=1, grad=True, device=DEVICE)
+    without = masks.causal().spans(20, 90, batch=1, grad=False, device=DEVICE)
     assert without.key_tiles is None
     grads = [
         torch.autograd.grad(span_attention(*leaves, spans, Features(), "triton")[0].sum(), leaves)
@@ -251,7 +254,7 @@ def test_plans_are_clamped() -> None:
     """Integers that belong to no plan give wrong numbers, never a wrong address."""
     tensors = problem(q_len=40, k_len=90)
     leaves = [x.requires_grad_() for x in tensors.values()]
-    spans = masks.causal().spans(40, 90, batch=1, order=True)
+    spans = masks.causal().spans(40, 90, batch=1, order=True, device=DEVICE)
     assert spans.key_tiles is not None
     for value in (-(2**31), -3, 77, 2**31 - 1):
         hostile = spans._replace(

@@ -13,6 +13,8 @@ from maskops.ops.linear_cross_entropy import device_chunks
 from tests.cross_entropy_oracle import running_on
 from tests.test_linear_cross_entropy import IGNORE, MASK, RETURNS, WEIGHTS, Problem, check, gradients
 
+pytestmark = pytest.mark.devices
+
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -167,6 +169,7 @@ def test_no_look_at_a_value() -> None:
                 assert [tuple(grad.shape) for grad in results[5:]] == [(9, 16), (33, 16), (33,)]
 
 
+@pytest.mark.processor
 def test_labels_outside_the_vocabulary() -> None:
     problem = Problem((4,), ignored=0.0)
     problem.target[1] = 40

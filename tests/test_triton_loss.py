@@ -26,6 +26,8 @@ from tests.cross_entropy_oracle import (
 )
 from tests.test_cross_entropy_numerics import confident_oracle, confident_problem
 
+pytestmark = pytest.mark.devices
+
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -192,6 +194,7 @@ def test_argmax_is_the_first_of_equals(small_tiles: None, vocabulary: int) -> No
     assert torch.equal(outputs.argmax, logits.argmax(1))
 
 
+@pytest.mark.processor
 def test_labels_outside_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are an error where values are looked at, and no address anywhere."""
     logits = torch.full((6, 24), math.nan)

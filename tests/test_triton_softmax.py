@@ -14,7 +14,10 @@ from maskops.ops import triton_language
 from maskops.ops.softmax import triton_kernels
 from maskops.spans import build_row_spans
 from tests.cross_entropy_oracle import running_on
+from tests.served import DEVICE
 from tests.test_softmax import HOLES, LENGTHS, check, coins, definition, gradient_of, noise, strided
+
+pytestmark = pytest.mark.devices
 
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 INF, NAN = math.inf, math.nan
@@ -126,10 +129,11 @@ def test_shapes_of_scores() -> None:
     check(noise(6, 2, 6).permute(1, 2, 0), mask, allowed[:, 0])
 
 
+@pytest.mark.processor
 def test_hostile_spans_stay_inside(where: str) -> None:
     """Spans that a user made by hand: crossing, out of range, far apart. No access leaves the rows."""
     generator = torch.Generator().manual_seed(0)
-    plan = masks.full().spans(20, 70)
+    plan = masks.full().spans(20, 70, device=DEVICE)
     x = torch.full((4, 20, 70), NAN)
     x[1:3] = noise(2, 20, 70)
     for _ in range(2):
@@ -244,11 +248,12 @@ def test_one_launch_a_pass_and_no_look_at_a_value(monkeypatch: pytest.MonkeyPatc
     assert launches == ["forward_tiles", "backward_tiles", "forward_rows", "backward_rows"]
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("place", range(6))
 def test_operator_refuses_what_it_cannot_read(place: int) -> None:
     """What only a direct call of the operator can bring about; the kernels rely on it for their memory accesses."""
     x = noise(2, 4, 5)
-    plan = masks.causal().spans(4, 5, grad=False)
+    plan = masks.causal().spans(4, 5, grad=False, device=DEVICE)
     absent = torch.empty(0, dtype=torch.int32)
     spans: list[Tensor] = [plan.start, plan.end, plan.key_valid]
     mask, dim = absent, 2
