@@ -87,7 +87,9 @@ def test_more_items_than_there_is_room_for_take_a_plain_grid():
     rows = 1500
     cu = torch.arange(rows + 1)
     far = cu[:-1] // 2 % 2 * 600
-    found = run("cu_seqlens 0 1 1 span prefix_of 2 prefix_of 3", cu, cu % 2 * 1000, far, far + 1, q_len=rows, k_len=1000)
+    found = run(
+        "cu_seqlens 0 1 1 span prefix_of 2 prefix_of 3", cu, cu % 2 * 1000, far, far + 1, q_len=rows, k_len=1000
+    )
     expected = registration.build_row_spans(found[0], found[1], 1000, order=True)
     assert int(found[4]) == 12, "1500 rows in tiles of 128"
     for name, x in zip(("key_valid", "tiles", "tile_count", "key_tiles", "order"), found[2:7], strict=True):

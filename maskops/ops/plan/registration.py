@@ -38,7 +38,17 @@ MAX_LENGTH = 2**28
 """Above it, sums of lengths would not fit the int32 arithmetic of the operator."""
 
 _LAYOUT_WORDS = frozenset(
-    "padding_right padding_left padding_mask key_lengths key_length key_mask ids cu_seqlens varlen".split()
+    [
+        "padding_right",
+        "padding_left",
+        "padding_mask",
+        "key_lengths",
+        "key_length",
+        "key_mask",
+        "ids",
+        "cu_seqlens",
+        "varlen",
+    ]
 )
 
 _NATIVE_DTYPES = (torch.int32, torch.int64, torch.bool, torch.uint8)

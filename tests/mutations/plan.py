@@ -1,0 +1,164 @@
+"""Plans and packing on devices: Triton, interpreted, and CUDA, compiled as host code."""
+
+from tests.mutations import Mutation
+
+TRITON = ("tests/test_triton_plan.py",)
+CUDA = ("tests/test_cuda_plan.py",)
+PACKING = ("tests/test_cuda_packing.py",)
+
+SEQUENCES = "maskops/ops/plan/triton_kernels/sequences.py"
+ROWS = "maskops/ops/plan/triton_kernels/rows.py"
+LISTS = "maskops/ops/plan/triton_kernels/lists.py"
+LAUNCHES = "maskops/ops/plan/triton_kernels/__init__.py"
+PLAN_CU = "csrc/cuda/plan.cu"
+PACK_CU = "csrc/cuda/pack.cu"
+
+MUTATIONS = (
+    Mutation("triton plan: top-left aligned", SEQUENCES, "inside, k_end - q_end + row, 0)", "inside, row, 0)", TRITON),
+    Mutation("triton plan: chunks rounded to 0", SEQUENCES, "chunk - 1, chunk)", "chunk, chunk)", TRITON),
+    Mutation(
+        "triton plan: documents numbered from 1",
+        SEQUENCES,
+        "inside).to(tl.int32)) - 1",
+        "inside).to(tl.int32))",
+        TRITON,
+    ),
+    Mutation(
+        "triton plan: no look above the window",
+        SEQUENCES,
+        "while (began < 0) & (at > 0)",
+        "while (began < 0) & (at > FAR)",
+        TRITON,
+    ),
+    Mutation(
+        "triton plan: numbers of one class",
+        LAUNCHES,
+        "sizes = tuple(encoded(parsed",
+        "sizes = tuple(-encoded(parsed",
+        TRITON,
+    ),
+    Mutation("triton plan: runs with a gap", ROWS, "& (next_start <= end)", "", TRITON),
+    Mutation(
+        "triton plan: items of too many keys",
+        ROWS,
+        "(new_high - new_low <= 2 * ROWS)",
+        "(new_high - new_low <= 3 * ROWS)",
+        TRITON,
+    ),
+    Mutation(
+        "triton plan: segments never end",
+        ROWS,
+        "(seeing & (last_before > 0) & ~overlaps)",
+        "(seeing & (row < 0))",
+        TRITON,
+    ),
+    Mutation(
+        "triton plan: a block forgets the one above",
+        ROWS,
+        "while (above_last == 0) & (above > 0)",
+        "while (above_last == 0) & (above > FAR)",
+        TRITON,
+    ),
+    Mutation("triton plan: no plain grid", LISTS, "too_many = items > per_batch", "too_many = items > FAR - 1", TRITON),
+    Mutation("triton plan: holes in full tiles", LISTS, "& (complete != 0)", "", TRITON),
+    Mutation(
+        "triton plan: gaps among the rows of a key tile", LISTS, "& (covering == full_high - full_low)", "", TRITON
+    ),
+    Mutation("triton plan: rows without a span are full", LISTS, "partial = (mixed != 0) | ", "partial = ", TRITON),
+    Mutation(
+        "triton plan: cheapest first",
+        LISTS,
+        "digit = DIGITS - 1 - ((cost >> shift) & (DIGITS - 1))\n            held",
+        "digit = (cost >> shift) & (DIGITS - 1)\n            held",
+        TRITON,
+    ),
+    Mutation(
+        "triton plan: a third operator",
+        LAUNCHES,
+        "key_valid = empty(batch, k_len, dtype=torch.uint8)",
+        "key_valid = empty(batch, k_len, dtype=torch.uint8).zero_()",
+        TRITON,
+    ),
+    Mutation(
+        "cuda plan: spans not sorted",
+        PLAN_CU,
+        "for (; slot > 0; slot--) {",
+        "for (; slot > PLAN_SPANS; slot--) {",
+        CUDA,
+    ),
+    Mutation("cuda plan: the first of a window's documents", PLAN_CU, "if (start < 0) start = began;", "", CUDA),
+    Mutation(
+        "cuda plan: items of 129 rows",
+        PLAN_CU,
+        "stop < thread + ROWS && stop < threads",
+        "stop <= thread + ROWS && stop < threads",
+        CUDA,
+    ),
+    Mutation(
+        "cuda plan: no plain grid",
+        PLAN_CU,
+        "const bool is_grid = items > p.per_batch;",
+        "const bool is_grid = false;",
+        CUDA,
+    ),
+    Mutation(
+        "cuda plan: a missing barrier of the scan",
+        PLAN_CU,
+        "if (lane == 31) sums[warp] = value;\n  __syncthreads();",
+        "if (lane == 31) sums[warp] = value;",
+        CUDA,
+    ),
+    Mutation(
+        "cuda plan: jumps before they are there",
+        PLAN_CU,
+        "more = goes_on ? c[arrives - first_row] : 0;\n    __syncthreads();",
+        "more = goes_on ? c[arrives - first_row] : 0;",
+        CUDA,
+    ),
+    Mutation(
+        "cuda plan: equal costs in any order",
+        PLAN_CU,
+        "int to = base[digit] + __popc(below);",
+        "int to = base[digit] + __popc(alike & ~below) - 1;",
+        CUDA,
+    ),
+    Mutation(
+        "cuda plan: holes in full ranges", PLAN_CU, "if (!partial && p.has_holes)", "if (!partial && false)", CUDA
+    ),
+    Mutation(
+        "cuda plan: the count of the last batch element",
+        PLAN_CU,
+        "total += sum;\n    block_scan(element < b",
+        "total = sum + 1;\n    block_scan(element < b",
+        CUDA,
+    ),
+    Mutation(
+        "cuda packing: tokens of a warp in one place",
+        PACK_CU,
+        "before + __popc(ballot & ((1u << lane) - 1));",
+        "before;",
+        PACKING,
+    ),
+    Mutation(
+        "cuda packing: votes before they are there",
+        PACK_CU,
+        "votes[warp] = __popc(ballot);\n      __syncthreads();",
+        "votes[warp] = __popc(ballot);",
+        PACKING,
+    ),
+    Mutation("cuda packing: padding counts", PACK_CU, "real += is_real;", "real += 1;", PACKING),
+    Mutation(
+        "cuda packing: rows that are not there",
+        PACK_CU,
+        "if (source >= 0 && source < p.source_rows)",
+        "if (source < p.source_rows)",
+        PACKING,
+    ),
+    Mutation(
+        "cuda packing: the first of rows that meet",
+        PACK_CU,
+        "atomicMax(reinterpret_cast<long long*>(inverse + row)",
+        "atomicMin(reinterpret_cast<long long*>(inverse + row)",
+        PACKING,
+    ),
+)
