@@ -13,15 +13,15 @@ from maskops.ops.attention.triton_kernels.backward_products import (
     grad_keys_kernel,
     grad_queries_kernel,
 )
-from maskops.ops.attention.triton_kernels.variants import FEATURE_WIDTHS, FEATURES, example
+from maskops.ops.attention.triton_kernels.variants import FEATURE_WIDTH, FEATURES, example
 from maskops.ops.compilation import Compilation, compilation_of_call
 
 
 def backward_compilations(architecture: str) -> Iterator[Compilation]:
-    """Every row of the tuning table, and at the common widths each feature."""
+    """Every row of the tuning table, and each feature at one width."""
     for element in tuning.ELEMENTS:
         for width in tuning.WIDTHS:
-            features = FEATURES if element == "half" and width in FEATURE_WIDTHS else ()
+            features = FEATURES if element == "half" and width == FEATURE_WIDTH[architecture] else ()
             for feature in ("", *features):
                 yield from _compilations(architecture, element, width, feature)
 

@@ -21,7 +21,8 @@ from maskops.ops.compilation import Compilation, compilation_of_call
 FEATURES = ("two spans", "dense", "bias", "alibi", "softcap", "dropout")
 """Each of them alone makes a variant; calls with several of them are served, not guarded."""
 
-FEATURE_WIDTHS = (64, 128)
+FEATURE_WIDTH = {"sm_80": 64, "sm_90": 128}
+"""Width of a head at which the features are compiled: one for each architecture keeps the run short."""
 
 _DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 
@@ -57,11 +58,11 @@ def example(element: str, width: int, feature: str = "") -> Problem:
 
 
 def forward_compilations(architecture: str) -> Iterator[Compilation]:
-    """Every row of the tuning table, and at the common widths each feature."""
+    """Every row of the tuning table, and each feature at one width."""
     for element in tuning.ELEMENTS:
         for width in tuning.WIDTHS:
             yield _forward(architecture, element, width, "")
-            if element == "half" and width in FEATURE_WIDTHS:
+            if element == "half" and width == FEATURE_WIDTH[architecture]:
                 for feature in FEATURES:
                     yield _forward(architecture, element, width, feature)
 
