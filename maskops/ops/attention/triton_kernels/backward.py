@@ -107,9 +107,6 @@ class Backward:
         more: dict[str, Any] = {"parts": grad_k.shape[0]}
         for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
             more |= {name.upper(): grad, **strides_of(name, grad[0]), f"{name}_part_stride": grad.stride(0)}
-        # A loop of its own for full tiles where there is little in it: what else is done in both would be there twice.
-        features = ("DENSE", "BIAS", "ALIBI", "DROPOUT", "SOFTCAP", "SHARES")
-        more["HAS_FULL"] = not any(values[f"HAS_{feature}"] for feature in features)
         return chosen(grad_keys_kernel, values, **more)
 
     def grad_keys(self) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Gradients of q over the work items, and those of k and v over the key tiles.
 
 Both recompute P, so that each sums in registers and in a fixed order what it owns: no atomics, the same bits however
-the programs are scheduled. Full tiles run without mask code; in the others what is not seen is not read either, because
-0 * NaN is NaN: keys that no row of the mask sees and keys beyond the item's for the gradient of q, rows without a key
+the programs are scheduled. What is not seen is not read either, but in full tiles of the gradient of q, because 0 * NaN
+is NaN: keys that no row of the mask sees and keys beyond the item's for the gradient of q, rows without a key
 and rows that are not finite for those of k and v.
 """
 
@@ -169,35 +169,27 @@ def grad_queries_kernel(
 
 @triton.jit
 def bounds_of_keys(KEY_TILES, span_stride, first_key, q_len, k_len, N_SPANS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tuples of lo, full_lo, full_hi and hi of every span: the rows that see the tile of keys from ``first_key`` on.
+    """Tuples of lo, hi, hi and hi of every span: the rows that see the tile of keys from ``first_key`` on.
 
     It may consist of several tiles of the plan, or be part of one. From a multiple of 16 on, the terms of rows are
-    aligned.
+    aligned. There is no full range: a loop of its own takes the registers that the sums of both gradients need.
     """
     KEY_TILE: tl.constexpr = 64
     lows = ()
-    full_lows = ()
-    full_highs = ()
     highs = ()
     for span in tl.static_range(N_SPANS):
-        low, full_low, full_high, high = q_len, 0, q_len, 0
+        low, high = q_len, 0
         for part in tl.static_range((BLOCK_N + KEY_TILE - 1) // KEY_TILE):
             number = first_key // KEY_TILE + part
-            is_there = number * KEY_TILE < k_len
             tile = KEY_TILES + span * span_stride + number * 4
-            of_part = tl.load(tile, mask=is_there, other=0)
-            end_of_part = tl.load(tile + 3, mask=is_there, other=0)
-            low = tl.where(end_of_part > of_part, tl.minimum(low, of_part), low)
-            high = tl.maximum(high, end_of_part)
-            full_low = tl.maximum(full_low, tl.load(tile + 1, mask=is_there, other=0))
-            full_high = tl.minimum(full_high, tl.load(tile + 2, mask=is_there, other=2147483647))
-        high = tl.minimum(high, q_len)
-        low = tl.maximum(low, 0) // 16 * 16
-        lows = lows + (low,)
-        full_lows = full_lows + (tl.maximum(full_low, low),)
-        full_highs = full_highs + (tl.minimum(full_high, high),)
-        highs = highs + (high,)
-    return lows, full_lows, full_highs, highs
+            is_there = number * KEY_TILE < k_len
+            low_of_part = tl.load(tile, mask=is_there, other=0)
+            high_of_part = tl.load(tile + 3, mask=is_there, other=0)
+            low = tl.where(high_of_part > low_of_part, tl.minimum(low, low_of_part), low)
+            high = tl.maximum(high, high_of_part)
+        lows = lows + (tl.maximum(low, 0) // 16 * 16,)
+        highs = highs + (tl.minimum(high, q_len),)
+    return lows, highs, highs, highs
 
 
 @triton.jit
@@ -209,7 +201,7 @@ def _add_rows(
     bias_batch_stride, bias_head_stride, bias_row_stride, bias_key_stride,
     slopes_outer, slopes_outer_stride, slopes_head_stride, plan_batches, q_len, k_len,
     factor, cap, last_dropped, keep_scale,
-    PARTIAL: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, BY_SEQUENCE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SHARES: tl.constexpr, NATURAL: tl.constexpr,
@@ -220,17 +212,16 @@ def _add_rows(
     terms = terms_of(TERMS, row, term_stride, HAS_BIAS or HAS_ALIBI, HAS_SHARES)
     is_finite = tl.abs(terms.lse) < NEVER
     first_row64 = first_row.to(tl.int64)
-    q = load_rows(Q + first_row64 * q_row_stride, q_row_stride, is_finite, PARTIAL, WIDTH, BLOCK_D, BLOCK_M, WIDE)
+    q = load_rows(Q + first_row64 * q_row_stride, q_row_stride, is_finite, True, WIDTH, BLOCK_D, BLOCK_M, WIDE)
     grad_out = load_rows(
-        GRAD_OUT + first_row64 * grad_out_row_stride, grad_out_row_stride, is_finite, PARTIAL, VALUE_WIDTH, BLOCK_DV,
+        GRAD_OUT + first_row64 * grad_out_row_stride, grad_out_row_stride, is_finite, True, VALUE_WIDTH, BLOCK_DV,
         BLOCK_M, WIDE,
     )  # fmt: skip
     starts = ()
     ends = ()
-    if PARTIAL:
-        for span in tl.static_range(N_SPANS):
-            starts = starts + (tl.load(ROW_START + span * row_span_stride + row),)
-            ends = ends + (tl.load(ROW_END + span * row_span_stride + row),)
+    for span in tl.static_range(N_SPANS):
+        starts = starts + (tl.load(ROW_START + span * row_span_stride + row),)
+        ends = ends + (tl.load(ROW_END + span * row_span_stride + row),)
     rows = Rows(index=row, exists=row < q_len, starts=starts, ends=ends, is_live=is_finite)
     unit = Unit(item=0, batch=batch, plan_batch=plan_batch, head=head, first_row=first_row, rows=BLOCK_M)
     extras = extras_of(
@@ -239,18 +230,16 @@ def _add_rows(
         bias_batch_stride, bias_head_stride, slopes_outer, slopes_outer_stride, slopes_head_stride,
         HAS_ALIBI, HAS_DROPOUT, BY_SEQUENCE, NATURAL,
     )  # fmt: skip
-    is_visible = (key >= 0)[:, None] & rows.exists[None, :]
-    if PARTIAL:
-        is_visible = spans_over(rows, key, N_SPANS, True)
-        if HAS_BIAS:  # which may have emptied a row
-            is_visible &= (terms.lse != NEVER)[None, :]
-        if HAS_DENSE:
-            bits = dense_bits(extras.dense, row, rows.exists, first_key, k_len, dense_row_stride, BLOCK_M, BLOCK_N)
-            is_visible &= tl.trans(bits)
+    is_visible = spans_over(rows, key, N_SPANS, True)
+    if HAS_BIAS:  # which may have emptied a row
+        is_visible &= (terms.lse != NEVER)[None, :]
+    if HAS_DENSE:
+        bits = dense_bits(extras.dense, row, rows.exists, first_key, k_len, dense_row_stride, BLOCK_M, BLOCK_N)
+        is_visible &= tl.trans(bits)
     pairs = gradients_of_pairs(
         dot(k, tl.trans(q), None, PRECISION), dot(v, tl.trans(grad_out), None, PRECISION), is_visible, row, key,
         head, terms, extras, factor, cap, last_dropped, keep_scale, bias_row_stride, bias_key_stride,
-        True, PARTIAL, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_SOFTCAP, HAS_SHARES, NATURAL,
+        True, True, HAS_BIAS, HAS_ALIBI, HAS_DROPOUT, HAS_SOFTCAP, HAS_SHARES, NATURAL,
     )  # fmt: skip
     grad_v = dot(pairs.weight.to(grad_out.dtype), grad_out, grad_v, PRECISION)
     grad_k = dot(pairs.grad_product.to(q.dtype), q, grad_k, PRECISION)
@@ -271,7 +260,7 @@ def grad_keys_kernel(
     slopes_outer, slopes_outer_stride, slopes_head_stride,
     plan_batches, heads, group, parts, q_len, k_len, softmax_scale, factor, cap, last_dropped, keep_scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr, HAS_FULL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, BY_SEQUENCE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SHARES: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -284,7 +273,6 @@ def grad_keys_kernel(
         TERMS, ROW_START, ROW_END: what ``row_terms_kernel`` fills.
         KEY_TILES: (N_SPANS, plan_batches, tiles, 4).
         parts: a divisor of ``group``.
-        HAS_FULL: whether full tiles have a loop of their own.
         The others: as in the forward kernel.
     """
     n_tiles = tl.cdiv(k_len, BLOCK_N)
@@ -315,8 +303,6 @@ def grad_keys_kernel(
     bounds = bounds_of_keys(
         KEY_TILES + plan64 * key_tiles_batch_stride, key_tiles_span_stride, first_key, q_len, k_len, N_SPANS, BLOCK_N
     )
-    if not HAS_FULL:
-        bounds = (bounds[0], bounds[3], bounds[3], bounds[3])
     walk = walk_of(bounds, BLOCK_M, BLOCK_M, N_SPANS, HAS_DENSE, False)
     starts, ends = ROW_START + plan64 * padded_rows, ROW_END + plan64 * padded_rows
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -328,18 +314,6 @@ def grad_keys_kernel(
         queries = Q + batch64 * q_batch_stride + head64 * q_head_stride
         grad_outs = GRAD_OUT + batch64 * grad_out_batch_stride + head64 * grad_out_head_stride
         terms = TERMS + (batch64 * heads + head64) * padded_rows
-        if HAS_FULL:
-            for number in tl.range(0, full_tiles(walk, N_SPANS)):
-                grad_k, grad_v = _add_rows(
-                    grad_k, grad_v, k, v, full_tile(walk, number, BLOCK_M, BLOCK_M, N_SPANS), first_key, place, batch,
-                    head, plan_batch, queries, grad_outs, terms, starts, ends, POSITIONS, DENSE, BIAS, SLOPES, SEED,
-                    LAST_ORDINAL, q_row_stride, grad_out_row_stride, term_stride, row_span_stride, positions_stride,
-                    positions_batch_stride, dense_batch_stride, dense_head_stride, dense_row_stride,
-                    bias_batch_stride, bias_head_stride, bias_row_stride, bias_key_stride, slopes_outer,
-                    slopes_outer_stride, slopes_head_stride, plan_batches, q_len, k_len, factor, cap, last_dropped,
-                    keep_scale, False, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, N_SPANS, HAS_DENSE,
-                    HAS_BIAS, HAS_ALIBI, BY_SEQUENCE, HAS_DROPOUT, HAS_SOFTCAP, HAS_SHARES, NATURAL, WIDE, PRECISION,
-                )  # fmt: skip
         for number in tl.range(0, partial_tiles(walk, N_SPANS)):
             grad_k, grad_v = _add_rows(
                 grad_k, grad_v, k, v, partial_tile(walk, number, BLOCK_M, BLOCK_M, N_SPANS), first_key, place, batch,
@@ -348,7 +322,7 @@ def grad_keys_kernel(
                 positions_batch_stride, dense_batch_stride, dense_head_stride, dense_row_stride,
                 bias_batch_stride, bias_head_stride, bias_row_stride, bias_key_stride, slopes_outer,
                 slopes_outer_stride, slopes_head_stride, plan_batches, q_len, k_len, factor, cap, last_dropped,
-                keep_scale, True, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, N_SPANS, HAS_DENSE,
+                keep_scale, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, N_SPANS, HAS_DENSE,
                 HAS_BIAS, HAS_ALIBI, BY_SEQUENCE, HAS_DROPOUT, HAS_SOFTCAP, HAS_SHARES, NATURAL, WIDE, PRECISION,
             )  # fmt: skip
     column = tl.arange(0, BLOCK_D)
