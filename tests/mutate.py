@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.mutations import ROOT, Mutation, cuda_loss, plan
+from tests.mutations import ROOT, Mutation, cuda_loss, plan, triton_attention_backward
 
 ATTENTION = ("tests/test_attention.py",)
 ATTENTION_FEATURES = ("tests/test_attention_features.py",)
@@ -982,6 +982,7 @@ MUTATIONS = (
     Mutation("linear: factor of the loss forgotten", LINEAR_LAYER, "made.mul_(grad)", "made.mul_(1.0)", LINEAR),
     *cuda_loss.MUTATIONS,
     *plan.MUTATIONS,
+    *triton_attention_backward.MUTATIONS,
 )
 
 

@@ -84,7 +84,7 @@ def test_halves(dtype: torch.dtype) -> None:
 def test_a_group_is_split_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of a group run one after the other in a program, or in several whose sums are added."""
     tensors, found = problem(heads=6, k_len=20, q_len=20), []
-    for enough in (1, 2, 3, 6):
+    for enough in (1, 3):
         monkeypatch.setattr(backward, "ENOUGH_PROGRAMS", enough)
         found.append(compare(tensors, masks.causal()))
     for name in tensors:
@@ -126,8 +126,18 @@ def test_a_plan_without_bounds_of_key_tiles() -> None:
 # ---- what a call adds to the spans -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 20, 70), (1, 2, 20, 70), (2, 1, 1, 70), (1, 1, 20, 1), (1, 2, 1, 1)], ids=str)
-@pytest.mark.parametrize("enough", [0, 264])
+@pytest.mark.parametrize(
+    ("sizes", "enough"),
+    [
+        ((2, 2, 20, 70), 264),
+        ((1, 2, 20, 70), 0),
+        ((2, 1, 1, 70), 264),
+        ((1, 1, 20, 1), 0),
+        ((1, 1, 20, 1), 264),
+        ((1, 2, 1, 1), 264),
+    ],
+    ids=str,
+)
 def test_bias(sizes: tuple[int, ...], enough: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every kind of shape, with as many programs as it has tiles, and with many."""
     monkeypatch.setattr(backward, "ENOUGH_PROGRAMS", enough)
@@ -220,7 +230,7 @@ def test_a_row_that_a_bias_empties_may_hold_anything() -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("name", ["q", "k", "grad_out"])
 def test_what_is_not_finite_stays_in_its_document(name: str) -> None:
     """Long documents share no work item, though their ends share a tile of keys."""
     mask = masks.documents(cu_seqlens=torch.tensor([0, 150, 300]))
@@ -233,8 +243,7 @@ def test_what_is_not_finite_stays_in_its_document(name: str) -> None:
         found.append(gradients(changed, mask, "triton", grad_out=grad_out))
     for gradient in ("q", "k", "v"):
         assert torch.equal(found[0][gradient][:, :, 150:], found[1][gradient][:, :, 150:])
-        assert found[0][gradient][:, :, :150].isnan().any() or gradient == name == "v" or name == "grad_out"
-    assert found[0]["v"][:, :, :150].isnan().any() or name == "v"
+        assert found[0][gradient][:, :, :150].isnan().any()
 
 
 def test_any_strides() -> None:
