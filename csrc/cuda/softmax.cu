@@ -59,19 +59,15 @@ __device__ __forceinline__ void merge(Sum& sum, const Sum& other) {
   sum.holds_nan |= other.holds_nan;
 }
 
-// The weights of elements from their sum. Something visible that is NaN or +inf makes everything visible NaN, as in
-// torch.softmax; masked elements stay 0.
+// The weights of elements from their sum. Something visible that is NaN or +inf makes the sum NaN and with it
+// everything visible, as in torch.softmax; masked elements stay 0.
 struct Weigh {
   float reference, scale;
-  bool is_nan;
 
   __device__ __forceinline__ explicit Weigh(const Sum& sum)
-      : reference(reference_of(sum.top)),
-        scale(sum.total == 0.0f ? 0.0f : 1.0f / sum.total),
-        is_nan(sum.total != sum.total) {}
+      : reference(reference_of(sum.top)), scale(sum.total == 0.0f ? 0.0f : 1.0f / sum.total) {}
   __device__ __forceinline__ float weight(float x, bool visible) const {
-    if (!visible) return 0.0f;
-    return is_nan ? NAN : expf(x - reference) * scale;
+    return visible ? expf(x - reference) * scale : 0.0f;
   }
 };
 
