@@ -16,7 +16,8 @@ namespace {
 constexpr int OLDEST_CAPABILITY = 75;  // that of the oldest PTX in the binary, see setup.py
 
 std::string why_not() {
-  int count = 0;
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return "there is no CUDA driver";
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
     static_cast<void>(cudaGetLastError());  // an error that was told is not to be found again by the next launch
