@@ -262,6 +262,8 @@ BACKENDS: dict[str, Backend] = {
                 lacks={"double backward": _NO_DOUBLE_BACKWARD},
                 needs_key_tiles=True,
             ),
+            "append_kv": Declaration(dtypes=_ALL_FLOATS),
+            "decode_attention": Declaration(dtypes=_HALVES_AND_SINGLE),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
             "linear_cross_entropy": Declaration(

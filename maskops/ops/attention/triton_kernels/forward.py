@@ -174,8 +174,8 @@ def attention_forward_kernel(
     With several splits OUT and LSE are float32 buffers of parts, (splits, batch, heads, rows[, width]), each normalised
     by itself.
     """
-    # Code of the mask takes registers: partial tiles are at most half of the largest full ones, and waste less.
-    BLOCK_P: tl.constexpr = min(BLOCK_N, 64)
+    # Code of the mask takes registers: partial tiles are half as wide as full ones, and compute less in vain.
+    BLOCK_P: tl.constexpr = max(BLOCK_N // 2, min(BLOCK_N, 32))
     n_items = tl.minimum(tl.load(TILE_COUNT), capacity)
     n_units = n_items * (128 // BLOCK_M) * repeats * heads * splits
     programs = tl.num_programs(0)
