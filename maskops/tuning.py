@@ -200,7 +200,7 @@ _ATTENTION: tuple[tuple[str, str, str, int, int, int, int, int, str], ...] = (
     ("decode", "sm_90", "single", 16, 16, 64, 4, 2, _MODEL),
     ("decode", "sm_90", "single", 32, 16, 64, 4, 2, _MODEL),
     ("decode", "sm_90", "single", 64, 16, 32, 4, 2, _MODEL),
-    ("decode", "sm_90", "single", 128, 16, 32, 4, 2, _MODEL),
+    ("decode", "sm_90", "single", 128, 16, 16, 4, 2, _MODEL),
     ("decode", "sm_90", "single", 256, 16, 16, 4, 2, _MODEL),
 )
 

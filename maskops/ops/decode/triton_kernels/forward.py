@@ -85,9 +85,9 @@ def decode_forward_kernel(
         hull_low = high
         hull_high = low
         for span in tl.static_range(N_SPANS):
-            place = batch * plan_stride + span * span_stride + query
-            start = tl.maximum(tl.load(START + place, mask=exists, other=0), low)
-            end = tl.minimum(tl.load(END + place, mask=exists, other=0), high)
+            in_plan = batch * plan_stride + span * span_stride + query
+            start = tl.maximum(tl.load(START + in_plan, mask=exists, other=0), low)
+            end = tl.minimum(tl.load(END + in_plan, mask=exists, other=0), high)
             hull_low = tl.minimum(hull_low, tl.min(tl.where(end > start, start, high), 0))
             hull_high = tl.maximum(hull_high, tl.max(tl.where(end > start, end, low), 0))
             starts = starts + (start,)
