@@ -195,6 +195,17 @@ def test_non_finite_values_stay_in_their_document() -> None:
     assert torch.equal(attend(x, x, x, mask)[0][:, :, :150], clean[:, :, :150])
 
 
+def test_empty_rows_take_no_part() -> None:
+    """Padded rows share an item and its full tiles with rows that see something; NaN in them is not an output."""
+    q, k, v = (torch.randn(1, 1, 100, 16) for _ in range(3))
+    q[:, :, 70:] = k[:, :, 70:] = v[:, :, 70:] = math.nan
+    mask = masks.padding(torch.tensor([70]))
+    out, lse = attend(q, k, v, mask)
+    assert (out[:, :, 70:] == 0).all() and (lse[:, :, 70:] == -math.inf).all()
+    expected = maskops.attention(*(x[:, :, :70] for x in (q, k, v)), return_lse=True, backend="reference")
+    assert_close((out[:, :, :70], lse[:, :, :70]), expected)
+
+
 def test_any_integers_in_a_plan() -> None:
     """A plan of other tensors, or of none: numbers are wrong, but nothing is read or written outside."""
     whole = torch.full((4, 40, 8), math.nan)
