@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.mutations import ROOT, Mutation, cuda_attention, cuda_loss, plan, triton_attention_backward
+from tests.mutations import ROOT, Mutation, cuda_attention, cuda_loss, plan, triton_attention, triton_attention_backward
 
 ATTENTION = ("tests/test_attention.py",)
 ATTENTION_FEATURES = ("tests/test_attention_features.py",)
@@ -983,6 +983,7 @@ MUTATIONS = (
     *cuda_attention.MUTATIONS,
     *cuda_loss.MUTATIONS,
     *plan.MUTATIONS,
+    *triton_attention.MUTATIONS,
     *triton_attention_backward.MUTATIONS,
 )
 
