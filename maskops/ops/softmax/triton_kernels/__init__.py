@@ -221,7 +221,7 @@ def _tile(common: _Common) -> _Tile:
         softmaxes = min(softmaxes, _power_of_2(common.outer_count))
         stream = elements > _KEPT
         elements = _KEPT // 8 if stream else elements
-    warps = min(max(softmaxes * elements // 1024, 1), 16)
+    warps = min(max(softmaxes * elements // 512, 1), 16)
     return _Tile(softmaxes, elements, warps, stream)
 
 
@@ -441,10 +441,10 @@ def _variants(
                     continue
                 tile = config
                 if is_tiles:
-                    tile = tuning.Config({"S": 1, "K": 4096}, 4, 2, config.provenance)
+                    tile = tuning.Config({"S": 1, "K": 4096}, 8, 2, config.provenance)
                 yield kernel, name, {**plain, **feature}, tile
         if is_tiles:
             strided = {name: value for name, value in plain.items() if not name.endswith("_along")}
             for kernel in (forward_kernel, backward_kernel):
-                tile = tuning.Config({"S": _LANES, "K": _STREAMED_PLACES}, 4, 2, config.provenance)
+                tile = tuning.Config({"S": _LANES, "K": _STREAMED_PLACES}, 8, 2, config.provenance)
                 yield kernel, "lanes", {**strided, **across, "STREAM": True}, tile

@@ -19,7 +19,7 @@ def outer_place(outer, size_1, size_2, size_3, stride_0, stride_1, stride_2, str
 
 
 @triton.jit
-def softmaxes(lanes, outer_count, S: tl.constexpr, LANES: tl.constexpr):
+def softmaxes(lanes, outer_count, S: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
     """Outer indices and lanes of the S softmaxes of a program, and which of them there are.
 
     Returns:
@@ -33,6 +33,8 @@ def softmaxes(lanes, outer_count, S: tl.constexpr, LANES: tl.constexpr):
         outer = program // strips
         lane = program % strips * S + tl.arange(0, S)
         there = lane < lanes
+        if ALIGNED:  # by whole groups: the same, seen by the compiler
+            there = lane // GROUP * GROUP < lanes
     else:
         outer = program * S + tl.arange(0, S)
         there = outer < outer_count
@@ -48,14 +50,23 @@ def tile_pointers(base, place, lane, along, across, k, GROUP: tl.constexpr, LANE
     """
     if LANES:
         if ALIGNED:
-            place = place // GROUP * GROUP
-            steps = k.to(tl.int64) * (along // GROUP) * GROUP
+            pointers = base + place // GROUP * GROUP + (lane * across)[:, None]
+            pointers = pointers + (k.to(tl.int64) * (along // GROUP) * GROUP)[None, :]
         else:
-            steps = k.to(tl.int64) * along
-        return base + place + (lane * across)[:, None] + steps[None, :]
-    if ALIGNED:
-        place = place // GROUP * GROUP
-    return base + place[:, None] + (k.to(tl.int64) * along)[None, :]
+            pointers = base + place + (lane * across)[:, None] + (k.to(tl.int64) * along)[None, :]
+    else:
+        if ALIGNED:
+            place = place // GROUP * GROUP
+        pointers = base + place[:, None] + (k.to(tl.int64) * along)[None, :]
+    return pointers
+
+
+@triton.jit
+def tile_mask(there, k, length, GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    """(S, K) bool: the elements of a tile that there are; by whole groups where lengths are, which the compiler sees."""
+    if ALIGNED and not LANES:
+        k = k // GROUP * GROUP
+    return there[:, None] & (k[None, :] < length)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from maskops.ops.softmax.triton_kernels.places import (
     outer_place,
     plan_places,
     softmaxes,
+    tile_mask,
     tile_pointers,
 )
 from maskops.ops.triton_language import LOG2E
@@ -22,7 +23,7 @@ def _scores(
     GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     """A tile of scores, -inf where something masks them, and which of them are visible."""
-    inside = there[:, None] & (k[None, :] < length)
+    inside = tile_mask(there, k, length, GROUP, LANES, ALIGNED)
     visible = inside
     if MASK:
         visible = visible & (tl.load(mask_pointers, mask=inside, other=0) != 0)
@@ -79,7 +80,7 @@ def forward_tiles(
     SPANS: tl.constexpr, LSE: tl.constexpr, STREAM: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Weights and lse of S softmaxes. With ``STREAM`` they are longer than K, and read again for the weights."""
-    outer, lane, there = softmaxes(lanes, outer_count, S, LANES)
+    outer, lane, there = softmaxes(lanes, outer_count, S, GROUP, LANES, ALIGNED)
     x_place = x_lead + outer_place(outer, size_1, size_2, size_3, x_0, x_1, x_2, x_3)
     mask_place = mask_lead + outer_place(outer, size_1, size_2, size_3, mask_0, mask_1, mask_2, mask_3)
     weights_place = outer_place(outer, size_1, size_2, size_3, weights_0, weights_1, weights_2, weights_3)
@@ -136,11 +137,11 @@ def forward_tiles(
             )  # fmt: skip
             result = tl.where(visible, _exponentials(scores, reference) * scale[:, None], 0.0)
             pointers = tile_pointers(weights, weights_place, lane, weights_along, 1, k, GROUP, LANES, ALIGNED)
-            tl.store(pointers, result.to(weights_dtype), mask=there[:, None] & (k[None, :] < length))
+            tl.store(pointers, result.to(weights_dtype), mask=tile_mask(there, k, length, GROUP, LANES, ALIGNED))
     else:
         result = tl.where(visible, e * scale[:, None], 0.0)
         pointers = tile_pointers(weights, weights_place, lane, weights_along, 1, range_k, GROUP, LANES, ALIGNED)
-        tl.store(pointers, result.to(weights_dtype), mask=there[:, None] & (range_k[None, :] < length))
+        tl.store(pointers, result.to(weights_dtype), mask=tile_mask(there, range_k, length, GROUP, LANES, ALIGNED))
     if LSE:
         value = tl.where(is_empty, float("-inf"), reference + tl.log(tl.where(is_empty, 1.0, total)))
         # inf - inf is NaN, but the logsumexp of an infinite score is infinite.
@@ -149,9 +150,12 @@ def forward_tiles(
 
 
 @triton.jit
-def _products(weights_pointers, grad_pointers, k, there, low, high, length, GROUP: tl.constexpr, HULL: tl.constexpr):
+def _products(
+    weights_pointers, grad_pointers, k, there, low, high, length,
+    GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, HULL: tl.constexpr,
+):  # fmt: skip
     """A tile of weights and of incoming gradients, 0 where the weight is, whatever the gradient holds there."""
-    inside = there[:, None] & (k[None, :] < length)
+    inside = tile_mask(there, k, length, GROUP, LANES, ALIGNED)
     if HULL:
         inside = inside & groups_of(k, low, high, GROUP)
     w = tl.load(weights_pointers, mask=inside, other=0.0).to(tl.float32)
@@ -170,7 +174,7 @@ def backward_tiles(
     STREAM: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """grad_x = w * (grad_weights - sum(w * grad_weights) + grad_lse), and 0 where w is 0; weights and result alike."""
-    outer, lane, there = softmaxes(lanes, outer_count, S, LANES)
+    outer, lane, there = softmaxes(lanes, outer_count, S, GROUP, LANES, ALIGNED)
     grad_place = grad_lead + outer_place(outer, size_1, size_2, size_3, grad_0, grad_1, grad_2, grad_3)
     weights_place = outer_place(outer, size_1, size_2, size_3, weights_0, weights_1, weights_2, weights_3)
     low = lane.to(tl.int32)
@@ -186,14 +190,14 @@ def backward_tiles(
             w, grad = _products(
                 tile_pointers(weights, weights_place, lane, weights_along, 1, k, GROUP, LANES, ALIGNED),
                 tile_pointers(grad_weights, grad_place, lane, grad_along, grad_across, k, GROUP, LANES, ALIGNED),
-                k, there, low, high, length, GROUP, SPANS,
+                k, there, low, high, length, GROUP, LANES, ALIGNED, SPANS,
             )  # fmt: skip
             offset += tl.sum(w * grad, 1)
     else:
         w, grad = _products(
             tile_pointers(weights, weights_place, lane, weights_along, 1, range_k, GROUP, LANES, ALIGNED),
             tile_pointers(grad_weights, grad_place, lane, grad_along, grad_across, range_k, GROUP, LANES, ALIGNED),
-            range_k, there, low, high, length, GROUP, SPANS,
+            range_k, there, low, high, length, GROUP, LANES, ALIGNED, SPANS,
         )  # fmt: skip
         offset = tl.sum(w * grad, 1)
     if LSE:
@@ -204,12 +208,12 @@ def backward_tiles(
             w, grad = _products(
                 tile_pointers(weights, weights_place, lane, weights_along, 1, k, GROUP, LANES, ALIGNED),
                 tile_pointers(grad_weights, grad_place, lane, grad_along, grad_across, k, GROUP, LANES, ALIGNED),
-                k, there, low, high, length, GROUP, SPANS,
+                k, there, low, high, length, GROUP, LANES, ALIGNED, SPANS,
             )  # fmt: skip
             result = tl.where(w == 0.0, 0.0, w * (grad - offset[:, None])).to(grad_x.dtype.element_ty)
             pointers = tile_pointers(grad_x, weights_place, lane, weights_along, 1, k, GROUP, LANES, ALIGNED)
-            tl.store(pointers, result, mask=there[:, None] & (k[None, :] < length))
+            tl.store(pointers, result, mask=tile_mask(there, k, length, GROUP, LANES, ALIGNED))
     else:
         result = tl.where(w == 0.0, 0.0, w * (grad - offset[:, None])).to(grad_x.dtype.element_ty)
         pointers = tile_pointers(grad_x, weights_place, lane, weights_along, 1, range_k, GROUP, LANES, ALIGNED)
-        tl.store(pointers, result, mask=there[:, None] & (range_k[None, :] < length))
+        tl.store(pointers, result, mask=tile_mask(there, range_k, length, GROUP, LANES, ALIGNED))
