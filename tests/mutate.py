@@ -15,7 +15,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.mutations import ROOT, Mutation, cuda_attention, cuda_loss, plan, triton_attention, triton_attention_backward
+from tests.mutations import (
+    ROOT,
+    Mutation,
+    cuda_attention,
+    cuda_loss,
+    plan,
+    triton_attention,
+    triton_attention_backward,
+    triton_loss,
+)
 
 ATTENTION = ("tests/test_attention.py",)
 ATTENTION_FEATURES = ("tests/test_attention_features.py",)
@@ -985,6 +994,7 @@ MUTATIONS = (
     *plan.MUTATIONS,
     *triton_attention.MUTATIONS,
     *triton_attention_backward.MUTATIONS,
+    *triton_loss.MUTATIONS,
 )
 
 

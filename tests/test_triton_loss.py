@@ -39,8 +39,8 @@ def on_triton() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of two groups a lane of a quarter of a warp, so that short rows have many of them."""
-    monkeypatch.setattr(triton_kernels, "_columns_of", lambda config, vocabulary, group: (16 * group, 1))
+    """Tiles of a group a lane of one warp, so that short rows have several."""
+    monkeypatch.setattr(triton_kernels, "_columns_of", lambda config, vocabulary, group: (32 * group, 1))
 
 
 SCORING: dict[str, tuple[torch.dtype, int, dict[str, Any]]] = {
@@ -83,8 +83,7 @@ def test_a_vocabulary_of_50257(dtype: torch.dtype) -> None:
     check_case(logits, target.clamp(min=0), label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("begin", [0, 1, 3])
-@pytest.mark.parametrize("columns", [7, 16, 131])
+@pytest.mark.parametrize(("begin", "columns"), [(1, 7), (0, 16), (3, 131)])
 def test_rows_anywhere_in_memory(small_tiles: None, begin: int, columns: int) -> None:
     """Groups that do not begin with the row, rows within one group, and gradients that are laid out otherwise."""
     wide, _ = problem((4,), 150, BRAIN)
@@ -100,7 +99,7 @@ TRANSFORMS: tuple[dict[str, float], ...] = ({}, {"logit_scale": 0.37}, {"logit_s
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scale", "softcap"])
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 def test_confident_rows_keep_their_relative_accuracy(dtype: torch.dtype, transform: dict[str, float]) -> None:
-    margins = [0.0, 10.82, 16.12] + ([] if "softcap" in transform else [27.63])
+    margins = [0.0, 10.82, 16.12] + ([] if "softcap" in transform else [27.63, 40.0])
     cases = [confident_problem(margin, dtype, 700, **transform) for margin in margins]
     logits, target = (torch.cat([case[part][::2] for case in cases]) for part in (0, 1))
     loss, entropy, grad = confident_oracle(logits, target, **transform)
@@ -166,7 +165,7 @@ def test_a_banned_target_has_infinite_loss() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [0, 99, 199])
+@pytest.mark.parametrize("at", [0, 199])
 def test_a_kept_row_does_not_hide_what_is_not_finite(small_tiles: None, at: int, value: float) -> None:
     logits = torch.zeros(2, 200)
     logits[0, at] = value
