@@ -63,7 +63,7 @@ def tile_pointers(base, place, lane, along, across, k, GROUP: tl.constexpr, LANE
 
 @triton.jit
 def tile_mask(there, k, length, GROUP: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    """(S, K) bool: the elements of a tile that there are; by whole groups where lengths are, which the compiler sees."""
+    """(S, K) bool: the elements of a tile that there are; by whole groups where ALIGNED, which the compiler sees."""
     if ALIGNED and not LANES:
         k = k // GROUP * GROUP
     return there[:, None] & (k[None, :] < length)
