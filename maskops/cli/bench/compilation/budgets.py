@@ -52,6 +52,17 @@ class Allowance:
 _NO_TRITON = "serves cards without Triton, correct before fast: a few values that live across the loop do not fit"
 
 ALLOWANCES: tuple[Allowance, ...] = (
+    Allowance(
+        "attention_forward half * bias",
+        "narrow loads",
+        "a row of the bias may end anywhere, so partial tiles load it pair by pair; full tiles load it wide",
+    ),
+    *(
+        Allowance(
+            f"attention_forward half 64 {feature}", "spills", "eight words, which Triton 3.9 keeps", "sm_80", ("3.6",)
+        )
+        for feature in ("two spans", "alibi")
+    ),
     Allowance("attention_extras.cu: bias_kernel", "spills", f"the gradient of a bias {_NO_TRITON}"),
     Allowance("attention_forward.cu: forward_kernel*", "spills", f"attention forward {_NO_TRITON}"),
     Allowance("attention_queries.cu: queries_kernel*", "spills", f"the gradient of queries {_NO_TRITON}"),
