@@ -70,7 +70,7 @@ def test_probabilities(small_tiles: None, dtype: torch.dtype, target_dtype: torc
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_masks_and_reductions(small_tiles: None, shift: bool) -> None:
-    logits, target = problem((3, 5), 10)
+    logits, _ = problem((3, 5), 10)
     options: dict[str, Any] = {"mask": MASK.bool(), "token_weights": WEIGHTS, "shift": shift}
     check_case(logits, distributions(logits), class_weights=torch.rand(10), **options)
 
