@@ -34,7 +34,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Softmaxes that fit on the chip, and chips so small that nothing does."""
     if request.param == "streamed":
         monkeypatch.setattr(triton_kernels, "_KEPT", 32)
-        monkeypatch.setattr(triton_kernels, "_STREAMED_PLACES", 16)
+        monkeypatch.setattr(triton_kernels, "_STREAMED_PLACES", 2)
         small = triton_kernels.tuning.Config({"BLOCK_V": 128}, 1, 2, "model: small")
         monkeypatch.setattr(triton_kernels, "_config", lambda *_: small)
     return str(request.param)
