@@ -34,7 +34,7 @@ ARCHITECTURES = (
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
     "-gencode arch=compute_75,code=compute_75 -gencode arch=compute_90,code=compute_90"
 )
-NVCC_FLAGS = f"-std=c++17 -O3 {ARCHITECTURES} -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
+NVCC_FLAGS = f"-std=c++17 -O3 {ARCHITECTURES} -Xfatbin=-compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 CUDA_FOLDERS = ("cuda", "ops/cuda")  # of csrc
 CUDA_STAND_IN = "cuda/absent.cpp"  # what a binary without CUDA kernels has instead of them
 

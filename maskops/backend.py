@@ -184,7 +184,7 @@ FEATURES: dict[str, dict[str, str]] = {
     },
     "decode_attention": {
         "masks": "masks, or a `RowSpans`; one query or many, lengths from 0 to the capacity",
-        "paged": "a `block_table`: read in place by few queries on `cpu`, else gathered",
+        "paged": "a `block_table`: read in place (on `cpu` by few queries, else gathered)",
         "batch_index": "`batch_index`",
         "leftpad": "`leftpad`",
         "dense mask": "`masks.dense`",
@@ -215,7 +215,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "double backward": "double backward",
     },
     "linear_cross_entropy": {
-        "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens take no part in a matrix product",
+        "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens take no part in a matrix product (on devices: as rows of zeros)",
         "layer": "`bias`; `hidden` and `weight` of different dtypes; gradients of all three, summed in float32",
         "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
         "class_weights": "`class_weights`, with torch's denominators",

@@ -241,7 +241,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices has dtype {indices.dtype}, expected int64 or int32")
     tokens = batch * seqlen
-    if indices.device.type == "cpu" and _values_can_be_read(indices):
+    if _values_can_be_read(indices):
         outside = ((indices < 0) | (indices > tokens)).nonzero()
         if outside.shape[0]:
             at = int(outside[0, 0])

@@ -51,11 +51,7 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int size, 
   const dim3 grid(static_cast<unsigned>(clusters * size)), block(static_cast<unsigned>(threads));
 #ifndef MASKOPS_EMULATION
   if (size > 1) {
-    if (shared_bytes > SHARED_BYTES_OF_EVERY_KERNEL) {
-      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                 "asking for shared memory");
-    }
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(size);

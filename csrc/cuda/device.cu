@@ -24,16 +24,16 @@ std::string why_not() {
     return std::string("the CUDA driver says: ") + cudaGetErrorString(error);
   }
   if (count == 0) return "there is no CUDA device";
+  std::string found;
   for (int index = 0; index < count; index++) {
     int major = 0, minor = 0;
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "reading a capability");
-    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "reading a capability");
-    if (major * 10 + minor < OLDEST_CAPABILITY) {
-      return "its kernels need compute capability 7.5, device " + std::to_string(index) + " has " +
-             std::to_string(major) + "." + std::to_string(minor);
-    }
+    const bool is_read = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+                         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess;
+    if (major * 10 + minor >= OLDEST_CAPABILITY) return "";  // one is enough; calls on another fail at their launch
+    found += (index == 0 ? "" : ", ") + (is_read ? std::to_string(major) + "." + std::to_string(minor) : "unknown");
   }
-  return "";
+  static_cast<void>(cudaGetLastError());
+  return "its kernels need compute capability 7.5, the devices here have " + found;
 }
 
 using StreamOfTorch = int32_t (*)(int32_t device, void** stream);

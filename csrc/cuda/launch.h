@@ -30,18 +30,28 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("maskops: ") + what + ": " + cudaGetErrorString(error));
 }
 
-constexpr size_t SHARED_BYTES_OF_EVERY_KERNEL = 48 << 10;  // more has to be asked for
+// A block has 48 KiB for what it asks for and for the variables of its kernel together; more has to be allowed. What is
+// allowed stays with the kernel, for all threads of the process: so it is always all that the device has.
+constexpr size_t SHARED_BYTES_WITHOUT_ASKING = 32 << 10;
+
+inline void allow_shared_memory(const void* kernel, size_t bytes) {
+  if (bytes <= SHARED_BYTES_WITHOUT_ASKING) return;
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "reading what a kernel shares");
+  int device = 0, most = 0;
+  check_cuda(cudaGetDevice(&device), "reading the current device");
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "reading a device");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(attributes.sharedSizeBytes)),
+             "asking for shared memory");
+}
 
 // Puts kernel(arguments...) on a stream. Throws what the launch says; what the kernel itself does wrong shows later, at
 // the next call that waits for the device.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments... arguments) {
-  if (shared_bytes > SHARED_BYTES_OF_EVERY_KERNEL) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "asking for shared memory");
-  }
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check_cuda(cudaGetLastError(), "launching a kernel");
 }

@@ -122,8 +122,8 @@ def linear_cross_entropy(
     r"""Cross-entropy of the logits ``hidden @ weight.T + bias``, which are never whole in memory.
 
     The result is that of ``maskops.cross_entropy(torch.nn.functional.linear(hidden, weight, bias), target, ...)`` with
-    logits that are not rounded to the dtype of the inputs. Tokens that are skipped take no part in any product: their
-    hidden states may hold anything, NaN included, cost nothing, and have a gradient of exactly 0.
+    logits that are not rounded to the dtype of the inputs. What tokens that are skipped hold, NaN included, is never
+    read, and their hidden states have a gradient of exactly 0.
 
     Memory: inputs, gradients, and the logits of a chunk of tokens (32 MiB, or those of 128 tokens if that is more; on a
     device 256 MiB or 512 tokens, and as much again in the dtype of 16-bit inputs where gradients are wanted).
@@ -139,7 +139,7 @@ def linear_cross_entropy(
         hidden: (..., H), float32, bfloat16, float16 or float64: the input of the last linear layer.
         weight: (V, H), one of the same dtypes, not necessarily the same one; the weight of that layer, or an embedding
             that is tied to it. Any strides. All products are computed and summed in float32 (float64 where an input
-            is), also under autocast, which casts nothing here: there is nothing to gain from it. On a device,
+            is), also under autocast, which casts nothing here: on the CPU there is nothing to gain from it. On a device,
             16-bit inputs of one dtype are multiplied as they are and summed in float32, and for that the gradient of
             the logits, but never the logits, is rounded to that dtype.
         target: (...) int64 or int32, labels in [0, V), or ``ignore_index``.

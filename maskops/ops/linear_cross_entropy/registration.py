@@ -238,7 +238,7 @@ class _Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             return _gradients(ctx, tuple(inputs), (grad * factors, None, None, None))
-        if grad != 1.0:
+        if grad.device.type != "cpu" or grad != 1.0:  # to look at the value would wait for a device
             for made in gradients:
                 made.mul_(grad)
         return _for_all_arguments(ctx, gradients)
