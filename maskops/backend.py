@@ -157,6 +157,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
+_NO_WIDE_HEADS = "its tiles hold heads of at most 256"
 _NO_DOUBLE_BACKWARD = "a kernel's backward pass cannot be differentiated: it says so, backend 'reference' can"
 
 # What users ask of each op, in the words of the README's table (tools/readme.py writes it from here and from the
@@ -166,7 +167,8 @@ FEATURES: dict[str, dict[str, str]] = {
         "masks": "masks `full causal sliding_window prefix chunked padding key_padding documents`, `&`, `\\|`: one "
         "span a row or several",
         "dense mask": "`masks.dense`: a mask with holes, one for each batch element and head",
-        "shapes": "padded, packed, Sq != Sk, grouped queries, any head_dim, Dv != D, any strides",
+        "shapes": "padded, packed, Sq != Sk, grouped queries, Dv != D, any strides",
+        "wide heads": "`head_dim` or Dv above 256",
         "softcap": "`softmax_scale`, `softcap`",
         "lse": "`return_lse`, with its gradient",
         "bias": "`bias` of every broadcastable shape, with its gradient",
@@ -186,6 +188,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "masks": "masks, or a `RowSpans`; one query or many, lengths from 0 to the capacity",
         "paged": "a `block_table`: read in place (on `cpu` by few queries, else gathered)",
         "batch_index": "`batch_index`",
+        "wide heads": "`head_dim` or Dv above 256",
         "leftpad": "`leftpad`",
         "dense mask": "`masks.dense`",
         "alibi_slopes": "`alibi_slopes`",
@@ -215,7 +218,8 @@ FEATURES: dict[str, dict[str, str]] = {
         "double backward": "double backward",
     },
     "linear_cross_entropy": {
-        "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens take no part in a matrix product (on devices: as rows of zeros)",
+        "ignored": "`ignore_index`, `mask`, `token_weights`: skipped tokens take no part in a matrix product (on "
+        "devices: as rows of zeros)",
         "layer": "`bias`; `hidden` and `weight` of different dtypes; gradients of all three, summed in float32",
         "scores": "`label_smoothing`, `z_loss`, `softcap`, `logit_scale`",
         "class_weights": "`class_weights`, with torch's denominators",
@@ -259,11 +263,11 @@ BACKENDS: dict[str, Backend] = {
         ops={
             "attention": Declaration(
                 dtypes=_HALVES_AND_SINGLE,
-                lacks={"double backward": _NO_DOUBLE_BACKWARD},
+                lacks={"wide heads": _NO_WIDE_HEADS, "double backward": _NO_DOUBLE_BACKWARD},
                 needs_key_tiles=True,
             ),
             "append_kv": Declaration(dtypes=_ALL_FLOATS),
-            "decode_attention": Declaration(dtypes=_HALVES_AND_SINGLE),
+            "decode_attention": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"wide heads": _NO_WIDE_HEADS}),
             "cross_entropy": Declaration(dtypes=_HALVES_AND_SINGLE, lacks={"double backward": _NO_DOUBLE_BACKWARD}),
             "masked_softmax": Declaration(dtypes=_HALVES_AND_SINGLE),
             "linear_cross_entropy": Declaration(

@@ -263,6 +263,10 @@ PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
         _attend(masks.dense(torch.rand(2, 4, 17, 17, generator=torch.Generator().manual_seed(1)) > 0.4)),
     ),
     ("attention", "shapes"): (QKV, _packed),
+    ("attention", "wide heads"): (
+        {"q": (1, 2, 5, 264), "k": (1, 1, 5, 264), "v": (1, 1, 5, 8)},
+        _attend(masks.causal()),
+    ),
     ("attention", "softcap"): (QKV, _attend(masks.causal(), softcap=2.0, softmax_scale=0.7)),
     ("attention", "lse"): (QKV, _attend(masks.causal() & masks.key_padding(LENGTHS), return_lse=True)),
     ("attention", "bias"): (QKV | {"bias": (4, 17, 17)}, _attend(masks.causal())),
@@ -278,6 +282,10 @@ PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
     ("decode_attention", "masks"): (CACHED, _decode(masks.causal() & masks.sliding_window(5, 0))),
     ("decode_attention", "paged"): (CACHED, _decode(masks.causal(), paged=True)),
     ("decode_attention", "batch_index"): (CACHED, _decode(batch_index=torch.tensor([2, 0, 2]))),
+    ("decode_attention", "wide heads"): (
+        {"q": (3, 4, 2, 8), "k": (3, 2, 24, 8), "v": (3, 2, 24, 260)},
+        _decode(masks.causal()),
+    ),
     ("decode_attention", "leftpad"): (CACHED, _decode(leftpad=torch.tensor([2, 0, 20]))),
     ("decode_attention", "dense mask"): (
         CACHED,

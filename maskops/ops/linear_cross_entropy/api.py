@@ -139,7 +139,7 @@ def linear_cross_entropy(
         hidden: (..., H), float32, bfloat16, float16 or float64: the input of the last linear layer.
         weight: (V, H), one of the same dtypes, not necessarily the same one; the weight of that layer, or an embedding
             that is tied to it. Any strides. All products are computed and summed in float32 (float64 where an input
-            is), also under autocast, which casts nothing here: on the CPU there is nothing to gain from it. On a device,
+            is), also under autocast, which casts nothing here: on the CPU nothing is gained by it. On a device,
             16-bit inputs of one dtype are multiplied as they are and summed in float32, and for that the gradient of
             the logits, but never the logits, is rounded to that dtype.
         target: (...) int64 or int32, labels in [0, V), or ``ignore_index``.

@@ -186,7 +186,8 @@ def renewed_sums_kernel(
             is_visible &= dense_bits(
                 extras.dense, rows.index, rows.exists, first_key, k_len, dense_row_stride, BLOCK_M, BLOCK_N
             )
-        scores, is_visible, _ = scores_of_pairs(
+        # Not "_", which holds bounds already: compiled code keeps the type of a name in a loop.
+        scores, is_visible, _distance = scores_of_pairs(
             dot(q, tl.trans(k), None, PRECISION), is_visible, rows.index, key, extras, factor, cap, bias_row_stride,
             bias_key_stride, False, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP,
         )  # fmt: skip

@@ -51,6 +51,7 @@ def find_coefficients(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of every row, and its pivot: -1 where the gradient is 0 and no logit need be read."""
+    rows = rows.to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
     label = tl.load(target + row * target_stride, mask=is_row, other=0).to(tl.int64)
@@ -193,6 +194,7 @@ def write_gradients(
     that groups begin in the same columns as those of the logits.
     """
     LANES: tl.constexpr = BLOCK_V // GROUP
+    rows = rows.to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     pivot = tl.load(pivots + row)
     place = lead + row * row_stride

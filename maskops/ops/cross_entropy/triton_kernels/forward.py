@@ -145,6 +145,7 @@ def sum_rows(
     probability_lead + r * probability_stride``; ``IN_STEP`` says that groups begin in the same columns of both.
     """
     LANES: tl.constexpr = BLOCK_V // GROUP
+    rows = rows.to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(target + row * target_stride).to(tl.int64)
     skipped = label == ignore_index
@@ -285,6 +286,7 @@ def score_rows(
     ENTROPY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From sums to scores, one thread a row, in float64. Writes every value of every row: 0 where it is skipped."""
+    rows = rows.to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
     label = tl.load(target + row * target_stride, mask=is_row, other=0).to(tl.int64)
