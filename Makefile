@@ -23,7 +23,7 @@ gpu:
 	$(PYTHON) -m tools.gpu
 
 test: $(READY)
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist worksteal
 
 grid: $(READY)
 	$(RUN) -m pytest -n auto -m grid

@@ -601,7 +601,7 @@ MUTATIONS = (
     ),
     Mutation(
         "loss: probabilities do not shift",
-        OPERATORS,
+        "csrc/ops/cross_entropy.h",
         "first += rows.probability_row_stride * bytes_of(rows.probability_element);",
         "",
         LOSS_TARGETS,
@@ -616,7 +616,7 @@ MUTATIONS = (
     Mutation(
         "loss: a pivot that nobody checked",
         OPERATORS,
-        "require(pivot >= 0.0 && pivot < static_cast<double>(labelled.rows.vocabulary),",
+        "require(pivot >= 0.0 && pivot < static_cast<double>(p.rows.vocabulary),",
         "require(true || pivot == 0.0,",
         LOSS,
     ),
@@ -752,7 +752,7 @@ MUTATIONS = (
     ),
     Mutation(
         "softmax: dimensions joined whatever their strides",
-        SOFTMAX_OPERATORS,
+        "csrc/ops/softmax.h",
         "joins = operands[t].outer[count - 1] == stride(t) * dense.size(d);",
         "joins = true;",
         SOFTMAX_TESTS,

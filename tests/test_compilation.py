@@ -100,7 +100,9 @@ def test_what_is_not_guarded_may_spill(kind: str) -> None:
 
 def test_every_allowance_has_a_reason() -> None:
     assert all(len(allowance.reason.split()) >= 3 and allowance.kind in WRONG for allowance in ALLOWANCES)
-    assert len({(allowance.reason, allowance.kind) for allowance in ALLOWANCES}) == len(ALLOWANCES)
+    assert len({(allowance.name, allowance.kind, allowance.architecture) for allowance in ALLOWANCES}) == len(
+        ALLOWANCES
+    )
 
 
 def test_figures_that_follow_from_others() -> None:
