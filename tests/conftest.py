@@ -18,6 +18,7 @@ _M_PERTURB = -6
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declares where the tests that are for every device make their tensors."""
     parser.addoption("--device", default="cpu", help="run the tests marked `devices`, and no others, on this device")
+    parser.addoption("--no-emulation", action="store_true", help="leave out the CUDA kernels as host code")
     parser.addoption("--precompile", action="store_true", help="on a device: compile Triton kernels, launch none")
 
 
@@ -37,7 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     placement.configure(config)
     # On processors the CUDA kernels run as host code. Workers load what the process that started them has built.
-    if config.getoption("device") == "cpu" and extension.reason() is None:
+    is_wanted = config.getoption("device") == "cpu" and not config.getoption("no_emulation")
+    if is_wanted and extension.reason() is None:
         reason = None if hasattr(config, "workerinput") else emulation.build()
         if reason is None and emulation.library().exists():
             extension.load_cuda_emulation(emulation.library())
