@@ -1,0 +1,108 @@
+"""Attention on processors: limits, running sums, gradients, the vector functions."""
+
+from tests.mutations import Mutation
+
+HOSTILE = ("tests/test_hostile.py",)
+
+LANES = "csrc/cpu/attention_lanes.inc"
+FEATURES = "csrc/cpu/attention_features.inc"
+FORWARD = "csrc/cpu/attention_forward.inc"
+BACKWARD = "csrc/cpu/attention_backward.inc"
+SCHEDULE = "csrc/cpu/attention.cpp"
+VECTORS = "csrc/cpu/vec.h"
+
+MUTATIONS = (
+    Mutation("window starts one key late", FORWARD, "(position >= load_int(start", "(position > load_int(start"),
+    Mutation("window ends one key late", FORWARD, "(position < load_int(end", "(position <= load_int(end"),
+    Mutation(
+        "softcapped or two-span limits off by one",
+        LANES,
+        "(position < load_int(lanes.end",
+        "(position <= load_int(lanes.end",
+    ),
+    Mutation("full range one key too long", FORWARD, "key + M <= panel.full_end)", "key + M <= panel.full_end + 1)"),
+    Mutation(
+        "full range begins too early in backward",
+        LANES,
+        "first_key >= panel.full_begin &&",
+        "first_key + 1 >= panel.full_begin &&",
+    ),
+    Mutation("scale forgotten", FEATURES, "shape.softmax_scale : shape", "0.5f : shape"),
+    Mutation("scale forgotten on the fast path", FEATURES, ": shape.softmax_scale * LOG2E", ": 0.5f * LOG2E"),
+    Mutation("running sum not rescaled", FORWARD, "panel.running_sum[v] * rescale[v]", "panel.running_sum[v]"),
+    Mutation("accumulator not rescaled", LANES, "if (START == FROM_SCALED_C)", "if (false)"),
+    Mutation("accumulator never started", FORWARD, "panel.fresh = false;", ""),
+    Mutation(
+        "key head of a GQA group taken modulo",
+        LANES,
+        "block.kv_head * group + position % group",
+        "block.kv_head + position % group * (int)shape.kv_heads",
+    ),
+    Mutation(
+        "row of a GQA lane", LANES, "block.first_row + position / group", "block.first_row + position % block.rows"
+    ),
+    Mutation(
+        "sign of the log-sum-exp",
+        BACKWARD,
+        "general ? log_sum : log_sum * LOG2E",
+        "general ? log_sum : -log_sum * LOG2E",
+    ),
+    Mutation("log-sum-exp in base 2", FORWARD, "(maximum + log2f(sum)) * LN2", "(maximum + log2f(sum))"),
+    Mutation("gradient of the log-sum-exp added", BACKWARD, "delta -= p.grad_lse", "delta += p.grad_lse"),
+    Mutation("gradient of the log-sum-exp dropped", BACKWARD, "if (p.grad_lse != nullptr)", "if (false)"),
+    Mutation("empty rows are not 0", FORWARD, "lanes.empty[lane] || sum == 0.0f;", "false;"),
+    Mutation("log-sum-exp of the general path", FORWARD, "maximum + logf(sum)", "maximum + log2f(sum)"),
+    Mutation("gradients of empty rows", BACKWARD, "if (log_sum == -INFINITY) {", "if (false) {"),
+    Mutation(
+        "masked pairs keep their gradient",
+        BACKWARD,
+        "p = allowed ? p : (vf){};\n        ds = allowed ? ds : (vf){};",
+        "p = allowed ? p : (vf){};",
+    ),
+    Mutation("masked pairs keep their probability", BACKWARD, "p = allowed ? p : (vf){};", ""),
+    Mutation("holes are read", LANES, "while (last < limit && key_valid[last]) last++;", "last = limit;"),
+    Mutation(
+        "dK without the scale",
+        BACKWARD,
+        "grad_keys + i * head_width, shape.head_dim,\n              shape.softmax_scale",
+        "grad_keys + i * head_width, shape.head_dim,\n              1.0f",
+    ),
+    Mutation(
+        "dQ without the scale",
+        BACKWARD,
+        "live && x < panel.lanes ? shape.softmax_scale",
+        "live && x < panel.lanes ? 1.0f",
+    ),
+    Mutation("derivative of the softcap", BACKWARD, "if (SOFTCAP) ds = allowed", "if (false) ds = allowed"),
+    Mutation("stale probabilities outside a panel's keys", BACKWARD, "zero_rows(run_end);", ""),
+    Mutation(
+        "first partial sum dropped",
+        BACKWARD,
+        "for (int t = 0; t < n_tasks; t++) {",
+        "for (int t = 1; t < n_tasks; t++) {",
+    ),
+    Mutation(
+        "keys before a document not written",
+        SCHEDULE,
+        "task.zero_begin = shared ? task.key_begin : written;",
+        "task.zero_begin = task.key_begin;",
+    ),
+    Mutation("keys behind the last document not written", SCHEDULE, "tasks.back().task.zero_end = k_len;", ""),
+    Mutation(
+        "lanes of a long block dropped",
+        SCHEDULE,
+        "lane < lanes; lane += BLOCK_LANES",
+        "lane < std::min(lanes, BLOCK_LANES); lane += BLOCK_LANES",
+    ),
+    Mutation(
+        "rows see keys beyond their tile's",
+        BACKWARD,
+        "plan_lanes(lanes, p.spans, shape, block, first_key, last_key);",
+        "plan_lanes(lanes, p.spans, shape, block, 0, (int32_t)shape.k_len);",
+        HOSTILE,
+    ),
+    Mutation("exponential with a worse coefficient", VECTORS, "9.671512991189957e-3f", "9.5e-3f"),
+    Mutation("exponential of -inf is not 0", VECTORS, "x = vmax(splat(-127.0f), x);", "x = vmax(splat(-126.0f), x);"),
+    Mutation("bfloat16 rounded towards zero", VECTORS, "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
+    Mutation("tanh keeps its sign for the far half", VECTORS, "x < (vf){} ? -far : far", "far"),
+)
