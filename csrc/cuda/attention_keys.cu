@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(THREADS) keys_kernel(DeviceAttentionBackward p
         }
         score = is_values ? gradient.weight : gradient.product;
       }
-      add_over_rows<CHUNKS>(call, memory.scores, rows, columns, memory, result);
+      add_over<Over::rows>(call, memory.scores, rows, columns, memory, result);
     }
   }
   const float scale = is_values ? 1.0f : shape.softmax_scale;

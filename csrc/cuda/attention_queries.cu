@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(DeviceAttentionBackwar
       }
       slope = gradient.product;
     }
-    add_over_keys<CHUNKS>(call, memory.slopes, keys, columns, memory, result);
+    add_over<Over::keys>(call, memory.slopes, keys, columns, memory, result);
   }
   const float scale = call.shape.softmax_scale;
   store_rows(call.shape.element, p.grad_q, tile, columns, {scale, scale, scale, scale}, result);

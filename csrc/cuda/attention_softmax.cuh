@@ -91,8 +91,8 @@ __device__ RowSum attend_rows(const DeviceAttention& p, const RowTile& tile, con
           for (int j = 0; j < 4; j++) result.values[chunk][i][j] *= factor;
         }
       }
-      add_over_keys<CHUNKS>(p, memory.scores, {p.v, p.in_cache, tile.batch, kv_head, key_base, seen}, columns, memory,
-                            result);
+      add_over<Over::keys>(p, memory.scores, {p.v, p.in_cache, tile.batch, kv_head, key_base, seen}, columns, memory,
+                           result);
     }
   }
   return total;

@@ -261,12 +261,16 @@ struct Operand {
   uint64_t wanted;
 };
 
+__device__ inline float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
+__device__ inline const float4& four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+
 // Rows of the operand as float32, columns [column, column + WIDTH) of `width`; zeros where there is nothing or nothing
-// wanted: what is not seen is never read.
+// wanted: what is not seen is never read. Returns whether all that this thread read is finite.
 template <class T, int WIDTH, int STRIDE>
-__device__ void load_rows_of(const DeviceAttention& p, const Operand& x, int32_t column, int32_t width,
+__device__ bool load_rows_of(const DeviceAttention& p, const Operand& x, int32_t column, int32_t width,
                              float (&to)[KEYS][STRIDE]) {
   constexpr int N = Sixteen<T>::N;
+  float zeros = 0.0f;  // NaN once a value is not finite
   if (x.rows.sixteen) {
 #pragma unroll 2
     for (int index = static_cast<int>(threadIdx.x); index < KEYS * WIDTH / N; index += THREADS) {
@@ -278,9 +282,10 @@ __device__ void load_rows_of(const DeviceAttention& p, const Operand& x, int32_t
       }
 #pragma unroll
       for (int i = 0; i < N; i += 4) {
-        *reinterpret_cast<float4*>(&to[row][at + i]) =
-            make_float4(to_float(values.values[i]), to_float(values.values[i + 1]), to_float(values.values[i + 2]),
-                        to_float(values.values[i + 3]));
+        const float4 x = make_float4(to_float(values.values[i]), to_float(values.values[i + 1]),
+                                     to_float(values.values[i + 2]), to_float(values.values[i + 3]));
+        zeros += x.x * 0.0f + x.y * 0.0f + x.z * 0.0f + x.w * 0.0f;
+        four(&to[row][at + i]) = x;
       }
     }
   } else {
@@ -292,23 +297,22 @@ __device__ void load_rows_of(const DeviceAttention& p, const Operand& x, int32_t
         const T* from = row_of<T>(p, x.rows, x.in_cache, x.batch, x.head, x.first + row);
         if (from != nullptr) value = to_float(from[column + at]);
       }
+      zeros += value * 0.0f;
       to[row][at] = value;
     }
   }
+  return zeros == 0.0f;
 }
 
 template <int WIDTH, int STRIDE>
-__device__ void load_rows(const DeviceAttention& p, const Operand& x, int32_t column, int32_t width,
+__device__ bool load_rows(const DeviceAttention& p, const Operand& x, int32_t column, int32_t width,
                           float (&to)[KEYS][STRIDE]) {
   switch (p.shape.element) {
     case Element::float32: return load_rows_of<float, WIDTH>(p, x, column, width, to);
     case Element::bfloat16: return load_rows_of<__nv_bfloat16, WIDTH>(p, x, column, width, to);
-    case Element::float16: return load_rows_of<__half, WIDTH>(p, x, column, width, to);
+    default: return load_rows_of<__half, WIDTH>(p, x, column, width, to);
   }
 }
-
-__device__ inline float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
-__device__ inline const float4& four(const float* at) { return *reinterpret_cast<const float4*>(at); }
 
 // to[key][row] = the product of each row of a with each row of b, over `width` columns. Begins with a barrier, and the
 // caller has one before it reads.
@@ -362,60 +366,65 @@ struct Result {
   float values[CHUNKS > 0 ? CHUNKS : 1][4][4];
 };
 
+// Without FINITE a factor of 0 is nothing, whatever it would be multiplied with.
+template <bool FINITE>
 __device__ inline void add_outer(float (&sums)[4][4], const float4& x, const float4& y) {
   const float a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) sums[i][j] += a[i] * b[j];
+    for (int j = 0; j < 4; j++) sums[i][j] += FINITE || a[i] != 0.0f ? a[i] * b[j] : 0.0f;
   }
 }
 
-// result[row][column] += the sum over keys of weights[key][row] * b[key][column]. Begins with a barrier.
-template <int CHUNKS>
-__device__ void add_over_keys(const DeviceAttention& p, const float (&weights)[KEYS][LD], const Operand& b,
-                              const Columns& columns, TileMemory& memory, Result<CHUNKS>& result) {
+template <bool FINITE>
+__device__ inline void add_keys(float (&sums)[4][4], const float (&weights)[KEYS][LD], const TileMemory& memory) {
   const int row = piece_row(), column = piece_column() * 4;
-#pragma unroll 1
-  for (int chunk = 0; chunk < CHUNKS && columns.begin + chunk * COLUMNS < columns.width; chunk++) {
-    __syncthreads();
-    load_rows<COLUMNS>(p, b, columns.begin + chunk * COLUMNS, columns.width, memory.columns);
-    __syncthreads();
-    // Registers have no index: the code of the sums is there once for each chunk, that of the loads is not.
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-      if (i != chunk) continue;
-#pragma unroll 4
-      for (int key = 0; key < KEYS; key++) {
-        add_outer(result.values[i], four(&weights[key][row]), four(&memory.columns[key][column]));
-      }
-    }
+#pragma unroll(FINITE ? 4 : 1)
+  for (int key = 0; key < KEYS; key++) {
+    add_outer<FINITE>(sums, four(&weights[key][row]), four(&memory.columns[key][column]));
   }
 }
 
-// result[key][column] += the sum over rows of weights[key][row] * b[row][column]. Begins with a barrier.
-template <int CHUNKS>
-__device__ void add_over_rows(const DeviceAttention& p, const float (&weights)[KEYS][LD], const Operand& b,
-                              const Columns& columns, TileMemory& memory, Result<CHUNKS>& result) {
+template <bool FINITE>
+__device__ inline void add_rows(float (&sums)[4][4], const float (&weights)[KEYS][LD], const TileMemory& memory) {
   const int key = piece_row(), column = piece_column() * 4;
+#pragma unroll(FINITE ? 2 : 1)
+  for (int row = 0; row < ROWS; row += 4) {
+    float4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = four(&weights[key + i][row]);
+    add_outer<FINITE>(sums, make_float4(x[0].x, x[1].x, x[2].x, x[3].x), four(&memory.columns[row][column]));
+    add_outer<FINITE>(sums, make_float4(x[0].y, x[1].y, x[2].y, x[3].y), four(&memory.columns[row + 1][column]));
+    add_outer<FINITE>(sums, make_float4(x[0].z, x[1].z, x[2].z, x[3].z), four(&memory.columns[row + 2][column]));
+    add_outer<FINITE>(sums, make_float4(x[0].w, x[1].w, x[2].w, x[3].w), four(&memory.columns[row + 3][column]));
+  }
+}
+
+enum class Over { keys, rows };
+
+// Over keys, result[row][column] += the sum of weights[key][row] * b[key][column]; over rows, result[key][column] +=
+// the sum of weights[key][row] * b[row][column]. A weight of 0 stands for a pair that is not allowed, and rows of
+// several documents share a tile: where b holds a value that is not finite, weights select instead of multiplying, so
+// that it reaches those alone who see it. Begins with a barrier.
+template <Over OVER, int CHUNKS>
+__device__ void add_over(const DeviceAttention& p, const float (&weights)[KEYS][LD], const Operand& b,
+                         const Columns& columns, TileMemory& memory, Result<CHUNKS>& result) {
 #pragma unroll 1
   for (int chunk = 0; chunk < CHUNKS && columns.begin + chunk * COLUMNS < columns.width; chunk++) {
     __syncthreads();
-    load_rows<COLUMNS>(p, b, columns.begin + chunk * COLUMNS, columns.width, memory.columns);
-    __syncthreads();
+    const bool is_mine_finite =
+        load_rows<COLUMNS>(p, b, columns.begin + chunk * COLUMNS, columns.width, memory.columns);
+    const bool is_finite = __syncthreads_and(is_mine_finite) != 0;
+    // Registers have no index: the code of the sums is there once for each chunk, that of the loads is not.
 #pragma unroll
     for (int place = 0; place < CHUNKS; place++) {
       if (place != chunk) continue;
-#pragma unroll 2
-      for (int row = 0; row < ROWS; row += 4) {
-        float4 x[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = four(&weights[key + i][row]);
-        float (&sums)[4][4] = result.values[place];
-        add_outer(sums, make_float4(x[0].x, x[1].x, x[2].x, x[3].x), four(&memory.columns[row][column]));
-        add_outer(sums, make_float4(x[0].y, x[1].y, x[2].y, x[3].y), four(&memory.columns[row + 1][column]));
-        add_outer(sums, make_float4(x[0].z, x[1].z, x[2].z, x[3].z), four(&memory.columns[row + 2][column]));
-        add_outer(sums, make_float4(x[0].w, x[1].w, x[2].w, x[3].w), four(&memory.columns[row + 3][column]));
+      float (&sums)[4][4] = result.values[place];
+      if constexpr (OVER == Over::keys) {
+        is_finite ? add_keys<true>(sums, weights, memory) : add_keys<false>(sums, weights, memory);
+      } else {
+        is_finite ? add_rows<true>(sums, weights, memory) : add_rows<false>(sums, weights, memory);
       }
     }
   }
