@@ -1,5 +1,6 @@
 """build_plan on Triton: bit for bit the torch path, in two launches whatever the mask."""
 
+import math
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from maskops import masks
 from maskops.ops.plan import registration
 from maskops.ops.plan import triton_kernels as kernels
 from maskops.ops.plan.program import parse
-from maskops.ops.plan.triton_kernels import Blocks
+from maskops.ops.plan.triton_kernels import Blocks, blocks_of
 from tests.test_plan import check_same
 from tests.test_spans import random_mask
 
@@ -26,7 +27,7 @@ EVERYTHING = {"grad": True, "order": True, "positions": True}
 @pytest.fixture(autouse=True)
 def _on_triton(monkeypatch):
     """Every plan goes through the kernels, and many blocks of rows and of keys are few rows and keys."""
-    monkeypatch.setattr(kernels, "blocks_of", lambda q_len: Blocks(256, 128))
+    monkeypatch.setattr(kernels, "blocks_of", lambda *lengths: Blocks(256, 128))
     calls = []
     original = kernels.build_plan
     monkeypatch.setattr(kernels, "build_plan", lambda *a: calls.append(a[0]) or original(*a))
@@ -97,7 +98,7 @@ def test_empty_and_thin_shapes(shape):
 
 
 def test_offsets_beyond_every_length_and_costs_beyond_16_bits(monkeypatch):
-    monkeypatch.setattr(kernels, "blocks_of", lambda q_len: Blocks(1024, 512))
+    monkeypatch.setattr(kernels, "blocks_of", lambda *lengths: Blocks(1024, 512))
     offset = 2**45
     pattern = masks.prefix(torch.tensor([offset])) & masks.sliding_window(offset, offset) & masks.chunked(offset)
     check_same(pattern & masks.documents(cu_seqlens=torch.tensor([0, 3, 90])), 90, 90, **EVERYTHING)
@@ -114,6 +115,32 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function._schema.name)
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 700), (500, 90)])
+def test_few_rows_over_many_keys_and_the_other_way_round(rows, keys, monkeypatch):
+    """Blocks of rows and of keys are counted apart, whatever their sizes."""
+    monkeypatch.setattr(kernels, "blocks_of", lambda *lengths: Blocks(1024, 256) if rows == 500 else Blocks(256, 128))
+    holes = torch.rand(2, keys) < 0.9
+    check_same(masks.key_padding(holes) & masks.sliding_window(600, 0), rows, keys, **EVERYTHING)
+    check_same(masks.key_padding(torch.tensor([keys, keys // 3])) & masks.causal(), rows, keys, **EVERYTHING)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 2**17), (2**17, 1)])
+def test_scratch_follows_the_rows(rows, keys, monkeypatch):
+    """A step of decoding over a long cache plans 32 rows: it takes next to no memory beside the plan itself."""
+    monkeypatch.setattr(kernels, "blocks_of", blocks_of)
+    grids = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *a, **b: grids.append(grid))
+    made = []
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **b: made.append(original(*a, **b)) or made[-1])
+    operands = [torch.empty(32, dtype=torch.int64, device="meta")]
+    operands += [torch.empty(0, dtype=torch.int32, device="meta")] * (registration.MAX_OPERANDS - 1)
+    plan = kernels.build_plan("key_lengths 0 span first diag 1", *operands, 32, rows, keys, True, True, True)
+    scratch = sum(x.nbytes for x in made) - sum(x.nbytes for x in plan)
+    assert 0 < scratch < 2**20 + 160 * 32 * rows
+    assert len(grids) == 2 and all(math.prod(grid) <= 32 * (2**17 // 1024 + 1) for grid in grids)
 
 
 PROGRAMS = {

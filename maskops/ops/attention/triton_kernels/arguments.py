@@ -20,6 +20,17 @@ _CACHE_BYTES = 16 * 2**20
 
 _INT32_MAX = 2**31 - 1
 
+OPEN = (
+    "q_len", "k_len", "n_rows", "capacity", "batches", "plan_batches", "repeats", "heads_at_a_time", "splits", "parts",
+    "span_stride", "plan_stride", "key_valid_stride", "positions_stride", "positions_batch_stride",
+    "dense_batch_stride", "dense_head_stride", "dense_row_stride", "slopes_outer", "ordinals_stride",
+    "sequences_stride", "key_tiles_span_stride", "key_tiles_batch_stride", "out_split_stride", "lse_split_stride",
+    "grad_bias_part_stride", "last_dropped",
+)  # fmt: skip
+"""Integers that change with the lengths of a batch, for ``do_not_specialize``: Triton would compile a kernel anew where
+one of them is 1 or becomes a multiple of 16. Strides of queries, keys, values and of a bias are not among them, since
+wide loads need to know that they are such multiples; heads, widths and padded rows do not change or always are."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -8,13 +8,11 @@ up afterwards. Memory beyond the gradient: float32 tiles for a few hundred progr
 import triton
 import triton.language as tl
 
+from maskops.ops.attention.triton_kernels.arguments import OPEN
 from maskops.ops.attention.triton_kernels.backward_scores import NEVER, gradients_of_pairs, terms_of
 from maskops.ops.attention.triton_kernels.features import Rows, Unit, dense_bits, extras_of, inside_spans
 from maskops.ops.attention.triton_kernels.forward import load_rows
 from maskops.ops.triton_language import dot
-
-OPEN = ("q_len", "k_len", "last_dropped")
-"""Integers of which Triton must not look at the values: it would compile anew for many of them."""
 
 
 @triton.jit
@@ -167,7 +165,7 @@ def grad_bias_kernel(
         tl.store(grads, total.to(GRAD_BIAS.dtype.element_ty), mask=is_pair)
 
 
-@triton.jit(do_not_specialize=["q_len"])
+@triton.jit(do_not_specialize=OPEN)
 def grad_slopes_kernel(
     ROW_SLOPES, ORDINALS, FIRST_ROW, LAST_ROW, GRAD_SLOPES, padded_rows, ordinals_stride, sequences_stride, batches,
     heads, plan_batches, q_len, BLOCK_M: tl.constexpr,

@@ -9,6 +9,7 @@ and rows that are not finite for those of k and v.
 import triton
 import triton.language as tl
 
+from maskops.ops.attention.triton_kernels.arguments import OPEN
 from maskops.ops.attention.triton_kernels.backward_scores import (
     NEVER,
     gradients_of_pairs,
@@ -33,10 +34,6 @@ from maskops.ops.attention.triton_kernels.features import (
 )
 from maskops.ops.attention.triton_kernels.forward import load_rows
 from maskops.ops.triton_language import dot
-
-OPEN_OF_QUERIES = ("q_len", "k_len", "capacity", "last_dropped")
-OPEN_OF_KEYS = ("q_len", "k_len", "last_dropped")
-"""Integers of which Triton must not look at the values: it would compile anew for many of them."""
 
 
 @triton.jit
@@ -78,7 +75,7 @@ def _add_keys(
     return dot(pairs.grad_product.to(k.dtype), k, grad_q, PRECISION), row_slope
 
 
-@triton.jit(do_not_specialize=OPEN_OF_QUERIES)
+@triton.jit(do_not_specialize=OPEN)
 def grad_queries_kernel(
     Q, K, V, GRAD_OUT, GRAD_Q, TERMS, ROW_SLOPES, START, END, KEY_VALID, TILES, TILE_COUNT, ORDER,
     POSITIONS, DENSE, BIAS, SLOPES, SEED, LAST_ORDINAL,
@@ -246,7 +243,7 @@ def _add_rows(
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=OPEN_OF_KEYS)
+@triton.jit(do_not_specialize=OPEN)
 def grad_keys_kernel(
     Q, K, V, GRAD_OUT, GRAD_K, GRAD_V, TERMS, ROW_START, ROW_END, KEY_VALID, KEY_TILES,
     POSITIONS, DENSE, BIAS, SLOPES, SEED, LAST_ORDINAL,

@@ -17,6 +17,7 @@ which would bring it to keys that the row does not see.
 import triton
 import triton.language as tl
 
+from maskops.ops.attention.triton_kernels.arguments import OPEN
 from maskops.ops.attention.triton_kernels.backward_scores import (
     DELTA,
     LOG2_SUM,
@@ -52,7 +53,7 @@ def _softplus2(x):
     return tl.maximum(x, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(x)))
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len"])
+@triton.jit(do_not_specialize=OPEN)
 def row_terms_kernel(
     OUT, GRAD_OUT, FORWARD_LSE, GRAD_LSE, SINKS, START, END, TERMS, ROW_START, ROW_END, ROW_SINKS,
     out_batch_stride, out_head_stride, out_row_stride, grad_out_batch_stride, grad_out_head_stride,
@@ -123,7 +124,7 @@ def row_terms_kernel(
             tl.store(ROW_END + place, tl.minimum(end, k_len))
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "capacity"])
+@triton.jit(do_not_specialize=OPEN)
 def renewed_sums_kernel(
     Q, K, FORWARD_LSE, SINKS, TERMS, START, END, KEY_VALID, TILES, TILE_COUNT, ORDER,
     POSITIONS, DENSE, BIAS, SLOPES, SEED, LAST_ORDINAL,

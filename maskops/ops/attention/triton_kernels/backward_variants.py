@@ -4,12 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from maskops import tuning
+from maskops.ops.attention.triton_kernels.arguments import OPEN
 from maskops.ops.attention.triton_kernels.backward import Backward
-from maskops.ops.attention.triton_kernels.backward_bias import OPEN as OPEN_OF_BIAS
 from maskops.ops.attention.triton_kernels.backward_bias import grad_bias_kernel
 from maskops.ops.attention.triton_kernels.backward_products import (
-    OPEN_OF_KEYS,
-    OPEN_OF_QUERIES,
     grad_keys_kernel,
     grad_queries_kernel,
 )
@@ -34,26 +32,20 @@ def _compilations(architecture: str, element: str, width: int, feature: str) -> 
     )
     call = Backward(problem, q.new_empty(q.shape), q.new_empty(0), key_tiles)
 
-    def compilation(
-        table: str, kernel: Any, arguments: dict[str, Any], is_open: tuple[str, ...], name: str = ""
-    ) -> Compilation:
+    def compilation(table: str, kernel: Any, arguments: dict[str, Any], name: str = "") -> Compilation:
         return compilation_of_call(
             f"{name or table} {element} {width} {feature}".rstrip(),
             kernel,
             arguments,
             tuning.config(table, architecture, element, width),
             architecture,
-            is_open,
+            OPEN,
             # Gradients under a dropout or in float32 wait for arithmetic, not for what is spilled around it.
             guarded=element == "half" and feature != "dropout",
         )
 
-    yield compilation(
-        "attention_backward_dq", grad_queries_kernel, call.queries_arguments(q, feature == "alibi"), OPEN_OF_QUERIES
-    )
-    yield compilation("attention_backward_dkdv", grad_keys_kernel, call.keys_arguments(k[None], v[None]), OPEN_OF_KEYS)
+    yield compilation("attention_backward_dq", grad_queries_kernel, call.queries_arguments(q, feature == "alibi"))
+    yield compilation("attention_backward_dkdv", grad_keys_kernel, call.keys_arguments(k[None], v[None]))
     if feature == "bias":
         arguments = call.bias_arguments(problem.values["BIAS"][None])
-        yield compilation(
-            "attention_backward_dkdv", grad_bias_kernel, arguments, OPEN_OF_BIAS, "attention_backward_bias"
-        )
+        yield compilation("attention_backward_dkdv", grad_bias_kernel, arguments, "attention_backward_bias")

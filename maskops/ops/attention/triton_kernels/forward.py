@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskops.ops.attention.registration import empty_in_order
-from maskops.ops.attention.triton_kernels.arguments import Problem, chosen, problem_of, strides_of
+from maskops.ops.attention.triton_kernels.arguments import OPEN, Problem, chosen, problem_of, strides_of
 from maskops.ops.attention.triton_kernels.features import (
     bias_of,
     bounds_of,
@@ -42,14 +42,6 @@ ENOUGH_PROGRAMS = 128
 """Units below which the keys of each are split, if they are many. No property of a device: shapes decide."""
 
 KEYS_OF_A_SPLIT = 1024
-
-
-OPEN = (
-    "q_len", "k_len", "capacity", "span_stride", "plan_stride", "key_valid_stride", "positions_stride",
-    "positions_batch_stride", "out_split_stride", "lse_split_stride", "plan_batches", "repeats", "heads_at_a_time",
-    "slopes_outer", "splits", "last_dropped",
-)  # fmt: skip
-"""Integers that change from call to call: a kernel compiled for one of them serves all."""
 
 
 @triton.jit
@@ -257,7 +249,7 @@ def attention_forward_kernel(
             tl.store(place + offset, lse, mask=rows.exists)
 
 
-@triton.jit(do_not_specialize=("n_rows", "q_len", "splits"))
+@triton.jit(do_not_specialize=OPEN)
 def merge_splits_kernel(
     PARTS, PART_LSE, OUT, LSE, SINKS, out_batch_stride, out_head_stride, out_row_stride, sinks_head_stride,
     n_rows, heads, q_len, splits,

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from maskops import tuning
-from maskops.ops.attention.triton_kernels.arguments import Problem, problem_of
+from maskops.ops.attention.triton_kernels.arguments import OPEN, Problem, problem_of
 from maskops.ops.attention.triton_kernels.forward import (
-    OPEN,
     attention_forward_kernel,
     can_describe,
     descriptors,

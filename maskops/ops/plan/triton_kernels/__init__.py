@@ -23,13 +23,16 @@ from maskops.tuning import Config
 WINDOWS = (256, 1024, 2048)
 """Rows that a program evaluates; 128 fewer are its own. Small problems take small windows."""
 
+KEY_BLOCKS = (128, 512, 1024)
+"""Keys that a program answers for; few keys take small blocks."""
+
 
 class Blocks(NamedTuple):
-    """How rows and keys are shared among programs.
+    """How rows and keys are shared among programs; the one does not follow from the other.
 
     Attributes:
-        window: rows that a program of the first launch evaluates.
-        keys: keys that a program of the second launch answers for.
+        window: rows that a program evaluates of which others own the last 128.
+        keys: keys that a program answers for.
     """
 
     window: int
@@ -41,10 +44,11 @@ class Blocks(NamedTuple):
         return self.window - TILE_ROWS
 
 
-def blocks_of(q_len: int) -> Blocks:
-    """The blocks that a plan of ``q_len`` rows takes."""
+def blocks_of(q_len: int, k_len: int) -> Blocks:
+    """The blocks that a plan of ``q_len`` rows over ``k_len`` keys takes."""
     window = next((window for window in WINDOWS if q_len <= window - TILE_ROWS), WINDOWS[-1])
-    return Blocks(window, window // 2)
+    keys = next((keys for keys in KEY_BLOCKS if k_len <= keys), KEY_BLOCKS[-1])
+    return Blocks(window, keys)
 
 
 def build_plan(program: str, *arguments: Any, blocks: Blocks | None = None) -> tuple[Tensor, ...]:
@@ -58,7 +62,7 @@ def build_plan(program: str, *arguments: Any, blocks: Blocks | None = None) -> t
     *operands, batch, q_len, k_len, grad, order, positions = arguments
     parsed = parse(program)
     parsed.check(operands, batch, q_len, k_len)
-    blocks = blocks_of(q_len) if blocks is None else blocks
+    blocks = blocks_of(q_len, k_len) if blocks is None else blocks
     like: Tensor = operands[0]
 
     def empty(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -77,14 +81,14 @@ def build_plan(program: str, *arguments: Any, blocks: Blocks | None = None) -> t
 
     if batch == 0:  # nothing to write but the count of the work list
         batch, q_len, k_len = 1, 0, 0
-    n_blocks = max(1, -(-q_len // blocks.rows), -(-k_len // blocks.keys))
-    programs = batch * n_blocks
+    row_blocks, key_blocks = max(1, -(-q_len // blocks.rows)), -(-k_len // blocks.keys)
+    of_rows, of_keys = batch * row_blocks, batch * key_blocks  # programs
     masks = parsed.mask_operands()
     chain = empty(3, batch, q_len)
-    runs = empty(4, n_spans, batch, n_blocks * blocks.rows)
-    summary = empty(n_spans, batch, n_blocks, int(SUMMARY))
-    holes = empty(batch, n_blocks, blocks.keys + 1) if masks else empty(0)
-    window = empty(programs, max(int(ROW_SCRATCH), int(LIST_SCRATCH)) * blocks.window)
+    runs = empty(4, n_spans, batch, row_blocks * blocks.rows)
+    summary = empty(n_spans, batch, row_blocks, int(SUMMARY))
+    holes = empty(batch, key_blocks, blocks.keys + 1) if masks else empty(0)
+    window = empty(of_rows, max(int(ROW_SCRATCH), int(LIST_SCRATCH)) * blocks.window)
     counter = empty(1 + 2 * (capacity if order else 0))
 
     # Booleans as bytes; of an operand that shares one row among all batch elements the first size is 1.
@@ -93,16 +97,16 @@ def build_plan(program: str, *arguments: Any, blocks: Blocks | None = None) -> t
     # At least one: steps without a number name the first.
     numbers = tuple(encoded(max(-farthest, min(value, farthest))) for value in parsed.values or (0,))
     sizes = tuple(encoded(parsed.first_size(index, x)) for index, x in enumerate(operands))
-    shape = (batch, q_len, k_len, n_blocks)
+    shape = (batch, q_len, k_len, row_blocks, key_blocks)
     shared = {"MASKS": masks, "N_SPANS": n_spans, "OWN": blocks.rows, "W": blocks.window, "KEY_BLOCK": blocks.keys}
     launch(
-        plan_rows, (programs,), like,
+        plan_rows, (of_rows + of_keys if masks else of_rows,), like,
         (*passed, sizes, numbers, start, end, where, chain, runs, summary, holes, window, counter, *shape),
         num_warps=_warps(blocks), num_stages=1,
         ORDINALS=positions or parsed.reads_ordinals, POSITIONS=positions, **parsed.structure(), **shared,
     )  # fmt: skip
     launch(
-        plan_lists, (programs, 2), like,
+        plan_lists, (of_rows + of_keys,), like,
         (
             *passed, sizes, start, end, chain, runs, summary, holes, window, counter,
             key_valid, tiles, tile_count, key_tiles, by_cost, *shape, per_batch, capacity,
@@ -114,7 +118,7 @@ def build_plan(program: str, *arguments: Any, blocks: Blocks | None = None) -> t
 
 
 def _warps(blocks: Blocks) -> int:
-    return 4 if blocks.window <= 256 else 8
+    return 4 if blocks.window <= 256 and blocks.keys <= 128 else 8
 
 
 _GUARDED = {
@@ -128,10 +132,10 @@ _GUARDED = {
 
 def compilations(architecture: str) -> Iterator[Compilation]:
     """What the ahead-of-time compiler is held to: see ``ops/compilation.py``."""
-    blocks = Blocks(WINDOWS[-1], WINDOWS[-1] // 2)
+    blocks = Blocks(WINDOWS[-1], KEY_BLOCKS[-1])
     config = Config({"OWN": blocks.rows, "W": blocks.window, "KEY_BLOCK": blocks.keys}, _warps(blocks), 1, "model")
     operands = {f"operand{index}": "*i32" for index in range(6)} | {"sizes": ("i32",) * 6}
-    counts = dict.fromkeys(("batch", "q_len", "k_len", "n_blocks"), "i32")
+    counts = dict.fromkeys(("batch", "q_len", "k_len", "row_blocks", "key_blocks"), "i32")
     between = dict.fromkeys(("chain", "runs", "summary", "holes", "window", "counter"), "*i32")
     for name, text in _GUARDED.items():
         program = parse(text)

@@ -1,9 +1,9 @@
 """The second launch of a plan: the work list, its order, the seen keys and the bounds of key tiles.
 
-Half of the programs have a block of rows each: every one of them follows the items of all batch elements from block to
+The first programs have a block of rows each: every one of them follows the items of all batch elements from block to
 block (one look a block, from what the first launch found), so that it knows the number and the first row of its own
-items without waiting for another, and writes them. The last to finish sorts them by cost. The other half have a block
-of keys each.
+items without waiting for another, and writes them. The last to finish sorts them by cost. The others have a block of
+keys each.
 """
 
 import triton
@@ -35,7 +35,7 @@ LIST_SCRATCH = tl.constexpr(4)
 
 
 @triton.jit
-def _follow_blocks(chain, chain_plane, b, block, batch, q_len, n_blocks, per_batch, OWN: tl.constexpr):
+def _follow_blocks(chain, chain_plane, b, block, batch, q_len, row_blocks, per_batch, OWN: tl.constexpr):
     """Where the items of a block begin and how they are numbered.
 
     Returns:
@@ -54,7 +54,7 @@ def _follow_blocks(chain, chain_plane, b, block, batch, q_len, n_blocks, per_bat
         mine = element == b
         row = element * 0
         items = element * 0
-        for number_of_block in range(n_blocks):
+        for number_of_block in range(row_blocks):
             is_here = mine & (number_of_block == block)
             entry += tl.sum(tl.where(is_here, row, 0))
             of_blocks += tl.sum(tl.where(is_here, items, 0))
@@ -110,21 +110,21 @@ def _list_items(chain, at, entry, is_grid, block, q_len, scratch, OWN: tl.conste
 
 
 @triton.jit
-def _holes_before(holes, b, key, n_blocks, KEY_BLOCK: tl.constexpr):
+def _holes_before(holes, b, key, key_blocks, KEY_BLOCK: tl.constexpr):
     """How many keys before each of some the masks leave out."""
     block = key // KEY_BLOCK
     of_blocks = key * 0
-    base = holes + b.to(tl.int64) * n_blocks * (KEY_BLOCK + 1)
-    for other in range(n_blocks):
+    base = holes + b.to(tl.int64) * key_blocks * (KEY_BLOCK + 1)
+    for other in range(key_blocks):
         in_block = tl.load(base + other * (KEY_BLOCK + 1) + KEY_BLOCK)
         of_blocks += tl.where(block > other, in_block, 0)
     at = block.to(tl.int64) * (KEY_BLOCK + 1) + key % KEY_BLOCK
-    return of_blocks + tl.load(base + at, mask=block < n_blocks, other=0)
+    return of_blocks + tl.load(base + at, mask=block < key_blocks, other=0)
 
 
 @triton.jit
 def _write_items(
-    start, end, tiles, holes, scratch, b, at, base, count, batch, q_len, n_blocks,
+    start, end, tiles, holes, scratch, b, at, base, count, batch, q_len, key_blocks,
     N_SPANS: tl.constexpr, HAS_HOLES: tl.constexpr, KEY_BLOCK: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Bounds and costs of the items of a block."""
@@ -162,8 +162,8 @@ def _write_items(
                 full_low = tl.where(partial, 0, full_low)
                 full_high = tl.where(partial, 0, full_high)
                 partial = partial | (
-                    _holes_before(holes, b, full_low, n_blocks, KEY_BLOCK)
-                    != _holes_before(holes, b, full_high, n_blocks, KEY_BLOCK)
+                    _holes_before(holes, b, full_low, key_blocks, KEY_BLOCK)
+                    != _holes_before(holes, b, full_high, key_blocks, KEY_BLOCK)
                 )
             tl.store(out + 4 + 4 * span, tl.where(high > 0, low, 0), mask=used)
             tl.store(out + 5 + 4 * span, tl.where(partial, high, full_low), mask=used)
@@ -216,7 +216,7 @@ def _sort_items(tiles, order, scratch, count, capacity, N_SPANS: tl.constexpr):
 
 @triton.jit
 def _write_keys(
-    operands, sizes, runs, summary, key_valid, key_tiles, b, block, batch, q_len, k_len, n_blocks,
+    operands, sizes, runs, summary, key_valid, key_tiles, b, block, batch, q_len, k_len, row_blocks,
     MASKS: tl.constexpr, N_SPANS: tl.constexpr, GRAD: tl.constexpr, OWN: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which keys of a block are seen, and the rows that see each of its tiles."""
@@ -236,7 +236,7 @@ def _write_keys(
     # A tile that is shorter, because the keys end in it, counts as whole.
     complete = tl.min(tl.reshape((is_there | (key >= k_len)).to(tl.int32), (TILES, KEYS)), axis=1)
     seen = tl.zeros((KEY_BLOCK,), tl.int32)
-    run_plane = (N_SPANS * batch).to(tl.int64) * n_blocks * OWN
+    run_plane = (N_SPANS * batch).to(tl.int64) * row_blocks * OWN
     lane = tl.arange(0, RUNS)
     for span in tl.static_range(N_SPANS):
         low = tl.zeros((TILES,), tl.int32) + FAR
@@ -244,8 +244,8 @@ def _write_keys(
         full_low = tl.zeros((TILES,), tl.int32) + FAR
         full_high = tl.zeros((TILES,), tl.int32)
         covering = tl.zeros((TILES,), tl.int32)
-        of_span = (span * batch + b).to(tl.int64) * n_blocks
-        for rows in range(n_blocks):
+        of_span = (span * batch + b).to(tl.int64) * row_blocks
+        for rows in range(row_blocks):
             about = summary + (of_span + rows) * SUMMARY
             count = tl.load(about)
             least_end = tl.load(about + 3)
@@ -293,38 +293,39 @@ def _write_keys(
     tl.store(key_valid + at + key, (is_there & (seen != 0)).to(tl.uint8), mask=key < k_len)
 
 
-@triton.jit(do_not_specialize=["batch", "q_len", "k_len", "n_blocks", "per_batch", "capacity"])
+@triton.jit(do_not_specialize=["batch", "q_len", "k_len", "row_blocks", "key_blocks", "per_batch", "capacity"])
 def plan_lists(
     operand0, operand1, operand2, operand3, operand4, operand5, sizes,
     start, end, chain, runs, summary, holes, window, counter,
     key_valid, tiles, tile_count, key_tiles, order,
-    batch, q_len, k_len, n_blocks, per_batch, capacity,
+    batch, q_len, k_len, row_blocks, key_blocks, per_batch, capacity,
     MASKS: tl.constexpr, N_SPANS: tl.constexpr, GRAD: tl.constexpr, ORDER: tl.constexpr, OWN: tl.constexpr,
     W: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Work list, order, key_valid and key_tiles; see the module."""
     program = tl.program_id(0)
-    b = program // n_blocks
-    block = program % n_blocks
-    if tl.program_id(1) == 1:
+    programs = batch * row_blocks
+    if program >= programs:
+        of_keys = program - programs
         operands = (operand0, operand1, operand2, operand3, operand4, operand5)
         _write_keys(
-            operands, sizes, runs, summary, key_valid, key_tiles, b, block, batch, q_len, k_len, n_blocks,
-            MASKS, N_SPANS, GRAD, OWN, KEY_BLOCK,
+            operands, sizes, runs, summary, key_valid, key_tiles, of_keys // key_blocks, of_keys % key_blocks,
+            batch, q_len, k_len, row_blocks, MASKS, N_SPANS, GRAD, OWN, KEY_BLOCK,
         )  # fmt: skip
     else:
+        b = program // row_blocks
+        block = program % row_blocks
         plane = batch.to(tl.int64) * q_len
         at = b.to(tl.int64) * q_len
         scratch = window + program.to(tl.int64) * (LIST_SCRATCH * W)
-        entry, before, is_grid, total = _follow_blocks(chain, plane, b, block, batch, q_len, n_blocks, per_batch, OWN)
+        entry, before, is_grid, total = _follow_blocks(chain, plane, b, block, batch, q_len, row_blocks, per_batch, OWN)
         count = _list_items(chain, at, entry, is_grid, block, q_len, scratch, OWN, W)
         _write_items(
-            start, end, tiles, holes, scratch, b, at, before, count, batch, q_len, n_blocks,
+            start, end, tiles, holes, scratch, b, at, before, count, batch, q_len, key_blocks,
             N_SPANS, len(MASKS) > 0, KEY_BLOCK, W,
         )  # fmt: skip
         if program == 0:
             tl.store(tile_count, total)
-        programs = tl.num_programs(0)
         stride = programs.to(tl.int64) * W
         unused = (capacity - total).to(tl.int64) * (4 + 4 * N_SPANS)
         lane = tl.arange(0, W)

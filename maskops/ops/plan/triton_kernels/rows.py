@@ -9,7 +9,9 @@ at a row depends on the 128 rows behind it. It writes
   look a block where the items of every block begin;
 - ``runs``: rows that cover the same keys but for the same borders, as one: all that key_valid and the bounds of key
   tiles are made of; ``summary``: what all runs of a block have in common, so that most blocks are answered at a glance;
-- ``holes``: of the keys that masks leave out, how many lie before each key of a block of keys.
+
+Further programs have a block of keys each, where masks leave some out, and write ``holes``: how many of those lie
+before each key of the block.
 
 No scan but a sum is used: "the latest before" is a count, a list and a look into it.
 """
@@ -58,7 +60,7 @@ def _continues(start, end, next_start, next_end, k_len):
 
 
 @triton.jit
-def _write_runs(start, end, plane, b, block, first_row, runs, run_plane, summary, batch, q_len, k_len, n_blocks,
+def _write_runs(start, end, plane, b, block, first_row, runs, run_plane, summary, batch, q_len, k_len, row_blocks,
                 span, OWN: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Runs of rows of one span, and their summary."""
     lane = tl.arange(0, W)
@@ -78,12 +80,12 @@ def _write_runs(start, end, plane, b, block, first_row, runs, run_plane, summary
     is_first = live & ~(is_after & _continues(begin_before, stop_before, begin, stop, k_len))
     is_last = live & ~(is_before & _continues(begin, stop, begin_behind, stop_behind, k_len))
     slot = tl.cumsum(is_first.to(tl.int32)) - 1
-    place = runs + (span * batch + b).to(tl.int64) * (n_blocks * OWN) + first_row + slot
+    place = runs + (span * batch + b).to(tl.int64) * (row_blocks * OWN) + first_row + slot
     tl.store(place, row, mask=is_first)
     tl.store(place + run_plane, row + 1, mask=is_last)
     tl.store(place + 2 * run_plane, begin, mask=is_first)
     tl.store(place + 3 * run_plane, stop, mask=is_last)
-    out = summary + ((span * batch + b).to(tl.int64) * n_blocks + block) * SUMMARY
+    out = summary + ((span * batch + b).to(tl.int64) * row_blocks + block) * SUMMARY
     tl.store(out, tl.sum(is_first.to(tl.int32)))
     tl.store(out + 1, tl.min(tl.where(live, begin, FAR)))
     tl.store(out + 2, tl.max(tl.where(live, begin, 0)))
@@ -174,11 +176,27 @@ def _follow(jump, chain, chain_plane, at, row, first_row, stop_row, own):
         goes_on = own & (arrives < stop_row)
 
 
-@triton.jit(do_not_specialize=["batch", "q_len", "k_len", "n_blocks"])
+@triton.jit
+def _write_holes(operands, sizes, holes, b, block, k_len, key_blocks, MASKS: tl.constexpr, KEY_BLOCK: tl.constexpr):
+    """Of the keys that masks leave out, how many lie before each key of a block, and how many in the block."""
+    key = block * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+    hole = tl.zeros((KEY_BLOCK,), tl.int32)
+    for i in tl.static_range(len(MASKS)):
+        size = number(sizes[MASKS[i]])
+        base = tl.minimum(b, size - 1).to(tl.int64) * k_len
+        bits = tl.load(operands[MASKS[i]] + base + key, mask=key < k_len, other=1)
+        hole = tl.maximum(hole, (bits == 0).to(tl.int32))
+    up_to = tl.cumsum(hole)
+    out = holes + (b.to(tl.int64) * key_blocks + block) * (KEY_BLOCK + 1)
+    tl.store(out + tl.arange(0, KEY_BLOCK), up_to - hole)
+    tl.store(out + KEY_BLOCK, tl.sum(hole))
+
+
+@triton.jit(do_not_specialize=["batch", "q_len", "k_len", "row_blocks", "key_blocks"])
 def plan_rows(
     operand0, operand1, operand2, operand3, operand4, operand5, sizes, values,
     start, end, positions, chain, runs, summary, holes, window, counter,
-    batch, q_len, k_len, n_blocks,
+    batch, q_len, k_len, row_blocks, key_blocks,
     LAYOUTS: tl.constexpr, MASKS: tl.constexpr, STEPS: tl.constexpr, N_SPANS: tl.constexpr, ORDINALS: tl.constexpr,
     POSITIONS: tl.constexpr, OWN: tl.constexpr, W: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -186,9 +204,16 @@ def plan_rows(
     program = tl.program_id(0)
     if program == 0:
         tl.store(counter, 0)
-    b = program // n_blocks
-    block = program % n_blocks
     operands = (operand0, operand1, operand2, operand3, operand4, operand5)
+    if len(MASKS) > 0:
+        of_keys = program - batch * row_blocks
+        if of_keys >= 0:
+            _write_holes(
+                operands, sizes, holes, of_keys // key_blocks, of_keys % key_blocks, k_len, key_blocks, MASKS, KEY_BLOCK
+            )
+            return
+    b = program // row_blocks
+    block = program % row_blocks
     scratch = window + program.to(tl.int64) * (ROW_SCRATCH * W)
     first_row = block * OWN
     lane = tl.arange(0, W)
@@ -200,7 +225,7 @@ def plan_rows(
     hulls = ()
     for i in tl.static_range(len(MASKS)):
         size = number(sizes[MASKS[i]])
-        hulls = hulls + (hull_of_mask(operands[MASKS[i]], size, b, k_len, W),)
+        hulls = hulls + (hull_of_mask(operands[MASKS[i]], size, b, k_len, max(W, KEY_BLOCK)),)
     inside, sees, k_start, k_end, diag, ordinal = sequences(
         LAYOUTS, operands, sizes, values, hulls, b, row, first_row, q_len, k_len, scratch, ORDINALS, W
     )
@@ -251,22 +276,9 @@ def plan_rows(
     stop_row = tl.minimum(first_row + OWN, q_len)
     _follow(jump, chain, plane, at, row, first_row, stop_row, own)
 
-    run_plane = (N_SPANS * batch).to(tl.int64) * n_blocks * OWN
+    run_plane = (N_SPANS * batch).to(tl.int64) * row_blocks * OWN
     for span in tl.static_range(N_SPANS):
         _write_runs(
             start, end, span * plane + at, b, block, first_row, runs, run_plane, summary, batch, q_len, k_len,
-            n_blocks, span, OWN, W,
+            row_blocks, span, OWN, W,
         )  # fmt: skip
-
-    if len(MASKS) > 0:
-        key = block * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
-        hole = tl.zeros((KEY_BLOCK,), tl.int32)
-        for i in tl.static_range(len(MASKS)):
-            size = number(sizes[MASKS[i]])
-            base = tl.minimum(b, size - 1).to(tl.int64) * k_len
-            bits = tl.load(operands[MASKS[i]] + base + key, mask=key < k_len, other=1)
-            hole = tl.maximum(hole, (bits == 0).to(tl.int32))
-        up_to = tl.cumsum(hole)
-        out = holes + (b.to(tl.int64) * n_blocks + block) * (KEY_BLOCK + 1)
-        tl.store(out + tl.arange(0, KEY_BLOCK), up_to - hole)
-        tl.store(out + KEY_BLOCK, tl.sum(hole))
