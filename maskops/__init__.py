@@ -34,7 +34,7 @@ def _warn_about_namesake() -> None:
 _check_torch(torch.__version__)
 _warn_about_namesake()
 
-from maskops import masks, testing  # noqa: E402
+from maskops import data, masks, testing  # noqa: E402
 from maskops.backend import BackendFallbackWarning, backends, use_backend, validate  # noqa: E402
 from maskops.compat import (  # noqa: E402
     ReplacementReport,
@@ -48,19 +48,21 @@ from maskops.compat import (  # noqa: E402
     replace_sdpa,
     scaled_dot_product_attention,
 )
+from maskops.data import PackedBatch, PaddedBatch  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
 from maskops.ops.decode.api import append_kv, decode_attention  # noqa: E402
 from maskops.ops.linear_cross_entropy.api import linear_cross_entropy  # noqa: E402
 from maskops.ops.merge.api import merge_attention  # noqa: E402
 from maskops.ops.softmax.api import masked_softmax  # noqa: E402
-from maskops.packing import PackedBatch, pad_input, unpad_input  # noqa: E402
+from maskops.packing import pad_input, unpad_input  # noqa: E402
 from maskops.spans import RowSpans  # noqa: E402
 
 __all__ = [
     "BackendFallbackWarning",
     "CrossEntropyOutput",
     "PackedBatch",
+    "PaddedBatch",
     "ReplacementReport",
     "RowSpans",
     "__version__",
@@ -68,6 +70,7 @@ __all__ = [
     "attention",
     "backends",
     "cross_entropy",
+    "data",
     "decode_attention",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

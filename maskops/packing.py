@@ -1,4 +1,4 @@
-"""Packing: cumulative lengths, moving tokens between padded and packed, and the packed batch.
+"""Packing: cumulative lengths, and moving tokens between padded and packed.
 
 A packed tensor holds the tokens of all sequences one after the other, ``(total, ...)``; ``cu_seqlens``, int32
 ``(n_sequences + 1,)``, says where each begins. It may be longer than its tokens (a capacity), and ``cu_seqlens`` may be
@@ -7,29 +7,21 @@ padded with its last value: shapes then do not depend on the data, and nothing w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from maskops import masks
 from maskops.backend import moves_rows
 from maskops.checks import INTEGERS, check_mask_values, check_tensor
 from maskops.layouts import values_can_be_read
 from maskops.ops.packing import registration
 
 __all__ = [
-    "PackedBatch",
     "cu_seqlens_from_lengths",
     "cu_seqlens_from_mask",
     "cu_seqlens_from_position_ids",
     "pad_input",
     "unpad_input",
 ]
-
-IGNORE_INDEX = -100
-"""Label of tokens that have no target."""
 
 
 def _values_can_be_read(tensor: Tensor) -> bool:
@@ -254,157 +246,3 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         return registration.scatter_rows(hidden_states, indices, tokens).reshape(batch, seqlen, *rest)
     output = hidden_states.new_zeros(tokens + 1, *rest).index_copy(0, indices.to(torch.int64), hidden_states)
     return output[:tokens].reshape(batch, seqlen, *rest)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """Sequences of tokens packed into one row. The lengths are the one truth; everything else follows from them.
-
-    Attributes:
-        input_ids: int64 (total,); places after the last sequence hold 0.
-        lengths: int32 (n_sequences,).
-        max_seqlen: the longest length, known on the host.
-        labels: int64 (total,), aligned with ``input_ids`` (not shifted), IGNORE_INDEX where there is no target; or
-            None.
-    """
-
-    input_ids: Tensor
-    lengths: Tensor
-    max_seqlen: int
-    labels: Tensor | None = None
-
-    @classmethod
-    def from_sequences(
-        cls,
-        sequences: Sequence[Tensor | Sequence[int]],
-        labels: Sequence[Tensor | Sequence[int]] | None = None,
-        capacity: int | None = None,
-    ) -> PackedBatch:
-        """Pack sequences of tokens in their order.
-
-        Args:
-            sequences: one tensor or list of token ids each; empty ones are legal.
-            labels: for each sequence a label per token, or None.
-            capacity: length of the row, the total by default.
-
-        Raises:
-            TypeError: token ids or labels that are not integers.
-            ValueError: labels that do not match the sequences, or more tokens than ``capacity``.
-        """
-        tokens = [_token_ids(f"sequences[{number}]", sequence) for number, sequence in enumerate(sequences)]
-        sizes = [sequence.shape[0] for sequence in tokens]
-        total = sum(sizes)
-        room = total if capacity is None else capacity
-        if total > room:
-            raise ValueError(f"sequences hold {total} tokens, more than capacity={capacity}")
-        device = tokens[0].device if tokens else torch.device("cpu")
-        packed_labels = None
-        if labels is not None:
-            targets = [_token_ids(f"labels[{number}]", label) for number, label in enumerate(labels)]
-            if [label.shape[0] for label in targets] != sizes:
-                raise ValueError(
-                    f"labels have lengths {[label.shape[0] for label in targets]}, the sequences {sizes}: give one "
-                    f"label for each token, {IGNORE_INDEX} where there is none"
-                )
-            packed_labels = _joined(targets, room, IGNORE_INDEX, device)
-        return cls(
-            input_ids=_joined(tokens, room, 0, device),
-            lengths=torch.tensor(sizes, dtype=torch.int32, device=device),
-            max_seqlen=max(sizes, default=0),
-            labels=packed_labels,
-        )
-
-    @property
-    def total(self) -> int:
-        """Places of the row, with those after the last sequence."""
-        return self.input_ids.shape[0]
-
-    @property
-    def n_sequences(self) -> int:
-        """Sequences, with the empty ones."""
-        return self.lengths.shape[0]
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """int32 (n_sequences + 1,)."""
-        return torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
-
-    @property
-    def sequence_ids(self) -> Tensor:
-        """int64 (total,): which sequence each token belongs to, -1 after the last; what ``masks.documents`` takes."""
-        place = torch.arange(self.total, dtype=torch.int32, device=self.lengths.device)
-        ids = torch.searchsorted(self.cu_seqlens, place, right=True) - 1
-        return torch.where(ids < self.n_sequences, ids, -1)
-
-    @property
-    def position_ids(self) -> Tensor:
-        """int64 (total,): position inside the sequence, from 0; 0 after the last sequence."""
-        ids = self.sequence_ids
-        place = torch.arange(self.total, device=self.lengths.device)
-        return torch.where(ids >= 0, place - self.cu_seqlens[ids.clamp(min=0)], 0)
-
-    @property
-    def shift_labels(self) -> Tensor:
-        """int64 (total,): the label of the next token of the same sequence, IGNORE_INDEX at the end of each.
-
-        From ``labels``, or from ``input_ids`` where there are none. No sequence predicts the beginning of the next.
-        """
-        source = self.input_ids if self.labels is None else self.labels
-        ids = torch.nn.functional.pad(self.sequence_ids, (0, 1), value=-1)
-        following = torch.nn.functional.pad(source[1:], (0, min(1, self.total)), value=IGNORE_INDEX)
-        return torch.where((ids[:-1] == ids[1:]) & (ids[:-1] >= 0), following, IGNORE_INDEX)
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """bool (n_sequences, max_seqlen): the real tokens of ``to_padded``."""
-        return torch.arange(self.max_seqlen, device=self.lengths.device) < self.lengths.unsqueeze(1)
-
-    @property
-    def mask(self) -> masks.Mask:
-        """No sequence sees another; combine with a pattern, such as ``batch.mask & masks.causal()``."""
-        return masks.documents(cu_seqlens=self.cu_seqlens)
-
-    def to_padded(self, packed: Tensor, padding_value: float = 0) -> Tensor:
-        """The tokens of ``packed`` (total, ...) as (n_sequences, max_seqlen, ...), right padded. Differentiable.
-
-        Args:
-            packed: (total, ...), such as ``input_ids`` or hidden states.
-            padding_value: what the padding holds.
-        """
-        if packed.dim() < 1 or packed.shape[0] != self.total:
-            raise ValueError(f"packed has shape {tuple(packed.shape)}, expected ({self.total}, ...)")
-        filler = packed.new_full((1, *packed.shape[1:]), padding_value)
-        place = self.cu_seqlens[:-1].unsqueeze(1) + torch.arange(self.max_seqlen, device=self.lengths.device)
-        index = torch.where(self.attention_mask, place, self.total)
-        # Padding reads the filler, so that nothing behind a sequence can reach a value or a gradient.
-        return torch.cat((packed, filler)).index_select(0, index.flatten()).reshape(*index.shape, *packed.shape[1:])
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on ``device``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            lengths=self.lengths.to(device),
-            labels=None if self.labels is None else self.labels.to(device),
-        )
-
-
-def _token_ids(name: str, sequence: Tensor | Sequence[int]) -> Tensor:
-    if isinstance(sequence, Tensor):
-        tensor = sequence
-    else:
-        # Without a dtype, so that floats are seen and not truncated; of an empty list torch would make floats.
-        items = list(sequence)
-        tensor = torch.tensor(items) if items else torch.zeros(0, dtype=torch.int64)
-        if not tensor.is_floating_point() and not tensor.is_complex():
-            tensor = tensor.to(torch.int64)  # also the uint16 in which token ids are often stored
-    if tensor.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (length,)")
-    if tensor.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
-    return tensor.to(torch.int64)
-
-
-def _joined(parts: list[Tensor], room: int, filler: int, device: torch.device) -> Tensor:
-    rest = room - sum(part.shape[0] for part in parts)
-    return torch.cat([*parts, torch.full((rest,), filler, dtype=torch.int64, device=device)])

@@ -6,8 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskops import masks
+from maskops.data import PackedBatch
 from maskops.packing import (
-    PackedBatch,
     cu_seqlens_from_lengths,
     cu_seqlens_from_mask,
     cu_seqlens_from_position_ids,
@@ -315,8 +315,10 @@ def test_empty_packed_batches():
 def test_packed_batch_refusals():
     with pytest.raises(ValueError, match="sequences hold 6 tokens, more than capacity=5"):
         PackedBatch.from_sequences(SEQUENCES, capacity=5)
-    with pytest.raises(ValueError, match=r"labels have lengths \[3\], the sequences \[3, 0, 1, 2\]: give one label"):
+    with pytest.raises(ValueError, match=r"^labels holds 1 sequences, sequences 4: give labels for each$"):
         PackedBatch.from_sequences(SEQUENCES, [[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"^labels\[2\] has 2 labels, sequences\[2\] 1 tokens: give one label for"):
+        PackedBatch.from_sequences(SEQUENCES, [[1, 2, 3], [], [1, 2], [3, 4]])
     with pytest.raises(TypeError, match=r"sequences\[1\] has dtype torch.float32, expected integers"):
         PackedBatch.from_sequences([[1], torch.ones(2)])
     with pytest.raises(TypeError, match=r"sequences\[1\] has dtype torch.float32, expected integers"):
