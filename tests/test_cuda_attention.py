@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -117,7 +118,7 @@ def test_what_is_not_finite_stays_with_those_who_see_it(backend: str, where: str
         return [out.detach(), lse.detach()[..., None], *torch.autograd.grad(out, leaves, tensors["grad"])]
 
     expected = outputs(clean)
-    for document, rows in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for document, rows in enumerate(itertools.pairwise(bounds)):
         inside = torch.zeros(208, dtype=torch.bool)
         inside[slice(*rows)] = True
         poisoned = clean[where].clone()

@@ -51,6 +51,8 @@ def test_tokens_beyond_the_capacity_are_dropped() -> None:
     indices, cu_seqlens, seqused = torch.ops.maskops.unpad_index(mask, absent, 6)
     assert indices.tolist() == [0, 1, 2, 3, 4, 5]
     assert cu_seqlens.tolist() == [0, 4, 6, 6] and seqused.tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="capacity must be below"):
+        torch.ops.maskops.unpad_index(mask, absent, 2**31)
     with maskops.use_backend("cuda"), maskops.validate(), pytest.raises(ValueError, match="keeps 12 tokens, more than"):
         unpad_input(torch.zeros(3, 4, 1), mask, capacity=6)
 

@@ -37,6 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> unpad_index(const Tensor& real, const Tensor&
   require(unused.dim() != 2 || (unused.size(0) == batch && unused.size(1) == length),
           "unpad_index: both masks must have one shape");
   require(length < INT32_MAX && batch < INT32_MAX, "unpad_index: the mask is too large");
+  require(capacity <= INT32_MAX, "unpad_index: cu_seqlens are int32: the capacity must be below 2^31");
   Tensor indices = call.empty({capacity}, DType::int64);
   Tensor cu_seqlens = call.empty({batch + 1}, DType::int32), seqused = call.empty({batch}, DType::int32);
   const Tensor counts = call.empty({batch}, DType::int32);
