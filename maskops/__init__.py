@@ -48,7 +48,7 @@ from maskops.compat import (  # noqa: E402
     replace_sdpa,
     scaled_dot_product_attention,
 )
-from maskops.data import PackedBatch, PaddedBatch  # noqa: E402
+from maskops.data import PackedBatch, PaddedBatch, check_tokenizer, ensure_pad_token  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
 from maskops.ops.decode.api import append_kv, decode_attention  # noqa: E402
@@ -69,9 +69,11 @@ __all__ = [
     "append_kv",
     "attention",
     "backends",
+    "check_tokenizer",
     "cross_entropy",
     "data",
     "decode_attention",
+    "ensure_pad_token",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
