@@ -231,22 +231,6 @@ def test_a_row_that_a_bias_empties_may_hold_anything() -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "grad_out"])
-def test_what_is_not_finite_stays_in_its_document(name: str) -> None:
-    """Long documents share no work item, though their ends share a tile of keys."""
-    mask = masks.documents(cu_seqlens=torch.tensor([0, 150, 300]))
-    tensors = {**problem(heads=1, q_len=300, k_len=300), "grad_out": draw(1, 1, 300, 5, seed=1)}
-    found = []
-    for value in (math.nan, 0.0):
-        changed = {**tensors, name: tensors[name].clone()}
-        changed[name][:, :, 140] = value
-        grad_out = changed.pop("grad_out")
-        found.append(gradients(changed, mask, "triton", grad_out=grad_out))
-    for gradient in ("q", "k", "v"):
-        assert torch.equal(found[0][gradient][:, :, 150:], found[1][gradient][:, :, 150:])
-        assert found[0][gradient][:, :, :150].isnan().any()
-
-
 def test_any_strides() -> None:
     """Views of packed projections, and a gradient that is one number for all."""
     packed = draw(2, 40, 4, 8)

@@ -29,7 +29,7 @@ MUTATIONS = (
     Mutation("triton attention: unseen values are loaded", FORWARD,
              "V + first_key.to(tl.int64) * v_row_stride, v_row_stride, is_read, PARTIAL",
              "V + first_key.to(tl.int64) * v_row_stride, v_row_stride, key < k_len, PARTIAL",
-             _attention("test_non_finite_values_stay_in_their_document")),
+             ("tests/test_nonfinite_neighbours.py", "-k", "triton and v")),
     Mutation("triton attention: a full tile twice", FEATURES, "tl.where(number >= walk.before[0], walk.fulls[0], 0)",
              "tl.where(number > walk.before[0], walk.fulls[0], 0)", _attention("test_splits_of_the_keys[full]")),
     Mutation("triton attention: spans that merge count twice", FEATURES,

@@ -10,11 +10,11 @@ PRODUCTS = f"{FOLDER}/backward_products.py"
 BIAS = f"{FOLDER}/backward_bias.py"
 
 
-def _break(name: str, file: str, old: str, new: str, tests: str) -> Mutation:
+def _break(
+    name: str, file: str, old: str, new: str, tests: str, test_file: str = "tests/test_triton_attention_backward.py"
+) -> Mutation:
     """``tests``: the names of those that must notice, for pytest's -k."""
-    return Mutation(
-        f"triton attention backward: {name}", file, old, new, ("tests/test_triton_attention_backward.py", "-k", tests)
-    )
+    return Mutation(f"triton attention backward: {name}", file, old, new, (test_file, "-k", tests))
 
 
 MUTATIONS = (
@@ -69,14 +69,16 @@ MUTATIONS = (
         SCORES,
         "grad_product = tl.where(is_visible, grad_product, 0.0)",
         "grad_product *= is_visible",
-        "finite_stays",
+        "triton",
+        "tests/test_nonfinite_neighbours.py",
     ),
     _break(
         "rows that are not finite are read",
         PRODUCTS,
         "is_finite = tl.abs(terms.lse) < NEVER",
         "is_finite = terms.lse != NEVER",
-        "finite_stays",
+        "triton",
+        "tests/test_nonfinite_neighbours.py",
     ),
     _break(
         "rows that a bias emptied are read",
