@@ -32,7 +32,7 @@ def token_ids(name: str, sequence: Tokens) -> Tensor:
             tensor = tensor.to(torch.int64)  # also the uint16 in which token ids are often stored
     if tensor.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (length,)")
-    if tensor.dtype not in INTEGERS:
+    if tensor.dtype not in INTEGERS and tensor.shape[0]:  # torch.tensor([]) is float32
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected integers")
     return tensor.to(torch.int64)
 

@@ -1,0 +1,248 @@
+"""Documents: token lists made ready for batches. BOS and EOS by policy, and what is too long dealt with by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskops.data.arguments import Tokens, token_lists
+from maskops.data.labels import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What ``prepare`` did. ``tokens_in + bos_added + eos_added - tokens_dropped == tokens_out``."""
+
+    documents_in: int
+    documents_out: int
+    """Documents of which at least a piece is left."""
+    pieces: int
+    """Sequences that came out: documents, and the pieces of those that were split."""
+    empty: int
+    """Documents that came without a token."""
+    filtered: int
+    truncated: int
+    split: int
+    """Documents that were cut into pieces."""
+    tokens_in: int
+    tokens_out: int
+    tokens_dropped: int
+    """Tokens of filtered documents and of the ends that truncation cut off."""
+    bos_added: int
+    eos_added: int
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        documents = f"{self.documents_in:,} documents in, {self.documents_out:,} out as {self.pieces:,} sequences"
+        fates = f"{self.filtered:,} filtered, {self.truncated:,} truncated, {self.split:,} split, {self.empty:,} empty"
+        tokens = f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out, {self.tokens_dropped:,} dropped"
+        return f"{documents}; {fates}\n{tokens}; {self.bos_added:,} BOS and {self.eos_added:,} EOS added"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Documents:
+    """Token sequences that are ready for a batch: a map-style dataset, whose items the collators take.
+
+    ``documents[i]`` is ``{"input_ids", "first_position"}``, with ``"labels"`` where there are any. All tokens are one
+    tensor, so that a copy for a worker costs one buffer and not one for each document.
+
+    Attributes:
+        tokens: int64 (sum of lengths,), the sequences one after the other.
+        lengths: tokens of each sequence.
+        first_positions: the position of each sequence's first token in its document; 0 unless it continues a document
+            whose positions continue.
+        origins: the number of the input that each sequence came from.
+        report: what was added and dropped on the way.
+        joined_labels: int64, as ``tokens``; or None.
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+    first_positions: list[int]
+    origins: list[int]
+    report: TokenReport
+    joined_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Derives where each sequence begins."""
+        ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0).tolist()
+        object.__setattr__(self, "_ends", ends)
+
+    @property
+    def sequences(self) -> list[Tensor]:
+        """int64 (length,) of each sequence; views, not copies."""
+        return list(self.tokens.split(self.lengths))
+
+    @property
+    def labels(self) -> list[Tensor] | None:
+        """int64 (length,) of each sequence, aligned with its tokens; views. Or None."""
+        return None if self.joined_labels is None else list(self.joined_labels.split(self.lengths))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"documents[{number}]: there are {len(self)} sequences")
+        number %= len(self)
+        ends: list[int] = self._ends  # type: ignore[attr-defined]
+        place = slice(ends[number] - self.lengths[number], ends[number])
+        # Copies: what a worker sends takes its whole buffer along.
+        item: dict[str, Any] = {"input_ids": self.tokens[place].clone()}
+        if self.joined_labels is not None:
+            item["labels"] = self.joined_labels[place].clone()
+        item["first_position"] = self.first_positions[number]
+        return item
+
+    def __repr__(self) -> str:
+        labels = "" if self.joined_labels is None else ", labels"
+        return f"Documents({len(self)} sequences, {self.tokens.shape[0]} tokens{labels})"
+
+
+class _Marked(NamedTuple):
+    """A document with its BOS and EOS, and what they are: parts of it, added or there before."""
+
+    tokens: Tensor
+    labels: Tensor
+    has_bos: bool
+    has_eos: bool
+    bos_added: bool
+    eos_added: bool
+
+
+def _marked(tokens: Tensor, labels: Tensor, bos: int | None, eos: int | None, always: bool) -> _Marked:
+    length = tokens.shape[0]
+    bos_found = bos is not None and not always and length > 0 and int(tokens[0]) == bos
+    # One token is not both, where BOS and EOS are the same.
+    eos_found = eos is not None and not always and length > int(bos_found) and int(tokens[-1]) == eos
+    bos_added, eos_added = bos is not None and not bos_found, eos is not None and not eos_found
+    if bos_added:
+        tokens = torch.nn.functional.pad(tokens, (1, 0), value=bos)
+        labels = torch.nn.functional.pad(labels, (1, 0), value=IGNORE_INDEX)
+    if eos_added:
+        tokens = torch.nn.functional.pad(tokens, (0, 1), value=eos)
+        labels = torch.nn.functional.pad(labels, (0, 1), value=eos)
+    return _Marked(tokens, labels, bos is not None, eos is not None, bos_added, eos_added)
+
+
+def _truncated(document: _Marked, max_length: int, side: str) -> tuple[Tensor, Tensor]:
+    """Tokens and labels with the body shortened; BOS and EOS stay."""
+    tokens, labels = document.tokens, document.labels.clone()
+    if side == "left":
+        begin = int(document.has_bos)
+        rest = tokens.shape[0] - (max_length - begin)
+        return torch.cat((tokens[:begin], tokens[rest:])), torch.cat((labels[:begin], labels[rest:]))
+    end = tokens.shape[0] - int(document.has_eos)
+    kept = max_length - int(document.has_eos)
+    labels[end:] = IGNORE_INDEX  # the document does not end where it was cut
+    return torch.cat((tokens[:kept], tokens[end:])), torch.cat((labels[:kept], labels[end:]))
+
+
+def prepare(
+    sequences: Iterable[Tokens],
+    labels: Iterable[Tokens] | None = None,
+    *,
+    bos: int | None = None,
+    eos: int | None = None,
+    add: Literal["always", "missing"] = "always",
+    max_length: int | None = None,
+    overlong: Literal["error", "filter", "truncate", "split"] = "error",
+    truncate_side: Literal["right", "left"] = "right",
+    positions: Literal["restart", "continue"] = "restart",
+) -> Documents:
+    """Make token sequences ready for batches. What is added, dropped and cut is counted in ``Documents.report``.
+
+    Args:
+        sequences: one list, tensor or array of token ids each; empty ones are legal, and get BOS and EOS as well.
+        labels: for each sequence a label per token, IGNORE_INDEX where there is none; or None: every token is a
+            target. The label of a BOS that is added is IGNORE_INDEX, that of an EOS the EOS.
+        bos: id of the token that begins a document; None: none is added.
+        eos: id of the token that ends one; None: none is added.
+        add: ``"always"``, or ``"missing"``: only where the first (last) token is not that token already.
+        max_length: most tokens of a sequence, BOS and EOS included; None: any number.
+        overlong: what becomes of longer documents.
+
+            * ``"error"``: a ValueError names the first;
+            * ``"filter"``: they are left out;
+            * ``"truncate"``: their bodies are shortened, BOS and EOS stay. An EOS where the end was cut off is not a
+              target, because the document does not end there: such documents always have labels;
+            * ``"split"``: they are cut into pieces of ``max_length``, the last of them shorter. Only the first piece
+              has the BOS, only the last the EOS; joined, the pieces are the document. The first token of a piece has
+              nothing before it in its sequence and so is no target there.
+        truncate_side: the end that is cut off.
+        positions: whether positions of a piece ``"restart"``, or ``"continue"`` those of the piece before it.
+
+    Raises:
+        TypeError: token ids or labels that are not integers.
+        ValueError: labels that do not match, an unknown word, a ``max_length`` without room for a token beside BOS and
+            EOS, or a document that is too long with ``overlong="error"``.
+    """
+    for name, value, words in (
+        ("add", add, ("always", "missing")),
+        ("overlong", overlong, ("error", "filter", "truncate", "split")),
+        ("truncate_side", truncate_side, ("right", "left")),
+        ("positions", positions, ("restart", "continue")),
+    ):
+        if value not in words:
+            raise ValueError(f"{name}={value!r}: expected {', '.join(repr(word) for word in words)}")
+    special = (bos is not None) + (eos is not None)
+    if max_length is not None and max_length < special + 1:
+        raise ValueError(f"max_length={max_length}: expected {special + 1} or more, a token beside BOS and EOS")
+    tokens, targets = token_lists(sequences, labels)
+    counts = dict.fromkeys(TokenReport.__dataclass_fields__, 0)
+    out: list[tuple[Tensor, Tensor]] = []
+    first_positions: list[int] = []
+    origins: list[int] = []
+    has_labels = labels is not None
+    for number, sequence in enumerate(tokens):
+        counts["tokens_in"] += sequence.shape[0]
+        counts["empty"] += sequence.shape[0] == 0
+        marked = _marked(sequence, targets[number] if targets else sequence, bos, eos, add == "always")
+        length = marked.tokens.shape[0]
+        pieces = [(marked.tokens, marked.labels)]
+        if max_length is not None and length > max_length:
+            if overlong == "error":
+                added = f", {length} with BOS and EOS" if length > sequence.shape[0] else ""
+                raise ValueError(
+                    f"sequences[{number}] has {sequence.shape[0]} tokens{added}, more than max_length={max_length}: "
+                    "choose overlong='filter', 'truncate' or 'split'"
+                )
+            if overlong == "filter":
+                counts["filtered"] += 1
+                counts["tokens_dropped"] += sequence.shape[0]
+                continue
+            if overlong == "truncate":
+                counts["truncated"] += 1
+                counts["tokens_dropped"] += length - max_length
+                pieces = [_truncated(marked, max_length, truncate_side)]
+                has_labels = has_labels or (truncate_side == "right" and marked.has_eos)
+            else:
+                counts["split"] += 1
+                pieces = list(zip(marked.tokens.split(max_length), marked.labels.split(max_length), strict=True))
+        counts["bos_added"] += marked.bos_added
+        counts["eos_added"] += marked.eos_added
+        counts["documents_out"] += 1
+        begins = 0
+        for piece in pieces:
+            out.append(piece)
+            origins.append(number)
+            first_positions.append(begins if positions == "continue" else 0)
+            begins += piece[0].shape[0]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    joined = torch.cat([nothing, *(piece for piece, _ in out)])
+    counts.update(documents_in=len(tokens), pieces=len(out), tokens_out=joined.shape[0])
+    return Documents(
+        tokens=joined,
+        lengths=[piece.shape[0] for piece, _ in out],
+        first_positions=first_positions,
+        origins=origins,
+        report=TokenReport(**counts),
+        joined_labels=torch.cat([nothing, *(label for _, label in out)]) if has_labels else None,
+    )
