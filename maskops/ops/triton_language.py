@@ -4,7 +4,10 @@ Kernels run where Triton compiles them, or in its interpreter (``TRITON_INTERPRE
 checks their numbers. The two must be one program: ``dot`` alone may ask which of them it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +66,49 @@ def multiprocessors(device: torch.device) -> int:
 
 def architecture(device: torch.device) -> str:
     """The column of the tuning tables for a device, see ``tuning.architecture``; the interpreter takes ``"sm_80"``."""
+    recording = _RECORDING.get()
+    if recording is not None:
+        return recording.architecture
     return tuning.architecture(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_80"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was noted instead of made.
+
+    Attributes:
+        kernel: what ``triton.jit`` made.
+        arguments: all of the kernel's, by name.
+        num_warps, num_stages: as ``launch`` was given them.
+    """
+
+    kernel: Any
+    arguments: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class _Recording:
+    architecture: str
+    launches: list[Launch] = field(default_factory=list)
+
+
+_RECORDING: ContextVar[_Recording | None] = ContextVar("maskops_recorded_launches", default=None)
+
+
+@contextlib.contextmanager
+def recorded(architecture: str) -> Iterator[list[Launch]]:
+    """Within it launches are noted, not made, as they would be on a device of that architecture.
+
+    The ahead-of-time compiler learns from it what calls launch, on tensors of the device ``meta``.
+    """
+    recording = _Recording(architecture)
+    token = _RECORDING.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _RECORDING.reset(token)
 
 
 def launch(
@@ -87,6 +132,11 @@ def launch(
         num_stages: loads in flight in pipelined loops.
         constants: the ``tl.constexpr`` arguments.
     """
+    recording = _RECORDING.get()
+    if recording is not None:
+        named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
+        recording.launches.append(Launch(kernel, named, num_warps, num_stages))
+        return
     with torch.cuda.device_of(like):
         # Fused multiply-adds are asked for by name: Triton 3.10 will leave them out by default.
         kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)

@@ -9,7 +9,7 @@ from maskops.cli.bench.compilation.result import TRITON, Result
 from maskops.tuning import SHARED_MEMORY
 
 NARROW = 2
-"""Bytes of a global load that no hot loop of a guarded Triton kernel may have: one element at a time."""
+"""Bytes of a global load that no hot loop of a Triton kernel may have: one element at a time."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def problems(result: Result) -> list[Problem]:
         return [Problem("error", result.error)]
     found = []
     # Local memory that ptxas does not call a spill is an array that a loop over a few features indexes.
-    if result.guarded and result.hot_spills and result.spill_stores:
+    if result.hot_spills and result.spill_stores:
         text = f"{result.hot_spills} spills in a hot loop ({result.spill_stores} bytes in the whole kernel)"
         found.append(Problem("spills", text))
     if result.notes:
@@ -92,7 +92,7 @@ def problems(result: Result) -> list[Problem]:
         found.append(Problem("serialised", f"ptxas serialises wgmma: {codes}"))
     narrow = sum(number for loop in result.loops for load, number in loop.loads.items() if load == f"LDG.{NARROW}")
     # A CUDA kernel chooses its loads by the alignment of a call, so that all widths stand side by side in it.
-    if result.guarded and narrow and result.source == TRITON:
+    if narrow and result.source == TRITON:
         found.append(Problem("narrow loads", f"{narrow} loads of {NARROW} bytes in a hot loop"))
     if result.dots and not any(loop.tensor_cores for loop in result.loops):
         found.append(Problem("no tensor cores", "16-bit products without tensor cores"))

@@ -19,6 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--triton", type=Path, metavar="FOLDER", help="take the Triton that was installed into FOLDER")
     group.add_argument("--processes", type=int, metavar="N", help="compilations at a time (default: processors)")
     group.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what was compiled (default: Triton's cache)")
+    group.add_argument("--everyday", action="store_true", help="rows of the tuning tables, no variants of features")
+    group.add_argument("--without-triton", action="store_true", help="leave the Triton kernels out")
     group.add_argument("--without-cuda", action="store_true", help="leave the .cu files out")
 
 
@@ -43,11 +45,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"{count}{result.architecture} {result.name}: {took}", file=sys.stderr)
 
     results: list[Result] = []
-    triton = absent() or ""
-    if options.triton is not None or not triton:
+    triton = "left out" if options.without_triton else "" if options.triton else absent() or ""
+    if not triton:
         try:
             triton, results = workers.compile_all(
                 chosen,
+                everyday=options.everyday,
                 environment=workers.environment(options.triton, options.cache),
                 processes=processes,
                 on_result=progress,

@@ -32,10 +32,8 @@ class Result:
         loops: The hot loops.
         instructions: Of the whole kernel.
         scores: Scores that one pass through a hot loop computes; 0 where unknown.
-        guarded: Whether spills in a hot loop fail the run.
         dots: Whether it multiplies matrices of 16-bit elements.
         config: Blocks and stages.
-        provenance: Where the row of the tuning table is known from.
         seconds: What the compilation took; 0 from a cache.
     """
 
@@ -52,10 +50,8 @@ class Result:
     loops: tuple[Loop, ...] = ()
     instructions: int = 0
     scores: int = 0
-    guarded: bool = True
     dots: bool = False
     config: Mapping[str, int] = field(default_factory=dict)
-    provenance: str = ""
     seconds: float = 0.0
 
     @property

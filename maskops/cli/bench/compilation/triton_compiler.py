@@ -5,7 +5,6 @@ Works with Triton 3.6 to 3.9; what differs between them is in this file alone.
 
 import contextlib
 import io
-import math
 import re
 import subprocess
 import tempfile
@@ -37,15 +36,13 @@ def version() -> str:
 def compile_kernel(compilation: Compilation) -> Result:
     """Compiles one kernel and reads what came out; a kernel that does not compile has a Result with an error."""
     began = time.perf_counter()
-    config = compilation.config
+    blocks = compilation.blocks
     known = Result(
         name=compilation.name,
         architecture=compilation.architecture,
-        warps=config.num_warps,
-        scores=compilation.scores or math.prod(config.blocks.values()),
-        guarded=compilation.guarded,
-        config={**config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages},
-        provenance=config.provenance,
+        warps=compilation.num_warps,
+        scores=blocks.get("BLOCK_M", 0) * blocks.get("BLOCK_N", 0),
+        config={**blocks, "num_stages": compilation.num_stages},
     )
     try:
         kernel, log = _compiled(compilation)
@@ -70,7 +67,7 @@ def compile_kernel(compilation: Compilation) -> Result:
 
 def source_of(compilation: Compilation) -> ASTSource:
     """The kernel as Triton's compiler wants it: types, constants, and which arguments are multiples of 16."""
-    constants = compilation.constexprs()
+    constants = compilation.constants
     names = list(compilation.function.arg_names)
     missing = [name for name in names if name not in constants and name not in compilation.signature]
     surplus = [name for name in (*constants, *compilation.signature, *compilation.divisible) if name not in names]
@@ -80,7 +77,7 @@ def source_of(compilation: Compilation) -> ASTSource:
     multiples = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
-        if name in compilation.divisible or (signature[name][0] == "*" and name not in compilation.unaligned)
+        if name in compilation.divisible or signature[name][0] == "*"
     }
     by_position = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(fn=compilation.function, signature=signature, constexprs=by_position, attrs=multiples)
@@ -115,10 +112,9 @@ def _compiled(compilation: Compilation) -> tuple[Any, str]:
 def _compile(compilation: Compilation) -> tuple[Any, str]:
     capability = int(compilation.architecture.removeprefix("sm_"))
     options = {
-        "num_warps": compilation.config.num_warps,
-        "num_stages": compilation.config.num_stages,
+        "num_warps": compilation.num_warps,
+        "num_stages": compilation.num_stages,
         "enable_fp_fusion": True,
-        **compilation.options,
     }
     triton.knobs.nvidia.dump_ptxas_log = True
     said = io.StringIO()

@@ -1,7 +1,8 @@
 """A process that compiles: `python -m maskops.cli.bench.compilation.worker`.
 
-Its first line of output says which Triton it has and what there is to compile; then it answers each line of its input,
-the architecture and the name of a compilation as JSON, with a line, the result as JSON.
+Its first line of output says which Triton it has and what there is to compile (architecture, name, and whether it is
+compiled for every change); then it answers each line of its input, the architecture and the name of a compilation as
+JSON, with a line, the result as JSON.
 """
 
 import importlib
@@ -21,11 +22,12 @@ from maskops.tuning import ARCHITECTURES
 def compilations() -> Iterator[Compilation]:
     """What the ops declare, for every architecture."""
     for package in pkgutil.iter_modules(maskops.ops.__path__, "maskops.ops."):
-        if not package.ispkg or importlib.util.find_spec(f"{package.name}.triton_kernels") is None:
-            continue
-        kernels = importlib.import_module(f"{package.name}.triton_kernels")
+        kernels = importlib.util.find_spec(f"{package.name}.triton_kernels") if package.ispkg else None
+        if kernels is None or kernels.submodule_search_locations is None:
+            continue  # no kernel of its own
+        variants = importlib.import_module(f"{package.name}.triton_kernels.variants")
         for architecture in ARCHITECTURES:
-            yield from kernels.compilations(architecture)
+            yield from variants.compilations(architecture)
 
 
 def main() -> None:
@@ -39,7 +41,8 @@ def main() -> None:
         if key in declared:
             raise ValueError(f"two compilations for {key[0]} are called {key[1]!r}")
         declared[key] = compilation
-    print(json.dumps({"triton": triton_compiler.version(), "declared": list(declared)}), file=answers)
+    keys = [[*key, compilation.everyday] for key, compilation in declared.items()]
+    print(json.dumps({"triton": triton_compiler.version(), "declared": keys}), file=answers)
     for line in sys.stdin:
         architecture, name = json.loads(line)
         result = triton_compiler.compile_kernel(declared[architecture, name])

@@ -113,6 +113,7 @@ def environment(triton: Path | None, cache: Path | None) -> dict[str, str]:
 def compile_all(
     chosen: Callable[[Key], bool],
     *,
+    everyday: bool = False,
     environment: Mapping[str, str],
     processes: int,
     limit: float = LIMIT,
@@ -123,6 +124,7 @@ def compile_all(
 
     Args:
         chosen: Takes the architecture and the name of a compilation.
+        everyday: Leave out what is not compiled for every change.
         environment: Added to that of this process.
         processes: Compilations at a time.
         limit: Seconds for one kernel.
@@ -136,8 +138,11 @@ def compile_all(
         WorkerError: The workers do not start.
     """
     first = Worker(command, environment)
-    keys: list[Key] = [(architecture, name) for architecture, name in first.greeting["declared"]]
-    keys = [key for key in keys if chosen(key)]
+    keys: list[Key] = [
+        (architecture, name)
+        for architecture, name, is_everyday in first.greeting["declared"]
+        if (is_everyday or not everyday) and chosen((architecture, name))
+    ]
     waiting: queue.SimpleQueue[Key] = queue.SimpleQueue()
     for key in keys:
         waiting.put(key)

@@ -1,85 +1,97 @@
-"""The variants of the kernels that are compiled ahead of time, to see registers and spills without a device."""
+"""The calls whose kernels are compiled ahead of time, to see registers and spills without a device."""
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from maskops import tuning
-from maskops.ops.attention.triton_kernels.arguments import OPEN, Problem, problem_of
-from maskops.ops.attention.triton_kernels.forward import (
-    attention_forward_kernel,
-    can_describe,
-    descriptors,
-    forward_arguments,
-    tuned_for,
-)
-from maskops.ops.compilation import Compilation, compilation_of_call
+from maskops.ops.attention.triton_kernels.backward import attention_backward
+from maskops.ops.attention.triton_kernels.forward import attention_forward
+from maskops.ops.compilation import DTYPES, Compilation, Example, compilations_of, nowhere
+from maskops.spans import KEY_TILE, tiles_per_batch_element
 
-FEATURES = ("two spans", "dense", "bias", "alibi", "softcap", "dropout")
-"""Each of them alone makes a variant; calls with several of them are served, not guarded."""
+FEATURES = (
+    "two spans", "dense", "bias", "alibi", "softcap", "dropout", "sinks", "shared plan", "packed", "packed alibi",
+    "few rows", "ragged",
+)  # fmt: skip
+"""Each of them alone makes variants; calls with several of them are served, not guarded."""
 
 FEATURE_WIDTH = {"sm_80": 64, "sm_90": 128}
 """Width of a head at which the features are compiled: one for each architecture keeps the run short."""
 
-_DTYPES = {"half": torch.bfloat16, "single": torch.float32}
+_OF_TABLES = ("attention_forward_kernel", "grad_queries_kernel", "grad_keys_kernel")
+
+_EVERYDAY = {
+    "bias": ("attention_forward_kernel", "renewed_sums_kernel", "grad_bias_kernel"),
+    "packed alibi": ("grad_slopes_kernel",),
+    "few rows": ("merge_splits_kernel",),
+}
+"""Kernels that plain calls do not launch."""
 
 
-def example(element: str, width: int, feature: str = "") -> Problem:
-    """A call as they are common, on tensors without memory: a batch of 4, 4 queries to a key head, 4096 tokens."""
-
-    def tensor(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    batch, heads, length = 4, 16, 4096
-    dtype = _DTYPES[element]
-    q = tensor(batch, heads, length, width, dtype=dtype)
-    k, v = (tensor(batch, heads // 4, length, width, dtype=dtype) for _ in range(2))
-    n_spans = 2 if feature == "two spans" else 1
-    start, end = (tensor(n_spans, batch, length) for _ in range(2))
-    capacity = batch * 130
-    work = (tensor(capacity, 4 + 4 * n_spans), tensor(1), tensor(capacity))
-    absent = tensor(0, dtype=torch.float32)
-    return problem_of(
-        q, k, v, start, end, tensor(batch, length, dtype=torch.uint8), *work,
-        positions=tensor(3, batch, length) if feature in ("alibi", "dropout") else absent,
-        dense=tensor(batch, 1, length, length // 32) if feature == "dense" else absent,
-        bias=tensor(1, heads, length, length, dtype=dtype) if feature == "bias" else absent,
-        alibi_slopes=tensor(1, heads, dtype=torch.float32) if feature == "alibi" else absent,
-        sinks=absent,
-        seed=tensor(1, dtype=torch.int64) if feature == "dropout" else absent,
-        slopes_by_sequence=False,
-        softmax_scale=1.0 / math.sqrt(width),
-        softcap=30.0 if feature == "softcap" else 0.0,
-        dropout_p=0.1 if feature == "dropout" else 0.0,
-    )  # fmt: skip
+def compilations(architecture: str) -> Iterator[Compilation]:
+    """Every row of the tuning tables, the gradient of a bias at every width, and each feature at one width."""
+    return compilations_of("attention", _examples(architecture), architecture)
 
 
-def forward_compilations(architecture: str) -> Iterator[Compilation]:
-    """Every row of the tuning table, and each feature at one width."""
+def _examples(architecture: str) -> Iterator[Example]:
     for element in tuning.ELEMENTS:
         for width in tuning.WIDTHS:
-            yield _forward(architecture, element, width, "")
-            if element == "half" and width == FEATURE_WIDTH[architecture]:
-                for feature in FEATURES:
-                    yield _forward(architecture, element, width, feature)
+            is_common = element == "half" and width == FEATURE_WIDTH[architecture]
+            yield _example(element, width, "", _OF_TABLES + ("row_terms_kernel",) * is_common)
+            yield _example(
+                element, width, "bias", ("attention_forward_kernel",), ("attention_forward_kernel", "grad_bias_kernel")
+            )
+    for feature in FEATURES:
+        yield _example("half", FEATURE_WIDTH[architecture], feature, _EVERYDAY.get(feature, ()))
 
 
-def _forward(architecture: str, element: str, width: int, feature: str) -> Compilation:
-    problem = example(element, width, feature)
-    q = problem.values["Q"]
-    arguments: dict[str, Any] = forward_arguments(problem, q, q.new_empty(q.shape[:3], dtype=torch.float32), 1)
-    tuned = tuned_for(problem, architecture)
-    if can_describe(problem, architecture):
-        arguments.update(descriptors(problem, tuned))
-    return compilation_of_call(
-        f"attention_forward {element} {width} {feature}".rstrip(),
-        attention_forward_kernel,
-        arguments,
-        tuned,
-        architecture,
-        OPEN,
-        # Scores under a dropout or in float32 wait for arithmetic, not for what is spilled around it.
-        guarded=element == "half" and feature != "dropout",
+def _example(element: str, width: int, feature: str, everyday: tuple[str, ...], only: tuple[str, ...] = ()) -> Example:
+    name = f"{element} {width} {feature}".rstrip()
+    return Example(name, functools.partial(_call, element, width, feature), everyday, only)
+
+
+def _call(element: str, width: int, feature: str) -> None:
+    """Both passes of a call: a batch of 4, 4 queries to a key head, 4096 tokens."""
+    heads, kv_heads, length, dtype = 16, 4, 4096, DTYPES[element]
+    is_packed, has_alibi, has_dropout = "packed" in feature, "alibi" in feature, feature == "dropout"
+    batch = 1 if is_packed or feature == "few rows" else 4
+    plan_batch = 1 if feature == "shared plan" else batch
+    q_len, k_len = (128, 2048) if feature == "few rows" else (length, length)
+    n_spans = 2 if feature == "two spans" else 1
+    # Tiles are wider than these rows.
+    qk_width, value_width = (width - 8, width - 16) if feature == "ragged" else (width, width)
+
+    def tokens(rows: int, of_heads: int, size: int) -> Tensor:
+        if is_packed:  # the heads of a token lie together
+            return nowhere(batch, rows, of_heads, size, dtype=dtype).transpose(1, 2)
+        return nowhere(batch, of_heads, rows, size, dtype=dtype)
+
+    q, k = tokens(q_len, heads, qk_width), tokens(k_len, kv_heads, qk_width)
+    v, out = tokens(k_len, kv_heads, value_width), tokens(q_len, heads, value_width)
+    absent = nowhere(0, dtype=torch.float32)
+    lse = nowhere(batch, heads, q_len, dtype=torch.float32)
+    capacity = plan_batch * tiles_per_batch_element(q_len, k_len)
+    work = (nowhere(capacity, 4 + 4 * n_spans), nowhere(1))
+    spans = (*(nowhere(n_spans, plan_batch, q_len) for _ in range(2)), nowhere(plan_batch, k_len, dtype=torch.uint8))
+    key_tiles = nowhere(n_spans, plan_batch, -(-k_len // KEY_TILE), 4)
+    extras = (
+        nowhere(3, plan_batch, q_len) if has_alibi or has_dropout else absent,
+        nowhere(batch, 1, q_len, k_len // 32) if feature == "dense" else absent,
+        nowhere(1, heads, q_len, k_len, dtype=dtype) if feature == "bias" else absent,
+        nowhere(32 if is_packed else 1, heads, dtype=torch.float32) if has_alibi else absent,
+        nowhere(1, heads, dtype=torch.float32) if feature == "sinks" else absent,
+        nowhere(1, dtype=torch.int64) if has_dropout else absent,
+        is_packed and has_alibi,
+        1.0 / math.sqrt(qk_width),
+        30.0 if feature == "softcap" else 0.0,
+        0.1 if has_dropout else 0.0,
     )
+    order = nowhere(capacity)
+    attention_forward(q, k, v, *spans, *work, key_tiles, order, *extras)
+    grad_lse = lse if feature == "sinks" else absent
+    wanted = (feature == "bias", has_alibi, feature == "sinks")
+    attention_backward(out, grad_lse, q, k, v, out, lse, *spans, *work, key_tiles, order, *extras, *wanted)

@@ -3,7 +3,6 @@
 Two launches a pass: one program a row streams the logits, and a small kernel does in float64 what is done once a row.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from maskops import tuning
 from maskops.ops import triton_language
-from maskops.ops.compilation import Compilation
 from maskops.ops.cross_entropy.triton_kernels import backward, forward
 from maskops.ops.triton_rows import aligned, group_of, in_step
 
@@ -361,88 +359,3 @@ def cross_entropy_backward_(
     )
     incoming = (grad_loss, grad_lse, grad_logprobs, grad_entropy)
     _backward(rows, incoming, (lse, logprobs, entropy, statistics), logits, logits.new_empty(0, logits.shape[1]))
-
-
-_PLAIN = dict.fromkeys(
-    ("SOFTCAP", "SMOOTHING", "WEIGHTED", "SOFT", "IN_STEP", "SHIFT", "ENTROPY", "ARGMAX", "SHARES", "SHARES_IN_STEP"),
-    False,
-)
-_SOFT = {"SOFT": True, "IN_STEP": True}
-_VARIANTS: dict[str, dict[str, bool]] = {
-    "": {},
-    "softcap": {"SOFTCAP": True},
-    "smoothing": {"SMOOTHING": True},
-    "weighted smoothing": {"SMOOTHING": True, "WEIGHTED": True},
-    "probabilities": _SOFT,
-    "entropy": {"ENTROPY": True},
-    "argmax": {"ARGMAX": True},
-    "gradient of probabilities": {**_SOFT, "SHARES": True, "SHARES_IN_STEP": True},
-}
-
-
-def compilations(architecture: str) -> Iterator[Compilation]:
-    """What the ahead-of-time compiler guards: every row of the table, plain, and each feature on its own."""
-    for element, pointer in (("half", "*bf16"), ("single", "*fp32")):
-        config = tuning.config("cross_entropy", architecture, element)
-        group = 16 // (2 if element == "half" else 4)
-        for kernel in (forward.sum_rows, backward.write_gradients):
-            for variant, features in _VARIANTS.items():
-                if ("ARGMAX" if kernel is backward.write_gradients else "SHARES") in features:
-                    continue
-                of_kernel = set(kernel.arg_names)
-                constants = {
-                    "GROUP": group,
-                    "STAGES": config.num_stages,
-                    "GRAD_IN_STEP": True,
-                    **_PLAIN,
-                    **features,
-                }
-                yield Compilation(
-                    name=" ".join(filter(None, ("cross_entropy", kernel.__name__, element, variant))),
-                    function=kernel,
-                    signature={name: kind for name, kind in _signature(pointer).items() if name in of_kernel},
-                    constants={name: value for name, value in constants.items() if name in of_kernel},
-                    config=config,
-                    architecture=architecture,
-                )
-        for kernel in (forward.score_rows, backward.find_coefficients):
-            of_kernel = set(kernel.arg_names)
-            everything = dict.fromkeys((*_PLAIN, "LOSS", "LSE", "LOGPROBS"), True)
-            constants = {**everything, "ROWS": _SCORED_ROWS, "SHIFT": False}
-            yield Compilation(
-                name=f"cross_entropy {kernel.__name__} {element}",
-                function=kernel,
-                signature={name: kind for name, kind in _signature(pointer).items() if name in of_kernel},
-                constants={name: value for name, value in constants.items() if name in of_kernel},
-                config=tuning.Config({}, _SCORED_ROWS // 32, 1, config.provenance),
-                architecture=architecture,
-                guarded=False,
-                scores=_SCORED_ROWS,
-            )
-
-
-def _signature(pointer: str) -> dict[str, str]:
-    """Types of the arguments of all four kernels, by name."""
-    return {
-        **dict.fromkeys(("logits", "probabilities", "grad_logits", "grad_probabilities"), pointer),
-        **dict.fromkeys(("target", "argmax"), "*i64"),
-        "pivots": "*i32",
-        "statistics": "*fp64",
-        **dict.fromkeys(("class_weights", "sums", "coefficients", "loss", "lse", "logprobs", "entropy"), "*fp32"),
-        **dict.fromkeys(("grad_loss", "grad_lse", "grad_logprobs", "grad_entropy"), "*fp32"),
-        **dict.fromkeys(
-            (
-                "lead", "row_stride", "grad_lead", "grad_stride", "probability_lead", "probability_stride",
-                "target_stride", "grad_loss_stride", "grad_lse_stride", "grad_logprobs_stride", "grad_entropy_stride",
-                "rows", "vocabulary", "ignore_index",
-            ),
-            "i32",
-        ),
-        **dict.fromkeys(
-            (
-                "inside", "softcap", "factor", "smoothing", "z_loss",
-                "softcap_high", "softcap_low", "scale_high", "scale_low",
-            ),
-            "fp32",
-        ),
-    }  # fmt: skip

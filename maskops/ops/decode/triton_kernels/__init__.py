@@ -2,6 +2,5 @@
 
 from maskops.ops.decode.triton_kernels.append import append_kv
 from maskops.ops.decode.triton_kernels.forward import decode_forward
-from maskops.ops.decode.triton_kernels.variants import compilations
 
-__all__ = ["append_kv", "compilations", "decode_forward"]
+__all__ = ["append_kv", "decode_forward"]

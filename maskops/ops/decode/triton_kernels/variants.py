@@ -1,73 +1,68 @@
-"""The variants of the kernels that are compiled ahead of time, to see registers and spills without a device."""
+"""The calls whose kernels are compiled ahead of time, to see registers and spills without a device."""
 
+import functools
 import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from maskops import tuning
-from maskops.ops.compilation import Compilation, compilation_of_call
-from maskops.ops.decode.triton_kernels.forward import (
-    OPEN,
-    decode_arguments,
-    decode_forward_kernel,
-    output_arguments,
-    tuned_for,
-)
+from maskops.ops.compilation import DTYPES, Compilation, Example, compilations_of, nowhere
+from maskops.ops.decode.triton_kernels.append import append_kv
+from maskops.ops.decode.triton_kernels.forward import decode_forward
 
-FEATURES = ("paged", "paged spans", "alibi", "softcap")
-"""Each of them makes a variant at the common widths."""
+FEATURES = ("paged", "paged spans", "dense", "alibi", "softcap", "leftpad", "many sequences", "ragged")
+"""Each of them makes variants at one width."""
 
-FEATURE_WIDTHS = (64, 128)
+FEATURE_WIDTH = {"sm_80": 64, "sm_90": 128}
 
-_DTYPES = {"half": torch.bfloat16, "single": torch.float32}
+_FORWARD = ("decode_forward_kernel",)
+_APPEND = ("append_kv_kernel",)
 
 
 def compilations(architecture: str) -> Iterator[Compilation]:
-    """Every row of the tuning table, and at the common widths each feature."""
+    """Every row of the tuning table, and each feature at one width."""
+    return compilations_of("decode", _examples(architecture), architecture)
+
+
+def _examples(architecture: str) -> Iterator[Example]:
+    common = FEATURE_WIDTH[architecture]
     for element in tuning.ELEMENTS:
         for width in tuning.WIDTHS:
-            yield _decode(architecture, element, width, "")
-            if element == "half" and width in FEATURE_WIDTHS:
-                for feature in FEATURES:
-                    yield _decode(architecture, element, width, feature)
+            call = functools.partial(_call, element, width, "")
+            if element == "half" and width == common:
+                yield Example(f"{element} {width}", call, _FORWARD + _APPEND)
+            else:
+                yield Example(f"{element} {width}", call, _FORWARD, only=_FORWARD)
+    for feature in FEATURES:
+        yield Example(f"half {common} {feature}", functools.partial(_call, "half", common, feature))
 
 
-def _decode(architecture: str, element: str, width: int, feature: str) -> Compilation:
-    """A batch of 8 with 4 queries to a key head, 16384 keys; on tensors without memory."""
-
-    def tensor(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    batch, heads, capacity, pages = 8, 16, 16384, 64
-    is_paged = "paged" in feature
-    dtype = _DTYPES[element]
-    q = tensor(batch, heads, 1, width, dtype=dtype)
-    cache = tensor(batch * pages, heads // 4, capacity // pages, width, dtype=dtype)
-    cache = cache if is_paged else tensor(batch, heads // 4, capacity, width, dtype=dtype)
-    absent = tensor(0)
-    spans = (tensor(1, batch, 1), tensor(1, batch, 1), tensor(batch, capacity, dtype=torch.uint8))
-    arguments = decode_arguments(
-        q, cache, cache, tensor(batch), absent,
-        tensor(batch, pages) if is_paged else absent,
-        absent,
-        *(spans if feature in ("paged spans", "alibi") else (absent, absent, absent)),
-        dense=absent,
-        diagonal=tensor(batch, 1) if feature == "alibi" else absent,
-        alibi_slopes=tensor(1, heads, dtype=torch.float32) if feature == "alibi" else absent,
-        sinks=absent,
-        softmax_scale=1.0 / math.sqrt(width),
-        softcap=30.0 if feature == "softcap" else 0.0,
+def _call(element: str, width: int, feature: str) -> None:
+    """A token for each of 8 sequences of up to 16384 keys, with 4 queries to a key head."""
+    batch = 256 if feature == "many sequences" else 8
+    heads, kv_heads, capacity, pages, dtype = 16, 4, 16384, 64, DTYPES[element]
+    width = width - 8 if feature == "ragged" else width
+    is_paged, has_alibi = "paged" in feature, feature == "alibi"
+    q = nowhere(batch, heads, 1, width, dtype=dtype)
+    new = nowhere(batch, kv_heads, 1, width, dtype=dtype)
+    rows, keys = (batch * pages, capacity // pages) if is_paged else (batch, capacity)
+    cache = nowhere(rows, kv_heads, keys, width, dtype=dtype)
+    absent, lengths = nowhere(0), nowhere(batch)
+    places = (nowhere(batch, pages) if is_paged else absent, absent)
+    has_spans = feature in ("paged spans", "alibi")
+    spans = (nowhere(1, batch, 1), nowhere(1, batch, 1), nowhere(batch, capacity, dtype=torch.uint8))
+    append_kv(cache, cache, new, new, lengths, *places)
+    decode_forward(
+        q, cache, cache, lengths,
+        nowhere(batch) if feature == "leftpad" else absent,
+        *places,
+        *(spans if has_spans else (absent, absent, absent)),
+        nowhere(batch, 1, 1, capacity, dtype=torch.bool) if feature == "dense" else absent,
+        nowhere(batch, 1) if has_alibi else absent,
+        nowhere(1, heads, dtype=torch.float32) if has_alibi else absent,
+        # Where the keys are not split, the kernel itself applies the sinks.
+        nowhere(heads, dtype=torch.float32) if feature == "many sequences" else absent,
+        1.0 / math.sqrt(width),
+        30.0 if feature == "softcap" else 0.0,
     )  # fmt: skip
-    parts = tensor(4, batch, heads, 1, width, dtype=torch.float32)
-    arguments |= output_arguments(parts, tensor(4, batch, heads, 1, dtype=torch.float32), 4, absent)
-    return compilation_of_call(
-        f"decode {element} {width} {feature}".rstrip(),
-        decode_forward_kernel,
-        arguments,
-        tuned_for(arguments, architecture),
-        architecture,
-        OPEN,
-        guarded=element == "half",
-    )

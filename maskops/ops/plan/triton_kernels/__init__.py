@@ -5,20 +5,17 @@ the work list, its order, and the seen keys; ``sequences.py`` holds how layouts 
 for the host, and the tensors of a plan come unwritten: the launches write all of every one.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskops.ops.compilation import Compilation
 from maskops.ops.plan.program import parse
 from maskops.ops.plan.triton_kernels.lists import LIST_SCRATCH, plan_lists
 from maskops.ops.plan.triton_kernels.rows import ROW_SCRATCH, SUMMARY, plan_rows
 from maskops.ops.plan.triton_kernels.sequences import encoded
 from maskops.ops.triton_language import launch
 from maskops.spans import KEY_TILE, TILE_ROWS, tiles_per_batch_element
-from maskops.tuning import Config
 
 WINDOWS = (256, 1024, 2048)
 """Rows that a program evaluates; 128 fewer are its own. Small problems take small windows."""
@@ -119,46 +116,3 @@ def build_plan(program: str, *arguments: Any, blocks: Blocks | None = None) -> t
 
 def _warps(blocks: Blocks) -> int:
     return 4 if blocks.window <= 256 and blocks.keys <= 128 else 8
-
-
-_GUARDED = {
-    "causal": "span first diag 1",
-    "packed": "cu_seqlens 0 0 0 span diag -256 diag 1",
-    "holes, two spans": "padding_mask 0 span first prefix_of 1 span diag -10 diag 1",
-    "documents by ids": "ids 0 span chunk_start 128 chunk_end 128",
-}
-"""Programs that between them take every way through the kernels."""
-
-
-def compilations(architecture: str) -> Iterator[Compilation]:
-    """What the ahead-of-time compiler is held to: see ``ops/compilation.py``."""
-    blocks = Blocks(WINDOWS[-1], KEY_BLOCKS[-1])
-    config = Config({"OWN": blocks.rows, "W": blocks.window, "KEY_BLOCK": blocks.keys}, _warps(blocks), 1, "model")
-    operands = {f"operand{index}": "*i32" for index in range(6)} | {"sizes": ("i32",) * 6}
-    counts = dict.fromkeys(("batch", "q_len", "k_len", "row_blocks", "key_blocks"), "i32")
-    between = dict.fromkeys(("chain", "runs", "summary", "holes", "window", "counter"), "*i32")
-    for name, text in _GUARDED.items():
-        program = parse(text)
-        shared = {"MASKS": program.mask_operands(), "N_SPANS": len(program.spans)}
-        rows = dict.fromkeys(("start", "end", "positions"), "*i32")
-        yield Compilation(
-            f"plan_rows {name}",
-            plan_rows,
-            operands | {"values": ("i32",) * max(1, len(program.values))} | rows | between | counts,
-            {"ORDINALS": True, "POSITIONS": True, **program.structure(), **shared},
-            config,
-            architecture,
-            guarded=False,
-        )
-        if name not in ("causal", "holes, two spans"):
-            continue  # the second launch knows no layout but the holes
-        lists = dict.fromkeys(("start", "end", "tiles", "tile_count", "key_tiles", "order"), "*i32")
-        yield Compilation(
-            f"plan_lists {name}",
-            plan_lists,
-            operands | lists | {"key_valid": "*u8"} | between | counts | {"per_batch": "i32", "capacity": "i32"},
-            {"GRAD": True, "ORDER": True, **shared},
-            config,
-            architecture,
-            guarded=False,
-        )

@@ -4,7 +4,7 @@ Rows that fit on the chip are kept there, a few to a program; longer ones are st
 Softmaxes along another dimension lie side by side and are computed side by side; nothing is transposed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from maskops import tuning
 from maskops.ops import triton_language
-from maskops.ops.compilation import Compilation
 from maskops.ops.softmax.triton_kernels import rows, tiles
 from maskops.ops.triton_rows import aligned, group_of, in_step
 
@@ -390,61 +389,3 @@ def masked_softmax_backward(
         K=tile.elements,
     )  # fmt: skip
     return grad_x
-
-
-def compilations(architecture: str) -> Iterator[Compilation]:
-    """What the ahead-of-time compiler guards: every row of the table, plain, and each feature on its own."""
-    integers = dict.fromkeys((*tiles.forward_tiles.arg_names, *tiles.backward_tiles.arg_names), "i32")
-    pointers = {"mask": "*u8", "start": "*i32", "end": "*i32", "key_valid": "*u8", "lse": "*fp32", "grad_lse": "*fp32"}
-    for element, pointer in (("half", "*bf16"), ("single", "*fp32")):
-        config = tuning.config("masked_softmax", architecture, element)
-        of_element = dict.fromkeys(("x", "weights", "grad_weights", "grad_x"), pointer)
-        signature = {**integers, **pointers, **of_element}
-        group = 16 // (2 if element == "half" else 4)
-        for kernel, variant, constants, tile in _variants(config, group):
-            yield Compilation(
-                name=" ".join(("masked_softmax", kernel.__name__, element, variant)),
-                function=kernel,
-                signature={
-                    name: signature[name] for name in kernel.arg_names if name not in {**constants, **tile.blocks}
-                },
-                constants={name: value for name, value in constants.items() if name in kernel.arg_names},
-                config=tile,
-                architecture=architecture,
-            )
-
-
-def _variants(
-    config: tuning.Config, group: int
-) -> Iterator[tuple[triton.runtime.JITFunction, str, dict[str, object], tuning.Config]]:
-    plain: dict[str, object] = {
-        "GROUP": group, "MASK": False, "MASK_ALIGNED": False, "SPANS": False, "LSE": False, "IN_STEP": True,
-        "ALIGNED": True, "LANES": False, "STREAM": False, "STAGES": config.num_stages,
-        "x_along": 1, "x_across": 0, "mask_along": 1, "mask_across": 0, "grad_along": 1, "grad_across": 0,
-        "weights_along": 1,
-    }  # fmt: skip
-    features: dict[str, dict[str, object]] = {
-        "": {},
-        "mask": {"MASK": True, "MASK_ALIGNED": True},
-        "spans": {"SPANS": True},
-        "lse": {"LSE": True},
-    }
-    across: dict[str, object] = {"LANES": True, "x_across": 1, "mask_across": 1, "grad_across": 1}
-    for forward_kernel, backward_kernel in (
-        (rows.forward_rows, rows.backward_rows),
-        (tiles.forward_tiles, tiles.backward_tiles),
-    ):
-        is_tiles = forward_kernel is tiles.forward_tiles
-        for kernel in (forward_kernel, backward_kernel):
-            for name, feature in features.items():
-                if kernel is backward_kernel and name == "mask":
-                    continue
-                tile = config
-                if is_tiles:
-                    tile = tuning.Config({"S": 1, "K": 4096}, 8, 2, config.provenance)
-                yield kernel, name, {**plain, **feature}, tile
-        if is_tiles:
-            strided = {name: value for name, value in plain.items() if not name.endswith("_along")}
-            for kernel in (forward_kernel, backward_kernel):
-                tile = tuning.Config({"S": _LANES, "K": _STREAMED_PLACES}, 8, 2, config.provenance)
-                yield kernel, "lanes", {**strided, **across, "STREAM": True}, tile
