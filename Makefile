@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full gpu test grid lint package compile mutate sanitize fuzz coverage ci clean
+.PHONY: bench bench-full gpu test grid lint package compile compile-everyday mutate sanitize fuzz coverage ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
@@ -36,6 +36,9 @@ package: $(READY)
 
 compile: $(READY)
 	$(RUN) -m tools.compilation
+
+compile-everyday: $(READY)
+	$(RUN) -m tools.compilation --everyday
 
 mutate: $(READY)
 	$(RUN) -m tests.mutate

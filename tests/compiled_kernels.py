@@ -10,7 +10,6 @@ import triton.language as tl
 
 from maskops.cli.bench.compilation import worker
 from maskops.ops.compilation import Compilation
-from maskops.tuning import Config
 
 
 @triton.jit
@@ -35,16 +34,17 @@ def product(a, b, out, steps, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
     tl.store(out + rows[:, None] * BLOCK_N + columns[None, :], total)
 
 
-ROWS = Config({"BLOCK_V": 1024}, 4, 2, "model")
-TILES = Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, "model")
 STREAM = {"x": "*bf16", "out": "*fp32", "stride": "i32", "columns": "i32"}
 MATRICES = {"a": "*bf16", "b": "*bf16", "out": "*fp32", "steps": "i32"}
+COLUMNS = {"BLOCK_V": 1024}
+TILES = {"WIDTH": 64, "BLOCK_M": 64, "BLOCK_N": 64}
 KERNELS = [
-    Compilation("ragged rows", total_of_rows, STREAM, {}, ROWS, "sm_90", divisible=("stride",)),
-    Compilation("even rows", total_of_rows, STREAM, {}, ROWS, "sm_80", divisible=("stride", "columns")),
-    Compilation("product", product, MATRICES, {"WIDTH": 64}, TILES, "sm_80"),
-    Compilation("product", product, MATRICES, {"WIDTH": 64}, TILES, "sm_90"),
-    Compilation("broken", product, MATRICES, {"WIDTH": 48}, TILES, "sm_90"),
+    Compilation("ragged rows", total_of_rows, STREAM, COLUMNS, "sm_90", 4, 2, ("stride",)),
+    Compilation("even rows", total_of_rows, STREAM, COLUMNS, "sm_80", 4, 2, ("stride", "columns")),
+    Compilation("product", product, MATRICES, TILES, "sm_80", 4, 3),
+    Compilation("product", product, MATRICES, TILES, "sm_90", 4, 3),
+    Compilation("broken", product, MATRICES, {**TILES, "WIDTH": 48}, "sm_90", 4, 3),
+    Compilation("a feature", total_of_rows, STREAM, COLUMNS, "sm_80", 4, 2, everyday=False),
 ]
 
 if __name__ == "__main__":

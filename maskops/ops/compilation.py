@@ -7,7 +7,7 @@ a variant that no call builds cannot be declared, and a kernel that an example r
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,7 +104,8 @@ def compilations_of(op: str, examples: Iterable[Example], architecture: str) -> 
                 variant.num_stages,
                 variant.divisible,
             )
-            found.setdefault(identity, variant)
+            known = found.setdefault(identity, variant)
+            found[identity] = replace(known, everyday=known.everyday or variant.everyday)
     yield from found.values()
 
 

@@ -52,14 +52,12 @@ class Report:
             "triton": self.triton,
             "nvcc": self.nvcc,
             "commit": self.commit,
-            "seconds": self.seconds,
+            "seconds": round(self.seconds, 1),
             "kernels": [
                 {
                     **verdict.result.as_json(),
-                    "problems": [asdict(problem) for problem in verdict.problems],
-                    "allowed": [
-                        {**asdict(problem), "reason": allowance.reason} for problem, allowance in verdict.allowed
-                    ],
+                    **({"problems": [asdict(problem) for problem in verdict.problems]} if verdict.problems else {}),
+                    **({"allowed": excused(verdict)} if verdict.allowed else {}),
                 }
                 for verdict in self.verdicts
             ],
@@ -68,6 +66,11 @@ class Report:
     def write_json(self, path: Path) -> None:
         """Writes `as_json`."""
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+
+
+def excused(verdict: Verdict) -> list[dict[str, str]]:
+    """What is wrong with a kernel and allowed to remain, with the reasons."""
+    return [{**asdict(problem), "reason": allowance.reason} for problem, allowance in verdict.allowed]
 
 
 def render(report: Report) -> str:

@@ -1,7 +1,7 @@
 """What the compilation of one kernel came to."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from maskops.cli.bench.compilation.sass import Loop
@@ -78,13 +78,19 @@ class Result:
         return min(_REGISTERS // registers, shared, _WARPS // self.warps, _BLOCKS)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, derived figures included."""
+        """Everything that is not as it is by default, and what follows from it."""
         derived = {"hot_spills": self.hot_spills, "issue": self.issue, "blocks": self.blocks}
-        return {**asdict(self), "config": dict(self.config), **derived}
+        kept = _without_defaults(self) | {name: value for name, value in derived.items() if value}
+        return kept | {"loops": [_without_defaults(loop) for loop in self.loops]}
 
 
 def from_json(values: Mapping[str, Any]) -> Result:
     """What `as_json` wrote."""
-    known = {name: values[name] for name in Result.__dataclass_fields__}
+    known = {name: values[name] for name in Result.__dataclass_fields__ if name in values}
     loops = tuple(Loop(**loop) for loop in values["loops"])
-    return Result(**{**known, "loops": loops, "notes": tuple(values["notes"])})
+    return Result(**{**known, "loops": loops, "notes": tuple(values.get("notes", ()))})
+
+
+def _without_defaults(x: Result | Loop) -> dict[str, Any]:
+    defaults = {known.name: known.default for known in fields(x)}
+    return {name: value for name, value in asdict(x).items() if value and value != defaults[name]}

@@ -35,11 +35,11 @@ class Loop:
     """
 
     instructions: int
-    tensor_cores: dict[str, int]
-    loads: dict[str, int]
-    spills: int
-    exponentials: int
-    order: str
+    tensor_cores: dict[str, int] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)
+    spills: int = 0
+    exponentials: int = 0
+    order: str = ""
 
 
 @dataclass

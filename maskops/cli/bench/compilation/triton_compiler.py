@@ -49,7 +49,7 @@ def compile_kernel(compilation: Compilation) -> Result:
         function = sass.functions(disassemble(kernel.asm["cubin"]))[kernel.metadata.name]
     except Exception as error:
         # Whatever went wrong in the compiler is a finding about this kernel, not the end of the run.
-        return replace(known, error=_reason(error), seconds=time.perf_counter() - began)
+        return replace(known, error=_reason(error), seconds=round(time.perf_counter() - began, 1))
     frames = _FRAME.findall(log)
     return replace(
         known,
@@ -61,7 +61,7 @@ def compile_kernel(compilation: Compilation) -> Result:
         loops=tuple(sass.hot_loops(function)),
         instructions=len(function.instructions),
         dots=_HALVES_MULTIPLIED.search(kernel.asm["ttir"]) is not None,
-        seconds=time.perf_counter() - began,
+        seconds=round(time.perf_counter() - began, 1),
     )
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,10 @@ def _call(element: str, width: int, feature: str) -> None:
     lse = nowhere(batch, heads, q_len, dtype=torch.float32)
     capacity = plan_batch * tiles_per_batch_element(q_len, k_len)
     work = (nowhere(capacity, 4 + 4 * n_spans), nowhere(1))
-    spans = (*(nowhere(n_spans, plan_batch, q_len) for _ in range(2)), nowhere(plan_batch, k_len, dtype=torch.uint8))
+    spans = (
+        *(nowhere(n_spans, plan_batch, q_len) for _ in range(2)),
+        nowhere(plan_batch, k_len, dtype=torch.uint8),
+    )
     key_tiles = nowhere(n_spans, plan_batch, -(-k_len // KEY_TILE), 4)
     extras = (
         nowhere(3, plan_batch, q_len) if has_alibi or has_dropout else absent,
@@ -90,8 +94,10 @@ def _call(element: str, width: int, feature: str) -> None:
         30.0 if feature == "softcap" else 0.0,
         0.1 if has_dropout else 0.0,
     )
-    order = nowhere(capacity)
-    attention_forward(q, k, v, *spans, *work, key_tiles, order, *extras)
+    plan = (*spans, *work, key_tiles, nowhere(capacity))
+    passed: tuple[Any, ...] = (q, k, v, *plan, *extras)
+    attention_forward(*passed)
     grad_lse = lse if feature == "sinks" else absent
     wanted = (feature == "bias", has_alibi, feature == "sinks")
-    attention_backward(out, grad_lse, q, k, v, out, lse, *spans, *work, key_tiles, order, *extras, *wanted)
+    passed = (out, grad_lse, q, k, v, out, lse, *plan, *extras, *wanted)
+    attention_backward(*passed)
