@@ -68,6 +68,7 @@ class Backend:
         unavailable: returns the reason why it cannot run in this process, None when it can.
         ops: op -> declaration; an op that is absent is not served.
         plans: whether it implements ``build_plan``.
+        compiles_masks: whether it implements ``compile_mask``, which reads a dense mask once.
         on_host: whether its kernels run on the processor in this process, for tests: interpreted, or compiled as host
             code. ``"auto"`` never chooses that.
     """
@@ -77,6 +78,7 @@ class Backend:
     unavailable: Callable[[], str | None]
     ops: Mapping[str, Declaration]
     plans: bool = False
+    compiles_masks: bool = False
     on_host: Callable[[], bool] = lambda: False
 
     def is_at_home(self, device: str) -> bool:
@@ -280,6 +282,7 @@ BACKENDS: dict[str, Backend] = {
         devices=("cuda",),
         unavailable=_cuda_reason,
         plans=True,
+        compiles_masks=True,
         on_host=_cuda_is_emulated,
         ops={
             "attention": Declaration(
@@ -469,10 +472,20 @@ def needs_key_tiles(op: str, device: str, requested: str | None = None) -> bool:
 @constant_when_compiling
 def planner(device: str) -> str | None:
     """The backend whose ``build_plan`` plans masks on a device; None where torch operations do."""
+    return _first(device, lambda backend: backend.plans)
+
+
+@constant_when_compiling
+def mask_compiler(device: str) -> str | None:
+    """The backend whose ``compile_mask`` reads dense masks on a device; None where torch operations do."""
+    return _first(device, lambda backend: backend.compiles_masks)
+
+
+def _first(device: str, can: Callable[[Backend], bool]) -> str | None:
     preferred = _preferred().name
     for name in (preferred, *BACKENDS):
         backend = BACKENDS.get(name)
-        if backend is None or not backend.plans or not (name == preferred or backend.is_at_home(device)):
+        if backend is None or not can(backend) or not (name == preferred or backend.is_at_home(device)):
             continue
         if not backend.refusals_of(device):
             return name

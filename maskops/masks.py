@@ -175,6 +175,9 @@ class Mask:
         plan_batch, on_device = self._check_structure(q_len, k_len, batch, device, positions)
         order, bits = is_for_devices(on_device, order), is_for_devices(on_device, bits)
         backend = planner(on_device.type)
+        whole = None if positions else self._whole_mask()
+        if whole is not None:
+            return registration.dense_plan(whole, plan_batch, grad=grad, order=order, positions=None, bits=bits)
         if backend is not None and not self.is_dense:
             program, operands = self._program(on_device)
             # Of lengths that are traced the operator decides itself, when it runs.
@@ -397,23 +400,22 @@ class Mask:
             ends.append(torch.where(seeing, end, 0))
         start, end = torch.stack(starts), torch.stack(ends)
         key_holes = None if sequences.key_holes is None else sequences.key_holes.expand(batch, k_len)
-        exact = None
-        if self.is_dense:
-            start, end, exact = self._dense_spans(start, end, k_len, key_holes)
-        elif len(self.conjuncts) > 1:
-            start, end = _disjoint(start, end, k_len)
         where = None
         if positions:
             ordinal = torch.where(inside, ordinal, -1)
             where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
+        if self.is_dense:
+            whole = self._whole_mask()
+            exact = self._exact(start, end, k_len, key_holes) if whole is None else whole
+            return registration.dense_plan(exact, batch, grad=grad, order=order, positions=where, bits=bits)
+        if len(self.conjuncts) > 1:
+            start, end = _disjoint(start, end, k_len)
         return registration.derive_plan(
-            start, end, k_len, key_holes=key_holes, dense=exact, grad=grad, order=order, positions=where, bits=bits
+            start, end, k_len, key_holes=key_holes, dense=None, grad=grad, order=order, positions=where, bits=bits
         )
 
-    def _dense_spans(
-        self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hull of the exact mask, one span, and the exact mask itself."""
+    def _exact(self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None) -> Tensor:
+        """Every pair of a dense mask: bool (batch, heads|1, q_len, k_len), from the spans of its conjuncts."""
         key = torch.arange(k_len, device=start.device)
         exact = None
         for number, conjunct in enumerate(self.conjuncts):
@@ -421,14 +423,14 @@ class Mask:
             allowed = functools.reduce(torch.logical_and, [self.operands[i] for i in conjunct.dense], inside[:, None])
             exact = allowed if exact is None else exact | allowed
         assert exact is not None
-        if key_holes is not None:
-            exact = exact & ~key_holes[:, None, None]
-        seen = exact.any(1)
-        if k_len == 0:
-            return torch.zeros_like(start[:1]), torch.zeros_like(end[:1]), exact
-        high = torch.where(seen, key + 1, 0).amax(-1)
-        low = torch.minimum(torch.where(seen, key, k_len).amin(-1), high)
-        return low.unsqueeze(0), high.unsqueeze(0), exact
+        return exact if key_holes is None else exact & ~key_holes[:, None, None]
+
+    def _whole_mask(self) -> Tensor | None:
+        """The tensor of a mask that is ``dense`` and nothing else."""
+        if self.layouts or len(self.conjuncts) != 1 or len(self.conjuncts[0].dense) != 1:
+            return None
+        conjunct = self.conjuncts[0]
+        return self.operands[conjunct.dense[0]] if (conjunct.start, conjunct.end) == (FIRST, LAST) else None
 
 
 def _check_length(name: str, length: object, expected: str) -> None:

@@ -85,7 +85,10 @@ class RowSpans(NamedTuple):
     Rows outside every sequence hold 0, 0, -1. None unless asked for.
     """
     dense: Tensor | None
-    """bool (batch|1, heads|1, q_len, k_len): the exact mask where it has holes per row; the spans are then its hull."""
+    """bool (batch|1, heads|1, q_len, k_len): the exact mask where it has holes per row; the spans are then its hull.
+
+    The tensor that ``masks.dense`` was given, where nothing was combined with it: it must not change under a plan.
+    """
     dense_bits: Tensor | None
     """int32 (batch|1, heads|1, q_len, ceil(k_len / 32)): ``dense`` as bits, key j in bit j % 32 of word j // 32.
 
@@ -216,6 +219,27 @@ def packed_bits(dense: Tensor) -> Tensor:
     # Bytes, so that nothing eight times as large as the mask is ever made; the lowest byte of a word comes first.
     packed: Tensor = eights.sum(4, dtype=torch.uint8).unflatten(3, (words, 4)).view(torch.int32).flatten(3)
     return packed
+
+
+def hull_of_mask(dense: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """First key and one past the last key of each row that any head of a bool mask allows, one span; 0, 0 if none.
+
+    Args:
+        dense: bool (batch|1, heads|1, q_len, k_len).
+        batch: batch elements of the plan.
+
+    Returns:
+        start and end, int64 (1, batch, q_len).
+    """
+    _, _, q_len, k_len = dense.shape
+    seen = dense.any(1)
+    if k_len == 0:
+        nothing = torch.zeros(1, batch, q_len, dtype=torch.int64, device=dense.device)
+        return nothing, nothing
+    key = torch.arange(k_len, device=dense.device)
+    end = torch.where(seen, key + 1, 0).amax(-1)
+    start = torch.minimum(torch.where(seen, key, k_len).amin(-1), end)
+    return start.expand(batch, q_len).unsqueeze(0), end.expand(batch, q_len).unsqueeze(0)
 
 
 def costliest_first(tiles: Tensor, tile_count: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 
 import maskops
 from maskops import backend as backends
-from maskops import masks
+from maskops import extension, masks
 from maskops.ops.plan import registration
 from tests.served import DEVICE
 from tests.test_plan import check_same
 from tests.test_spans import random_mask
+from tools import emulation
 
 pytestmark = pytest.mark.devices
 
@@ -94,6 +96,31 @@ def test_more_items_than_there_is_room_for_take_a_plain_grid():
     assert int(found[4]) == 12, "1500 rows in tiles of 128"
     for name, x in zip(("key_valid", "tiles", "tile_count", "key_tiles", "order"), found[2:7], strict=True):
         assert torch.equal(x, getattr(expected, name)), name
+
+
+def test_a_few_queries_over_many_keys_take_little_room():
+    """Rows and keys are shared among blocks apart: scratch goes with the rows, and with keys that have holes."""
+    if not extension.cuda_is_emulated():
+        pytest.skip("only the library of the emulation says how much room a plan takes")
+    scratch = ctypes.CDLL(str(emulation.library())).maskops_plan_scratch
+    scratch.restype = ctypes.c_int64
+
+    def bytes_of(batch, q_len, k_len, n_spans=1, has_holes=False):
+        return scratch(batch, q_len, k_len, n_spans, int(has_holes))
+
+    assert bytes_of(32, 1, 131072) == bytes_of(32, 1, 64) <= 4096 * 32
+    assert bytes_of(32, 32, 131072, n_spans=2) <= 8192 * 32
+    # A mask of the keys has a byte for each of them; what is kept of it is a quarter of that.
+    assert bytes_of(32, 32, 131072, has_holes=True) <= bytes_of(32, 32, 64) + 32 * 131072 * 0.27
+    # Many rows: four numbers for a row and a span that is a run of its own, three more for each row.
+    assert bytes_of(1, 131072, 131072) <= 131072 * 32
+
+
+def test_a_few_queries_over_many_keys():
+    holes = torch.rand(2, 3000) < 0.9
+    holes[0, 300:1400] = False
+    check_same(masks.causal() & masks.key_padding(holes), 3, 3000, **EVERYTHING)
+    check_same(masks.sliding_window(700, 0) & masks.key_padding(torch.tensor([2999, 800])), 130, 3000, **EVERYTHING)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 1500)])

@@ -3,13 +3,34 @@
 
 #include <cstring>
 
+#include "../../csrc/cuda/plan.h"
+#include "emulation.h"
+
+#define MASKOPS_FOR_TESTS extern "C" __attribute__((visibility("default")))
+
 namespace maskops {
 
 static Device emulated{9, 0, 2, 227 << 10};
 
-extern "C" __attribute__((visibility("default"))) void maskops_emulate_capability(int major, int minor) {
+MASKOPS_FOR_TESTS void maskops_emulate_capability(int major, int minor) {
   emulated.major = major;
   emulated.minor = minor;
+}
+
+// Launches of kernels since the library was loaded.
+MASKOPS_FOR_TESTS int64_t maskops_emulated_launches() { return emulation::launches; }
+
+// Bytes of scratch that a plan takes.
+MASKOPS_FOR_TESTS int64_t maskops_plan_scratch(int32_t batch, int32_t q_len, int32_t k_len, int32_t n_spans,
+                                               int32_t has_holes) {
+  DevicePlan p{};
+  p.batch = batch;
+  p.q_len = q_len;
+  p.k_len = k_len;
+  p.n_spans = n_spans;
+  p.has_holes = has_holes != 0;
+  plan_blocks(p);
+  return plan_scratch(p) * static_cast<int64_t>(sizeof(int32_t));
 }
 
 const char* cuda_reason() { return nullptr; }

@@ -17,6 +17,7 @@ namespace emulation {
 
 Index thread_index, block_index;
 dim3 block_size, grid_size;
+int64_t launches = 0;
 
 namespace {
 
@@ -302,6 +303,7 @@ void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function
     if (memory == MAP_FAILED) throw std::runtime_error("maskops emulation: no memory for stacks");
     stacks = static_cast<char*>(memory);
   }
+  launches++;
   grid_size = grid;
   block_size = threads;
   block.fibres.resize(count);

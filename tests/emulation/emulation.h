@@ -43,6 +43,7 @@ struct Index {
 // Of the thread that runs.
 extern Index thread_index, block_index;
 extern dim3 block_size, grid_size;
+extern int64_t launches;  // in this process
 
 // The values that the lanes of a warp left at an exchange, 8 bytes each.
 using Lanes = uint64_t[WARP];

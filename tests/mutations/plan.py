@@ -4,13 +4,18 @@ from tests.mutations import Mutation
 
 TRITON = ("tests/test_triton_plan.py",)
 CUDA = ("tests/test_cuda_plan.py",)
+CUDA_MASKS = ("tests/test_cuda_masks.py",)
 PACKING = ("tests/test_cuda_packing.py",)
 
 SEQUENCES = "maskops/ops/plan/triton_kernels/sequences.py"
 ROWS = "maskops/ops/plan/triton_kernels/rows.py"
 LISTS = "maskops/ops/plan/triton_kernels/lists.py"
 LAUNCHES = "maskops/ops/plan/triton_kernels/__init__.py"
-PLAN_CU = "csrc/cuda/plan.cu"
+BLOCK = "csrc/cuda/plan_block.cuh"
+SPANS_CU = "csrc/cuda/plan_sequences.cuh"
+ROWS_CU = "csrc/cuda/plan_rows.cu"
+LISTS_CU = "csrc/cuda/plan_lists.cu"
+MASK_CU = "csrc/cuda/plan_mask.cu"
 PACK_CU = "csrc/cuda/pack.cu"
 
 MUTATIONS = (
@@ -81,56 +86,115 @@ MUTATIONS = (
     ),
     Mutation(
         "cuda plan: spans not sorted",
-        PLAN_CU,
+        SPANS_CU,
         "for (; slot > 0; slot--) {",
         "for (; slot > PLAN_SPANS; slot--) {",
         CUDA,
     ),
-    Mutation("cuda plan: the first of a window's documents", PLAN_CU, "if (start < 0) start = began;", "", CUDA),
+    Mutation("cuda plan: the first of a window's documents", SPANS_CU, "if (start < 0) start = began;", "", CUDA),
     Mutation(
         "cuda plan: items of 129 rows",
-        PLAN_CU,
+        ROWS_CU,
         "stop < thread + ROWS && stop < threads",
         "stop <= thread + ROWS && stop < threads",
         CUDA,
     ),
     Mutation(
         "cuda plan: no plain grid",
-        PLAN_CU,
+        LISTS_CU,
         "const bool is_grid = items > p.per_batch;",
         "const bool is_grid = false;",
         CUDA,
     ),
     Mutation(
         "cuda plan: a missing barrier of the scan",
-        PLAN_CU,
+        BLOCK,
         "if (lane == 31) sums[warp] = value;\n  __syncthreads();",
         "if (lane == 31) sums[warp] = value;",
         CUDA,
     ),
     Mutation(
         "cuda plan: jumps before they are there",
-        PLAN_CU,
+        ROWS_CU,
         "more = goes_on ? c[arrives - first_row] : 0;\n    __syncthreads();",
         "more = goes_on ? c[arrives - first_row] : 0;",
         CUDA,
     ),
     Mutation(
         "cuda plan: equal costs in any order",
-        PLAN_CU,
+        LISTS_CU,
         "int to = base[digit] + __popc(below);",
         "int to = base[digit] + __popc(alike & ~below) - 1;",
         CUDA,
     ),
     Mutation(
-        "cuda plan: holes in full ranges", PLAN_CU, "if (!partial && p.has_holes)", "if (!partial && false)", CUDA
+        "cuda plan: holes in full ranges", LISTS_CU, "if (!partial && p.has_holes)", "if (!partial && false)", CUDA
     ),
     Mutation(
         "cuda plan: the count of the last batch element",
-        PLAN_CU,
+        LISTS_CU,
         "total += sum;\n    block_scan(element < b",
         "total = sum + 1;\n    block_scan(element < b",
         CUDA,
+    ),
+    Mutation(
+        "cuda plan: scratch of rows by the keys",
+        "csrc/cuda/plan.cu",
+        "max(1, (p.q_len + own - 1) / own)",
+        "max(p.k_len / own, (p.q_len + own - 1) / own)",
+        CUDA,
+    ),
+    Mutation("cuda plan: holes of whole words", LISTS_CU, "& ((1u << key % 32) - 1));", "& ~0u);", CUDA),
+    Mutation(
+        "cuda plan: holes of one block",
+        LISTS_CU,
+        "for (int other = 0; other < block && other < p.key_blocks; other++) count +=",
+        "for (int other = 0; other < 0; other++) count +=",
+        CUDA,
+    ),
+    Mutation("cuda plan: masks, the last head alone", MASK_CU, "any[i] |= bits;", "any[i] = bits;", CUDA_MASKS),
+    Mutation(
+        "cuda plan: masks, halves of a word swapped", MASK_CU, "bits | other << 16", "bits << 16 | other", CUDA_MASKS
+    ),
+    Mutation(
+        "cuda plan: masks, bytes other than 1",
+        MASK_CU,
+        "((((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u) >> 7",
+        "bytes & 0x01010101u",
+        CUDA_MASKS,
+    ),
+    Mutation("cuda plan: masks, the ragged end", MASK_CU, "if (key + 16 <= p.k_len)", "if (true)", CUDA_MASKS),
+    Mutation(
+        "cuda plan: masks, strides of keys", MASK_CU, "p.key_stride == 1 && reinterpret", "reinterpret", CUDA_MASKS
+    ),
+    Mutation(
+        "cuda plan: masks, words before they are there",
+        MASK_CU,
+        "read_rows(p, at, words);\n    __syncthreads();",
+        "read_rows(p, at, words);",
+        CUDA_MASKS,
+    ),
+    Mutation(
+        "cuda plan: masks, hulls of one block of keys",
+        ROWS_CU,
+        "last = max(last, part[1]);",
+        "last = part[1];",
+        CUDA_MASKS,
+    ),
+    Mutation("cuda plan: masks, keys of one block of rows", LISTS_CU, "either |= seen[", "either = seen[", CUDA_MASKS),
+    Mutation(
+        "cuda plan: masks, full ranges",
+        LISTS_CU,
+        "full_high <= full_low || p.is_dense;",
+        "full_high <= full_low;",
+        CUDA_MASKS,
+    ),
+    Mutation(
+        "cuda plan: masks, full key tiles",
+        LISTS_CU,
+        "complete[thread] != 0 && !p.is_dense;",
+        "complete[thread] != 0;",
+        CUDA_MASKS,
     ),
     Mutation(
         "cuda packing: tokens of a warp in one place",

@@ -15,6 +15,9 @@ span ``span`` and two bounds, start and end, in postfix order over the values of
 words mean is written in ``layouts.py`` and ``bounds.py``; ``masks.py`` makes the programs, and its torch path is the
 meaning the operator is tested against.
 
+``compile_mask``: a bool mask in, its RowSpans out, with its bits; the mask is read once. ``dense_plan`` calls it, or
+does the same with torch operations.
+
 ``derive_plan``: spans in, what ``spans.build_row_spans`` derives from them out. Its steps depend on the lengths (a
 level for each power of two), so that compiled code, if it saw them, would be made anew for other lengths: there they
 are one opaque call. Eager code calls ``build_row_spans`` itself.
@@ -25,8 +28,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskops.backend import mask_compiler
 from maskops.ops.operators import define, name_of
-from maskops.spans import KEY_TILE, RowSpans, build_row_spans, tiles_per_batch_element
+from maskops.spans import KEY_TILE, RowSpans, build_row_spans, hull_of_mask, tiles_per_batch_element
 
 MAX_OPERANDS = 6
 MAX_SPANS = 16
@@ -101,6 +105,21 @@ def _empty_work_lists(start: Tensor, k_len: int, grad: bool, order: bool) -> tup
         empty(n_spans, batch, (k_len + KEY_TILE - 1) // KEY_TILE, 4) if grad else empty(0),
         empty(capacity if order else 0),
     )
+
+
+_library.define(
+    "compile_mask_cuda(Tensor mask, SymInt batch, bool grad, bool order, bool bits)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("maskops::compile_mask_cuda", lib=_library)  # type: ignore[untyped-decorator]
+def _(mask: Tensor, batch: int, grad: bool, order: bool, bits: bool) -> tuple[Tensor, ...]:
+    _, _, q_len, k_len = mask.shape
+    spans = mask.new_empty((1, batch, q_len), dtype=torch.int32)
+    words = (*mask.shape[:3], (k_len + 31) // 32) if bits else (0,)
+    lists = _empty_work_lists(spans, k_len, grad, order)
+    return spans, torch.empty_like(spans), *lists, mask.new_empty(words, dtype=torch.int32)
 
 
 # An absent tensor is an empty one. The same on every device: it is made of torch operations.
@@ -209,3 +228,25 @@ def build_plan(
     )
     lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
     return RowSpans(start, end, *lists, where if positions else None, None, None)
+
+
+def dense_plan(mask: Tensor, batch: int, *, grad: bool, order: bool, positions: Tensor | None, bits: bool) -> RowSpans:
+    """The plan of a dense mask.
+
+    Args:
+        mask: bool (batch|1, heads|1, q_len, k_len) of any strides; it becomes ``RowSpans.dense``.
+        batch: batch elements of the plan.
+        grad: whether ``key_tiles`` is wanted, as ``order`` and ``bits``.
+        positions: int32 (3, batch, q_len) or None, stored as it is.
+    """
+    backend = mask_compiler(mask.device.type)
+    # Of lengths that are traced the operator decides itself, when it runs.
+    is_long = not torch.compiler.is_compiling() and max(mask.shape[1:]) >= MAX_LENGTH
+    if backend is None or is_long:
+        start, end = hull_of_mask(mask, batch)
+        wanted = {"grad": grad, "order": order, "bits": bits}
+        return derive_plan(start, end, mask.shape[3], key_holes=None, dense=mask, positions=positions, **wanted)
+    operator = getattr(torch.ops.maskops, name_of("compile_mask", backend)).default
+    start, end, key_valid, tiles, tile_count, key_tiles, by_cost, words = operator(mask, batch, grad, order, bits)
+    lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
+    return RowSpans(start, end, *lists, positions, mask, words if bits else None)
