@@ -86,6 +86,31 @@ BAD_TENSORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     ),
     (
         ValueError,
+        "target has shape (6,): expected (2, 3), the shape of logits (2, 3, 10) without the last dimension: "
+        "target.reshape((2, 3))",
+        {"target": TARGET.flatten()},
+    ),
+    (
+        ValueError,
+        "target has shape (5,): expected (2, 3), the shape of logits (2, 3, 10) without the last dimension. One is "
+        "packed, the other padded: to_padded(tensor) and to_packed(tensor) of a PackedBatch or a PaddedBatch turn one "
+        "into the other",
+        {"target": TARGET.flatten()[1:]},
+    ),
+    (
+        ValueError,
+        "target has shape (2, 2): expected (2, 3), the shape of logits (2, 3, 10) without the last dimension. Cut "
+        "neither logits nor labels: shift_labels of a batch go with every row, and shift=True shifts labels that are "
+        "aligned with their tokens",
+        {"target": TARGET[:, 1:]},
+    ),
+    (
+        ValueError,
+        "target has shape (): expected (2, 3), the shape of logits (2, 3, 10) without the last dimension",
+        {"target": TARGET[0, 0]},
+    ),
+    (
+        ValueError,
         "target is on meta, logits on cpu: put them on one device",
         {"target": TARGET.to("meta")},
     ),

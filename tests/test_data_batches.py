@@ -86,7 +86,7 @@ def test_packed_batches_against_loops(items: Items, tail: int, unused: int, has_
     covered = inputs["cu_seq_lens_q"]
     assert covered is inputs["cu_seq_lens_k"] and covered.dtype == torch.int32
     assert int(covered[-1]) == total + tail and inputs["max_length_q"] >= int(covered.diff().max() if len(ids) else 0)
-    assert inputs["attention_mask"].any(-1).all() and inputs["seq_idx"].tolist() == [ids]
+    assert (inputs["attention_mask"] == 0).any(-1).all() and inputs["seq_idx"].tolist() == [ids]
 
     for side in ("right", "left"):
         padded = batch.to_padded(padding_value=9, side=side)
@@ -292,7 +292,8 @@ def test_additive_masks() -> None:
         [0, lowest, lowest, lowest], [0, 0, lowest, lowest], [lowest, lowest, 0, lowest], [lowest, lowest, lowest, 0]
     ]  # fmt: skip
     padded = pad([[1, 2], [3]], pad_token_id=0)
-    allowed = padded.transformers_inputs(attention_mask="dense", pattern=masks.full())["attention_mask"]
+    allowed = padded.transformers_inputs(attention_mask="dense", pattern=masks.full(), mask_dtype=torch.bool)
+    allowed = allowed["attention_mask"]
     assert allowed[:, 0].tolist() == [[[True, True], [True, True]], [[True, False], [False, True]]]
 
 

@@ -45,7 +45,7 @@ def test_items(given: Any) -> None:
     inputs = PaddedCollator(0, length=3, output="transformers")(given)
     assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     row = PackedCollator(output="transformers", options={"cu_seqlens": False})(given)
-    assert sorted(row) == ["input_ids", "labels", "position_ids", "shift_labels"]
+    assert sorted(row) == ["input_ids", "labels", "position_ids", "shift_labels", "use_cache"]
 
 
 def labels_of(given: list[dict[str, Any]], **options: Any) -> list[int]:
@@ -144,6 +144,14 @@ def test_refusals_name_the_item_and_the_field() -> None:
         for collator in (PackedCollator(), PaddedCollator(0)):
             with pytest.raises(error, match=f"^{text}"):
                 collator(given)
+    for given, text in [
+        ([[1], [5, 6]], r"items\[1\]\['input_ids'\] holds 6: expected 0 to 5$"),
+        ([[1], [-1]], r"items\[1\]\['input_ids'\] holds -1: expected 0 to 5$"),
+        ([{"input_ids": [1, 2], "labels": [-100, 6]}], r"items\[0\]\['labels'\] holds 6: expected 0 to 5, or -100$"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{text}"):
+            PaddedCollator(0, vocab_size=6)(given)
+        PackedCollator(vocab_size=7 if "-1:" not in text else None)(given)
     with pytest.raises(ValueError, match=r"^output='dict': expected 'batch' or 'transformers'$"):
         PackedCollator(output="dict")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^side='top': expected 'right' or 'left'$"):

@@ -103,18 +103,37 @@ def _read_mapping(number: int, item: Mapping[str, Any], ignore: Sequence[str]) -
     return _Item(list(tokens.split(sizes)), parts, first_position, sequence_label)
 
 
-def _read(items: Sequence[Mapping[str, Any] | Tokens], ignore: Sequence[str]) -> _Sequences:
+def _check_vocabulary(read: list[_Item], vocab_size: int) -> None:
+    """Token ids, and labels that are no IGNORE_INDEX, lie in the vocabulary."""
+    for name, number, part in (
+        (name, number, part)
+        for number, item in enumerate(read)
+        for name, parts in (("input_ids", item.tokens), ("labels", item.labels or ()))
+        for part in parts
+    ):
+        outside = (part < 0) | (part >= vocab_size)
+        if name == "labels":
+            outside = outside & (part != IGNORE_INDEX)
+        if bool(outside.any()):
+            value = int(part[outside][0])
+            ignored = f", or {IGNORE_INDEX}" if name == "labels" else ""
+            raise ValueError(f"items[{number}][{name!r}] holds {value}: expected 0 to {vocab_size - 1}{ignored}")
+
+
+def _read(items: Sequence[Mapping[str, Any] | Tokens], ignore: Sequence[str], vocab_size: int | None) -> _Sequences:
     read = [
         _read_mapping(number, item, ignore)
         if isinstance(item, Mapping)
         else _Item([token_ids(f"items[{number}]", item)], None, 0, None)
         for number, item in enumerate(items)
     ]
+    if vocab_size is not None:
+        _check_vocabulary(read, vocab_size)
     for name in ("labels", "sequence_label"):
         number = next((at for at, item in enumerate(read) if getattr(item, name) is None), None)
         other = next((at for at, item in enumerate(read) if getattr(item, name) is not None), None)
         if number is not None and other is not None:
-            what = "labels for its tokens" if name == "labels" else "a label for the sequence"
+            what = "labels for its tokens" if name == "labels" else "label for the sequence"
             raise ValueError(f"items[{number}] has no {what}, items[{other}] has: give them to all or to none")
     first_positions: list[int] = []
     for number, item in enumerate(read):
@@ -164,6 +183,7 @@ class PackedCollator:
         position_start: position id of a first token: 0, or 2 for RoBERTa and its relatives.
         pad_token_id: what places after the last sequence hold.
         ignore: fields of items that are left out; others that no batch has a place for are refused.
+        vocab_size: token ids and labels outside ``[0, vocab_size)`` are refused, by item; None: not looked at.
         options: keyword arguments of ``PackedBatch.transformers_inputs``.
     """
 
@@ -174,6 +194,7 @@ class PackedCollator:
     position_start: int = 0
     pad_token_id: int = 0
     ignore: Sequence[str] = ()
+    vocab_size: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -187,7 +208,7 @@ class PackedCollator:
             TypeError: what is no list of token ids.
             ValueError: fields of an item that disagree, named with their lengths, or more than there is room for.
         """
-        read = _read(items, self.ignore)
+        read = _read(items, self.ignore, self.vocab_size)
         batch = PackedBatch.from_sequences(
             read.tokens,
             read.labels,
@@ -217,6 +238,7 @@ class PaddedCollator:
         output: ``"batch"`` or ``"transformers"``.
         position_start: position id of a first token: 0, or 2 for RoBERTa and its relatives.
         ignore: fields of items that are left out; others that no batch has a place for are refused.
+        vocab_size: token ids and labels outside ``[0, vocab_size)`` are refused, by item; None: not looked at.
         options: keyword arguments of ``PaddedBatch.transformers_inputs``.
     """
 
@@ -227,6 +249,7 @@ class PaddedCollator:
     output: Literal["batch", "transformers"] = "batch"
     position_start: int = 0
     ignore: Sequence[str] = ()
+    vocab_size: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -236,7 +259,7 @@ class PaddedCollator:
 
     def __call__(self, items: Sequence[Mapping[str, Any] | Tokens]) -> PaddedBatch | dict[str, Any]:
         """The batch of ``items``; errors as in ``PackedCollator``, and for an item longer than ``length``."""
-        read = _read(items, self.ignore)
+        read = _read(items, self.ignore, self.vocab_size)
         batch = pad(
             read.tokens,
             read.labels,

@@ -286,14 +286,17 @@ class PackedBatch(Batch):
         cu_seqlens: bool = True,
         seq_idx: bool = False,
         attention_mask: Literal["dense"] | None = None,
-        mask_dtype: torch.dtype = torch.bool,
+        mask_dtype: torch.dtype = torch.float32,
         pattern: masks.Mask | None = None,
+        use_cache: bool | None = False,
     ) -> dict[str, Any]:
         """Keyword arguments of a model of transformers for this row, spelled as it spells them.
 
-        No 2-D mask: it would switch transformers' own detection of packing off. What detects packing by position ids
-        alone cannot tell pieces whose positions continue (``first_positions``) from their neighbours, so give such
-        models ``cu_seqlens`` or the dense mask.
+        There is no 2-D mask, which would switch transformers' own detection of packing off. Decoders on its eager and
+        sdpa attention detect sequences by position ids that do not continue, and only without a cache; encoders, and
+        models that do not hand position ids to their masks, do not detect any; a document's pieces whose positions
+        continue (``first_positions``) look like one sequence if they lie side by side. In these cases give
+        ``attention_mask="dense"``.
 
         Args:
             labels: ``"causal"``: ``labels`` with the first token of each sequence ignored, for models that shift them,
@@ -304,10 +307,13 @@ class PackedBatch(Batch):
                 Places after the last sequence are one more sequence there, because kernels leave rows unwritten that
                 no sequence covers.
             seq_idx: also ``seq_idx``, int32 (1, total), which state-space layers read.
-            attention_mask: ``"dense"``: also a 4-D mask (1, 1, total, total), which no implementation can misread.
-            mask_dtype: of that mask: bool for sdpa, or the floating point dtype of the model (0 and its lowest number)
-                for eager and sdpa.
-            pattern: of that mask; causal by default.
+            attention_mask: ``"dense"``: also a 4-D mask (1, 1, total, total), which every layer takes as it is, also
+                those that would look through a window. Places after the last sequence see themselves.
+            mask_dtype: of that mask: a floating point dtype (0 and its lowest number), which eager and sdpa attention
+                take, or bool for sdpa alone.
+            pattern: of that mask; causal by default, ``masks.full()`` for encoders.
+            use_cache: passed on, because a cache switches the detection of packing off; None: not passed on, for models
+                that know no such argument.
 
         Returns:
             Tensors (1, total) and the above.
@@ -335,6 +341,8 @@ class PackedBatch(Batch):
                 covered = covered if tail else self.cu_seqlens
                 longest = max(self.max_seqlen, tail)
             inputs.update(cu_seq_lens_q=covered, cu_seq_lens_k=covered, max_length_q=longest, max_length_k=longest)
+        if use_cache is not None:
+            inputs["use_cache"] = use_cache
         if attention_mask == "dense":
             allowed = self.dense_mask(pattern)
             # Rows that see nothing are NaN in some implementations, and NaN spreads through the next layer.

@@ -193,7 +193,7 @@ class PaddedBatch(Batch):
         shift_labels: bool = False,
         position_ids: bool = True,
         attention_mask: Literal["padding", "dense"] = "padding",
-        mask_dtype: torch.dtype = torch.bool,
+        mask_dtype: torch.dtype = torch.float32,
         pattern: masks.Mask | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of a model of transformers, spelled as it spells them.
@@ -206,7 +206,8 @@ class PaddedBatch(Batch):
             position_ids: also position ids, which restart at the first real token; models without absolute or rotary
                 positions, such as T5, take none.
             attention_mask: ``"padding"``: int64 (batch, length); ``"dense"``: (batch, 1, length, length).
-            mask_dtype: of the dense mask: bool for sdpa, or the floating point dtype of the model for eager and sdpa.
+            mask_dtype: of the dense mask: a floating point dtype (0 and its lowest number), which eager and sdpa
+                attention take, or bool for sdpa alone.
             pattern: of the dense mask; causal by default.
         """
         inputs: dict[str, Any] = {"input_ids": self.input_ids}

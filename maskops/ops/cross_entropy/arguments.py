@@ -32,6 +32,26 @@ def _check_per_token(name: str, value: Tensor, target: Tensor) -> None:
         raise ValueError(f"{name} is on {value.device}, target on {target.device}: put them on one device")
 
 
+def _hint_of_rows(target: tuple[int, ...], rows: tuple[int, ...], name: str) -> str:
+    """What has probably gone wrong where labels of the first shape meet logits or hidden states of the second."""
+    if not target or not rows:
+        return ""
+    is_flat = len(target) == 1 or len(rows) == 1
+    if is_flat and math.prod(target) == math.prod(rows):
+        return f": target.reshape({rows})"
+    if is_flat and len(target) != len(rows):
+        return (
+            ". One is packed, the other padded: to_padded(tensor) and to_packed(tensor) of a PackedBatch or a "
+            "PaddedBatch turn one into the other"
+        )
+    if target[:-1] == rows[:-1] and abs(target[-1] - rows[-1]) == 1:
+        return (
+            f". Cut neither {name} nor labels: shift_labels of a batch go with every row, and shift=True shifts labels "
+            "that are aligned with their tokens"
+        )
+    return ""
+
+
 def check_target(target: Tensor, scored: Tensor, name: str) -> None:
     """Labels for all but the last dimension of what is scored: logits, or the hidden states that they come from."""
     check_tensor("target", target, "of int64 or int32 labels")
@@ -42,6 +62,8 @@ def check_target(target: Tensor, scored: Tensor, name: str) -> None:
         if scored.dim() > 2 and target.shape == (*scored.shape[:1], *scored.shape[2:]):
             last = "vocabulary" if name == "logits" else "hidden size"
             hint = f". The {last} is the last dimension here: {name}.movedim(1, -1)"
+        else:
+            hint = _hint_of_rows(tuple(target.shape), tuple(scored.shape[:-1]), name)
         raise ValueError(
             f"target has shape {tuple(target.shape)}: expected {tuple(scored.shape[:-1])}, the shape of {name} "
             f"{tuple(scored.shape)} without the last dimension{hint}"
