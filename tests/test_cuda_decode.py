@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
 import maskops
 from maskops import backend as backends
+from maskops import masks
 from tests.served import DEVICE
+from tests.test_decode import FEATURES, LENGTHS, assert_within_budget, attend, make_cache, queries
 
 NAME = "cuda"
 pytestmark = pytest.mark.devices
@@ -17,6 +22,135 @@ pytestmark = pytest.mark.devices
 def served() -> None:
     if reasons := backends.BACKENDS[NAME].refusals_of(DEVICE):
         pytest.skip(f"{NAME}: {'; '.join(reasons)}")
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name: str, paged: bool) -> None:
+    features = FEATURES[name]
+    cache = make_cache(LENGTHS, 50, leftpad=features.leftpad)
+    q = queries(len(LENGTHS), 4, 3 if paged else 1)
+    out, lse = attend(NAME, cache, q, features, paged)
+    assert_within_budget((out, lse), cache, q, features, torch.float32)
+    empty = [b for b, n in enumerate(LENGTHS) if n <= (features.leftpad[b] if features.leftpad else 0)]
+    assert (out[empty] == 0).all() and (lse[empty] == -math.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "q_len", "head_dim", "value_dim", "dtype"),
+    [
+        (8, 1, 1, 128, 64, torch.bfloat16),
+        (6, 2, 1, 80, 24, torch.float16),
+        (10, 2, 2, 33, 7, torch.float32),
+        (5, 1, 1, 70, 300, torch.float32),
+        (40, 1, 1, 8, 136, torch.bfloat16),
+        (4, 2, 16, 1, 1, torch.float32),
+        (4, 2, 17, 16, 16, torch.bfloat16),
+    ],
+)
+def test_shapes(heads: int, kv_heads: int, q_len: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    """Groups of every number of rows, more rows and more columns than a block has, prompts, odd pages."""
+    cache = make_cache([29, 3], 35, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, page_size=5, dtype=dtype)
+    q = queries(2, heads, q_len, head_dim, dtype)
+    features = FEATURES["causal"]
+    results = attend(NAME, cache, q, features, paged=True)
+    assert_within_budget(results, cache, q, features, dtype)
+    assert results[0].dtype == dtype and results[1].dtype == torch.float32
+    assert torch.equal(attend(NAME, cache, q, features, paged=False)[0], results[0])
+
+
+EDGES = [0, 1, 63, 64, 65, 256, 257, 640, 700, 1036]
+
+
+@pytest.mark.parametrize("name", ["plain", "first tokens and window", "sinks", "everything"])
+def test_splits_of_the_keys(name: str) -> None:
+    """Four shares of the keys of every sequence, some of nothing, with ends anywhere in tiles and in odd pages."""
+    features = FEATURES[name]
+    features = features._replace(leftpad=[0, 0, 5, 64, 1, 256, 200, 639, 0, 3] if features.leftpad else None)
+    cache = make_cache(EDGES, 1036, page_size=7, head_dim=8, value_dim=8, leftpad=features.leftpad)
+    q = queries(len(EDGES), 6, 2, 8)
+    results = attend(NAME, cache, q, features, paged=True)
+    assert_within_budget(results, cache, q, features, torch.float32)
+
+
+def test_the_same_bits_in_any_company() -> None:
+    """Neither pages nor the rest of the batch nor its order change a bit, whatever splits there are."""
+    cache = make_cache(EDGES, 1036, page_size=7, head_dim=8, value_dim=8)
+    q, lengths = queries(len(EDGES), 4, 1, 8), cache.lengths
+    keywords: dict[str, Any] = {"return_lse": True, "backend": NAME}
+    whole = maskops.decode_attention(q, *cache.contiguous(), lengths, **keywords)
+    pages = maskops.decode_attention(q, *cache.paged(), lengths, block_table=cache.block_table, **keywords)
+    chosen = torch.tensor([8, 3, 9, 0, 5])
+    alone = maskops.decode_attention(q[chosen], *cache.contiguous(), lengths[chosen], batch_index=chosen, **keywords)
+    for x, y, z in zip(whole, pages, alone, strict=True):
+        assert torch.equal(x, y) and torch.equal(x[chosen], z)
+
+
+def test_masks_with_holes() -> None:
+    """Keys that no row sees are not read, wherever they lie."""
+    cache = make_cache([437, 12], 600)
+    q = queries(2, 4, 3)
+    allowed = torch.rand(2, 4, 3, 600, generator=torch.Generator().manual_seed(0)) < 0.1
+    allowed[0, :, 1] = False
+    allowed[..., 100:300] = False
+    mask = masks.dense(allowed)
+    k, v = (x.nan_to_num() for x in cache.contiguous())
+    wanted = maskops.attention(q, k, v, masks.key_padding(cache.lengths) & mask, return_lse=True, backend="reference")
+    unseen = ~allowed.flatten(1, 2).any(1)[:, None, :, None]
+    k, v = (torch.where(unseen, math.nan, x) for x in cache.contiguous())
+    found = maskops.decode_attention(q, k, v, cache.lengths, mask, return_lse=True, backend=NAME)
+    for actual, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_with_those_who_see_it(value: float) -> None:
+    """A key or a value of the newest token reaches no query before it, nor another sequence."""
+    cache = make_cache([70, 70], 70, head_dim=8, value_dim=8)
+    q, lengths = queries(2, 2, 3, 8), cache.lengths
+    expected = maskops.decode_attention(q, *cache.contiguous(), lengths, masks.causal(), backend=NAME)
+    for poisoned in (0, 1):
+        caches = [x.clone() for x in cache.contiguous()]
+        caches[poisoned][0, :, 69, 3] = value
+        out = maskops.decode_attention(q, *caches, lengths, masks.causal(), backend=NAME)
+        assert not out[0, :, 2].isfinite().all()
+        assert torch.equal(out[0, :, :2], expected[0, :, :2]) and torch.equal(out[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "q_len", "capacity", "value_dim"),
+    [(0, 2, 1, 1, 8, 4), (2, 0, 0, 1, 8, 4), (2, 2, 1, 3, 0, 4), (2, 2, 1, 1, 600, 0)],
+)
+def test_nothing_to_do(batch: int, heads: int, kv_heads: int, q_len: int, capacity: int, value_dim: int) -> None:
+    q = torch.randn(batch, heads, q_len, 4)
+    k, v = torch.zeros(batch, kv_heads, capacity, 4), torch.zeros(batch, kv_heads, capacity, value_dim)
+    lengths = torch.full((batch,), capacity)
+    out, lse = maskops.decode_attention(q, k, v, lengths, masks.causal(), return_lse=True, backend=NAME)
+    assert out.shape == (batch, heads, q_len, value_dim) and (out == 0).all()
+    expected = torch.full((batch, heads, q_len), math.log(capacity) if capacity else -math.inf)
+    torch.testing.assert_close(lse, expected)
+
+
+def test_any_integers_stay_inside_the_cache() -> None:
+    """On a device nobody looks at them before the kernel does."""
+    absent = torch.empty(0)
+    whole = torch.full((6, 1, 4, 8), math.nan)
+    cache = whole[2:4]
+    cache.fill_(1.0)
+    table = torch.tensor([[0, -1, 5], [1, 2**31 - 1, -(2**31)]], dtype=torch.int32)
+    for lengths in (torch.tensor([12, -5]), torch.tensor([2**40, 2**62]), torch.tensor([-(2**63), 7])):
+        for q_len in (1, 20):
+            q = torch.randn(2, 1, q_len, 8)
+            out, _ = torch.ops.maskops.decode_forward_cuda(
+                q, cache, cache, lengths, torch.tensor([-3, 2**50]), table, *(absent,) * 8, 1.0, 0.0
+            )
+            assert out.isfinite().all()
+
+
+# ---- appending -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -7,6 +7,7 @@ other and select; what is selected must not have been added before.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.served import AT_HOME, DEVICE
 
 pytestmark = pytest.mark.devices
 
-KERNELS = [name for name in ("cpu", "triton") if DEVICE == "cpu" or name in AT_HOME]
+KERNELS = [name for name in ("cpu", "triton", "cuda") if DEVICE == "cpu" or name in AT_HOME]
 OFFSETS = (0, 130, 150, 280)
 """The outer two are longer than a tile of 128 rows: neither reaches the other, nor the short one between them."""
 
@@ -78,3 +79,31 @@ def test_it_reaches_no_other_document(backend: str, name: str, poisoned: str) ->
     assert not all(bool(x[:, :, document].isfinite().all()) for x in found.values()), "the value is lost"
     for x, there in found.items():
         assert torch.equal(there[:, :, others], expected[x][:, :, others]), x
+
+
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
+def test_cuda_keeps_it_from_documents_that_share_a_tile_too(poisoned: str) -> None:
+    """Its products select where a tile holds such a value: no document reaches another, nor a head the next."""
+    if reasons := BACKENDS["cuda"].refusals_of(DEVICE):
+        pytest.skip(f"cuda: {'; '.join(reasons)}")
+    offsets = [0, 70, 200, 205, 208]
+    mask = masks.documents(cu_seqlens=torch.tensor(offsets)) & masks.causal()
+    inputs = {name: draw(1, 2, 208, 5, seed=at) for at, name in enumerate(("q", "k", "v", "grad_out"))}
+
+    def computed(tensors: dict[str, Tensor]) -> list[Tensor]:
+        leaves = [tensors[name].clone().requires_grad_() for name in "qkv"]
+        out, lse = maskops.attention(*leaves, mask, return_lse=True, backend="cuda")
+        return [out.detach(), lse.detach()[..., None], *torch.autograd.grad(out, leaves, tensors["grad_out"])]
+
+    expected = computed(inputs)
+    for document, (first, end) in enumerate(itertools.pairwise(offsets)):
+        others = torch.ones(208, dtype=torch.bool)
+        others[first:end] = False
+        value = (math.nan, math.inf)[document % 2]
+        changed = inputs[poisoned].clone()
+        changed[:, 1, [first, end - 1], 3] = value
+        found = computed(inputs | {poisoned: changed})
+        assert not all(bool(x.isfinite().all()) for x in found), "the value is lost"
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours[:, :, others], theirs[:, :, others]), document
+            assert torch.equal(ours[:, 0], theirs[:, 0]), document

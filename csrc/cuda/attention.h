@@ -67,6 +67,15 @@ struct DeviceAttentionForward {
   float* lse;  // (batch, heads, q_len)
 };
 
+// Few queries over a cache. Shapes alone say how many splits of the keys there are, so that the same call gives the
+// same bits.
+struct DeviceDecode {
+  DeviceAttentionForward forward;
+  int32_t splits;
+  float* parts;          // (splits, batch, heads, q_len, value_dim), scratch; nullptr for one split
+  float *maxima, *sums;  // (splits, batch, heads, q_len), scratch
+};
+
 // Gradients that are not wanted are nullptr.
 struct DeviceAttentionBackward {
   DeviceAttention call;
@@ -83,6 +92,7 @@ struct DeviceAttentionBackward {
 };
 
 void attention_forward_cuda(const DeviceAttentionForward& p, void* stream);
+void decode_attention_cuda(const DeviceDecode& p, void* stream);
 void attention_backward_cuda(const DeviceAttentionBackward& p, void* stream);
 // Writes the sequences of a shared plan, its largest ordinal + 1, for dropout.
 void count_sequences_cuda(const int32_t* ordinals, int64_t rows, int32_t* sequences, void* stream);

@@ -5,19 +5,6 @@
 namespace maskops {
 namespace {
 
-template <class T>
-__device__ void store_element(void* data, int64_t at, float value) {
-  static_cast<T*>(data)[at] = from_float<T>(value);
-}
-
-__device__ void store_bias(const DeviceAttentionBackward& p, int64_t at, float gradient) {
-  switch (p.call.features.bias_element) {
-    case Element::float32: return store_element<float>(p.grad_bias, at, gradient);
-    case Element::bfloat16: return store_element<__nv_bfloat16>(p.grad_bias, at, gradient);
-    case Element::float16: return store_element<__half>(p.grad_bias, at, gradient);
-  }
-}
-
 __host__ __device__ inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 // A block for each 64 x 64 elements of a head of the bias; along a dimension that it is broadcast over, one for all.
@@ -54,7 +41,7 @@ __global__ void __launch_bounds__(THREADS) bias_kernel(DeviceAttentionBackward p
         for (int64_t key_at = key_tile; key_at < last_key_tile; key_at++) {
           const auto base = static_cast<int32_t>(key_at * KEYS), first = base + part * PART;
           __syncthreads();
-          read_valid_keys(call, batch, base, memory);
+          read_valid_keys(call, batch, base, memory.valid);
           __syncthreads();
           const uint64_t keys = memory.valid[0] | static_cast<uint64_t>(memory.valid[1]) << 32;
           const uint32_t allowed = allowed_keys(call, row, first, valid_part(memory));
@@ -91,7 +78,8 @@ __global__ void __launch_bounds__(THREADS) bias_kernel(DeviceAttentionBackward p
     for (int i = of_all_rows ? 0 : row; i < (of_all_rows ? ROWS : row + 1); i++) {
       for (int j = of_all_keys ? 0 : key; j < (of_all_keys ? KEYS : key + 1); j++) sum += memory.scores[j][i];
     }
-    store_bias(p, of_head + (row_tile * ROWS + row) * p.bias_sizes[3] + key_tile * KEYS + key, sum);
+    store_element(p.grad_bias, p.call.features.bias_element,
+                  of_head + (row_tile * ROWS + row) * p.bias_sizes[3] + key_tile * KEYS + key, sum);
   }
 }
 

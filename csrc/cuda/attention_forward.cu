@@ -19,14 +19,11 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(DeviceAttentionForward
 
   __syncthreads();
   if (tile_part() == 0) {
-    const bool is_empty = total.sum == 0.0f;
-    const float lse = is_empty ? -INFINITY : total.maximum + logf(total.sum);
-    float factor = is_empty ? 0.0f : 1.0f / total.sum;
-    if (!is_empty && call.features.sinks.data != nullptr) {
-      factor /= 1.0f + expf(per_head(call.features.sinks, 0, tile.head) - lse);
+    const RowEnd end = end_of_row(call, tile.head, total.maximum, total.sum);
+    memory.factor[tile_row()] = end.factor;
+    if (row.used && group == 0) {
+      p.lse[(tile.batch * call.shape.heads + tile.head) * call.shape.q_len + row.row] = end.lse;
     }
-    memory.factor[tile_row()] = factor;
-    if (row.used && group == 0) p.lse[(tile.batch * call.shape.heads + tile.head) * call.shape.q_len + row.row] = lse;
   }
   __syncthreads();
   float factor[4];

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS) keys_kernel(DeviceAttentionBackward p
   const int64_t shared_by = shape.heads / shape.kv_heads;
   const int mine = tile_row(), part = tile_part();
   const int32_t base = key_tile * KEYS, first = base + part * PART;
-  read_valid_keys(call, batch, base, memory);
+  read_valid_keys(call, batch, base, memory.valid);
   __syncthreads();
   const uint32_t valid = valid_part(memory);
   const uint64_t keys = memory.valid[0] | static_cast<uint64_t>(memory.valid[1]) << 32;

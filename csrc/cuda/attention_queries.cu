@@ -6,20 +6,6 @@
 namespace maskops {
 namespace {
 
-template <class T>
-__device__ void store_element(void* data, int64_t at, float value) {
-  static_cast<T*>(data)[at] = from_float<T>(value);
-}
-
-__device__ void store_bias(const DeviceAttentionBackward& p, const RowState& row, int32_t key, float gradient) {
-  const int64_t at = row_index(p.call, row) * p.call.shape.k_len + key;
-  switch (p.call.features.bias_element) {
-    case Element::float32: return store_element<float>(p.grad_bias, at, gradient);
-    case Element::bfloat16: return store_element<__nv_bfloat16>(p.grad_bias, at, gradient);
-    case Element::float16: return store_element<__half>(p.grad_bias, at, gradient);
-  }
-}
-
 template <int CHUNKS>
 __global__ void __launch_bounds__(THREADS) queries_kernel(DeviceAttentionBackward p, bool writes_bias) {
   MASKOPS_DYNAMIC_SHARED(bytes);
@@ -43,7 +29,7 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(DeviceAttentionBackwar
   if (part == 0) atomicMin(&memory.next_key, next_key(call, row, 0));
   __syncthreads();
   for (int32_t base = memory.next_key; base < call.shape.k_len;) {
-    read_valid_keys(call, tile.batch, base, memory);
+    read_valid_keys(call, tile.batch, base, memory.valid);
     __syncthreads();
     if (threadIdx.x == 0) {
       memory.next_key = NO_KEY;
@@ -73,7 +59,10 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(DeviceAttentionBackwar
       if ((allowed >> i & 1) != 0) {
         gradient = gradient_of(call, row, of_row, first + i, (kept >> i & 1) != 0, memory.scores[part * PART + i][mine],
                                slope);
-        if (writes_bias) store_bias(p, row, first + i, gradient.score);
+        if (writes_bias) {
+          store_element(p.grad_bias, call.features.bias_element, row_index(call, row) * call.shape.k_len + first + i,
+                        gradient.score);
+        }
         if (p.row_grad_slopes != nullptr) grad_slope -= gradient.score * distance_of(row, first + i);
       }
       slope = gradient.product;

@@ -26,7 +26,7 @@ __device__ RowSum attend_rows(const DeviceAttention& p, const RowTile& tile, con
   if (part == 0) atomicMin(&memory.next_key, next_key(p, row, 0));
   __syncthreads();
   for (int32_t base = memory.next_key; base < p.shape.k_len;) {
-    read_valid_keys(p, tile.batch, base, memory);
+    read_valid_keys(p, tile.batch, base, memory.valid);
     __syncthreads();
     if (threadIdx.x == 0) {
       memory.next_key = NO_KEY;

@@ -115,12 +115,12 @@ __device__ inline float per_head(const PerHead& values, int64_t outer, int64_t h
   return values.data[outer * values.outer_stride + head * values.head_stride];
 }
 
-__device__ inline RowState read_row(const DeviceAttention& p, const RowTile& tile) {
+__device__ inline RowState read_row(const DeviceAttention& p, bool used, int64_t batch, int64_t head, int64_t row) {
   RowState state{};
-  state.used = tile_row() < tile.count;
-  state.batch = tile.batch;
-  state.head = tile.head;
-  state.row = tile.first + tile_row();
+  state.used = used;
+  state.batch = batch;
+  state.head = head;
+  state.row = row;
   if (!state.used) return state;
   const auto k_len = static_cast<int32_t>(p.shape.k_len);
   state.highest = k_len;
@@ -160,6 +160,10 @@ __device__ inline RowState read_row(const DeviceAttention& p, const RowTile& til
   return state;
 }
 
+__device__ inline RowState read_row(const DeviceAttention& p, const RowTile& tile) {
+  return read_row(p, tile_row() < tile.count, tile.batch, tile.head, tile.first + tile_row());
+}
+
 // ---- which keys
 // -------------------------------------------------------------------------------------------------------
 
@@ -186,8 +190,9 @@ __device__ inline int32_t next_key(const DeviceAttention& p, const RowState& row
   return next;
 }
 
-// Which of the 64 keys from `base` are there at all, in memory.valid; the caller waits before it reads them.
-__device__ inline void read_valid_keys(const DeviceAttention& p, int64_t batch, int32_t base, TileMemory& memory) {
+// Which of the 64 keys from `base` are there at all; the caller waits before it reads what is shared.
+__device__ inline void read_valid_keys(const DeviceAttention& p, int64_t batch, int32_t base,
+                                       uint32_t (&shared)[KEYS / 32]) {
   const int mine = static_cast<int>(threadIdx.x);
   if (mine >= KEYS) return;  // whole warps
   bool valid = base + mine < p.shape.k_len;
@@ -195,7 +200,7 @@ __device__ inline void read_valid_keys(const DeviceAttention& p, int64_t batch, 
     valid = p.spans.key_valid[batch * p.spans.key_valid_batch_stride + base + mine] != 0;
   }
   const uint32_t votes = __ballot_sync(0xffffffffu, valid);
-  if (mine % 32 == 0) memory.valid[mine / 32] = votes;
+  if (mine % 32 == 0) shared[mine / 32] = votes;
 }
 
 // The dense mask of 16 keys from `first`, a bit each.
@@ -264,20 +269,21 @@ struct Operand {
 __device__ inline float4& four(float* at) { return *reinterpret_cast<float4*>(at); }
 __device__ inline const float4& four(const float* at) { return *reinterpret_cast<const float4*>(at); }
 
-// Rows of the operand as float32, columns [column, column + WIDTH) of `width`; zeros where there is nothing or nothing
-// wanted: what is not seen is never read. Returns whether all that this thread read is finite.
-template <class T, int WIDTH, int STRIDE>
-__device__ bool load_rows_of(const DeviceAttention& p, const Operand& x, int32_t column, int32_t width,
+// 64 rows as float32, columns [column, column + WIDTH) of `width`; row_at(row) says where a row begins, nullptr where
+// nothing is wanted of it: what is not seen is never read, and is 0. `sixteen` as in DeviceRows. Returns whether all
+// that this thread read is finite.
+template <class T, int WIDTH, int STRIDE, class RowAt>
+__device__ bool load_rows_at(const RowAt& row_at, bool sixteen, int32_t column, int32_t width,
                              float (&to)[KEYS][STRIDE]) {
   constexpr int N = Sixteen<T>::N;
   float zeros = 0.0f;  // NaN once a value is not finite
-  if (x.rows.sixteen) {
+  if (sixteen) {
 #pragma unroll 2
     for (int index = static_cast<int>(threadIdx.x); index < KEYS * WIDTH / N; index += THREADS) {
       const int row = index / (WIDTH / N), at = index % (WIDTH / N) * N;
       Sixteen<T> values{};
-      if (column + at < width && (x.wanted >> row & 1) != 0) {
-        const T* from = row_of<T>(p, x.rows, x.in_cache, x.batch, x.head, x.first + row);
+      if (column + at < width) {
+        const T* from = row_at(row);
         if (from != nullptr) values = load_sixteen(from + column + at);
       }
 #pragma unroll
@@ -293,8 +299,8 @@ __device__ bool load_rows_of(const DeviceAttention& p, const Operand& x, int32_t
     for (int index = static_cast<int>(threadIdx.x); index < KEYS * WIDTH; index += THREADS) {
       const int row = index / WIDTH, at = index % WIDTH;
       float value = 0.0f;
-      if (column + at < width && (x.wanted >> row & 1) != 0) {
-        const T* from = row_of<T>(p, x.rows, x.in_cache, x.batch, x.head, x.first + row);
+      if (column + at < width) {
+        const T* from = row_at(row);
         if (from != nullptr) value = to_float(from[column + at]);
       }
       zeros += value * 0.0f;
@@ -302,6 +308,16 @@ __device__ bool load_rows_of(const DeviceAttention& p, const Operand& x, int32_t
     }
   }
   return zeros == 0.0f;
+}
+
+template <class T, int WIDTH, int STRIDE>
+__device__ bool load_rows_of(const DeviceAttention& p, const Operand& x, int32_t column, int32_t width,
+                             float (&to)[KEYS][STRIDE]) {
+  const auto row_at = [&](int row) -> const T* {
+    if ((x.wanted >> row & 1) == 0) return nullptr;
+    return row_of<T>(p, x.rows, x.in_cache, x.batch, x.head, x.first + row);
+  };
+  return load_rows_at<T, WIDTH>(row_at, x.rows.sixteen, column, width, to);
 }
 
 template <int WIDTH, int STRIDE>
@@ -472,6 +488,19 @@ __device__ inline float load_element(const void* data, Element element, int64_t 
   }
 }
 
+template <class T>
+__device__ void store_element_of(void* data, int64_t at, float value) {
+  static_cast<T*>(data)[at] = from_float<T>(value);
+}
+
+__device__ inline void store_element(void* data, Element element, int64_t at, float value) {
+  switch (element) {
+    case Element::float32: return store_element_of<float>(data, at, value);
+    case Element::bfloat16: return store_element_of<__nv_bfloat16>(data, at, value);
+    case Element::float16: return store_element_of<__half>(data, at, value);
+  }
+}
+
 // |distance| of a key from the row's diagonal.
 __device__ inline float distance_of(const RowState& row, int32_t key) {
   return fabsf(
@@ -534,6 +563,19 @@ __device__ inline uint32_t kept_keys(const DeviceAttention& p, const RowState& r
     }
   }
   return kept;
+}
+
+// What ends a row: the factor of its result, with its sink, and its log-sum-exp.
+struct RowEnd {
+  float factor, lse;
+};
+
+__device__ inline RowEnd end_of_row(const DeviceAttention& p, int64_t head, float maximum, float sum) {
+  if (sum == 0.0f) return {0.0f, -INFINITY};
+  const float lse = maximum + logf(sum);
+  float factor = 1.0f / sum;
+  if (p.features.sinks.data != nullptr) factor /= 1.0f + expf(per_head(p.features.sinks, 0, head) - lse);
+  return {factor, lse};
 }
 
 }  // namespace maskops

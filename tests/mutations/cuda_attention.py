@@ -31,12 +31,12 @@ MUTATIONS = (
     ),
     Mutation(
         "cuda attention: lse without the maximum",
-        FORWARD,
-        "total.maximum + logf(total.sum)",
-        "logf(total.sum)",
+        TILE,
+        "const float lse = maximum + logf(sum);",
+        "const float lse = logf(sum);",
         ATTENTION,
     ),
-    Mutation("cuda attention: sign of the sink", FORWARD, "tile.head) - lse)", "tile.head) + lse)", ATTENTION),
+    Mutation("cuda attention: sign of the sink", TILE, "sinks, 0, head) - lse)", "sinks, 0, head) + lse)", ATTENTION),
     Mutation(
         "cuda attention: large rows keep their sums", ROWS, "fabsf(lse) >= LARGE_LSE", "fabsf(lse) >= 1e30f", ATTENTION
     ),

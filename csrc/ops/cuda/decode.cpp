@@ -74,6 +74,16 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
                  call.stream());
 }
 
+// Up to this many queries wait for memory, and share keys by groups of heads; more are tiles of rows.
+constexpr int64_t MOST_QUERIES = 16;
+
+// How many blocks share the keys of a sequence. The capacity alone says it: neither the rest of the batch nor a device
+// changes a bit.
+int64_t splits_of(int64_t capacity) {
+  constexpr int64_t least_keys = 256, most_splits = 32;
+  return std::clamp<int64_t>(capacity / least_keys, 1, most_splits);
+}
+
 // A contiguous cache and pages are read in place.
 std::tuple<Tensor, Tensor> decode_forward(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                           const Tensor& lengths, const Tensor& leftpad, const Tensor& block_table,
@@ -170,7 +180,17 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q, const Tensor& k_cache
   attention.v = device_rows(v_cache);
   p.out = device_rows(out);
   p.lse = lse.data<float>();
-  if (batch > 0 && heads > 0 && q_len > 0) attention_forward_cuda(p, call.stream());
+  if (batch == 0 || heads == 0 || q_len == 0) return {std::move(out), std::move(lse)};
+  if (q_len > MOST_QUERIES) {
+    attention_forward_cuda(p, call.stream());
+  } else {
+    const int64_t splits = splits_of(capacity), rows = splits == 1 ? 0 : splits * batch * heads * q_len;
+    const Tensor parts = call.empty({rows, attention.shape.value_dim}, DType::float32);
+    const Tensor sums = call.empty({2, rows}, DType::float32);
+    float* const scratch = sums.data_or_null<float>();
+    decode_attention_cuda({p, static_cast<int32_t>(splits), parts.data_or_null<float>(), scratch, scratch + rows},
+                          call.stream());
+  }
   return {std::move(out), std::move(lse)};
 }
 
