@@ -309,8 +309,8 @@ class PackedBatch(Batch):
             seq_idx: also ``seq_idx``, int32 (1, total), which state-space layers read.
             attention_mask: ``"dense"``: also a 4-D mask (1, 1, total, total), which every layer takes as it is, also
                 those that would look through a window. Places after the last sequence see themselves.
-            mask_dtype: of that mask: a floating point dtype (0 and its lowest number), which eager and sdpa attention
-                take, or bool for sdpa alone.
+            mask_dtype: of that mask: float32 (0 and its lowest number) for eager and sdpa attention in float32 and
+                below; float64 for models in float64, where torch's kernel misreads a float32 mask; bool for sdpa alone.
             pattern: of that mask; causal by default, ``masks.full()`` for encoders.
             use_cache: passed on, because a cache switches the detection of packing off; None: not passed on, for models
                 that know no such argument.

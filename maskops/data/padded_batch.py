@@ -206,8 +206,7 @@ class PaddedBatch(Batch):
             position_ids: also position ids, which restart at the first real token; models without absolute or rotary
                 positions, such as T5, take none.
             attention_mask: ``"padding"``: int64 (batch, length); ``"dense"``: (batch, 1, length, length).
-            mask_dtype: of the dense mask: a floating point dtype (0 and its lowest number), which eager and sdpa
-                attention take, or bool for sdpa alone.
+            mask_dtype: of the dense mask, as in ``PackedBatch.transformers_inputs``.
             pattern: of the dense mask; causal by default.
         """
         inputs: dict[str, Any] = {"input_ids": self.input_ids}
