@@ -1,4 +1,4 @@
-"""Session settings: memory that was never written holds NaN, and skips are counted by reason."""
+"""Session settings: memory that was never written holds NaN, numbers are seeded, skips are counted by reason."""
 
 import ctypes
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maskops import extension
-from tests import placement
+from tests import interpreter, placement
 from tools import emulation
 
 _M_PERTURB = -6
@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         mallopt(_M_PERTURB, 0x100)
     # Triton's interpreter computes with numpy, which warns of infinities and NaN that are meant.
     numpy.seterr(all="ignore")
+    interpreter.hasten()
     # On the small shapes of tests a second thread costs more than it brings; what depends on threads sets their number.
     torch.set_num_threads(1)
     placement.configure(config)
@@ -43,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
         reason = None if hasattr(config, "workerinput") else emulation.build()
         if reason is None and emulation.library().exists():
             extension.load_cuda_emulation(emulation.library())
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The numbers of a test are the same in every run, alone or after others."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
