@@ -111,19 +111,27 @@ def _extension_reason() -> str | None:
     return extension.reason()
 
 
-@functools.lru_cache(maxsize=1)
 def _triton_reason() -> str | None:
-    is_blocked = "triton" in sys.modules and sys.modules["triton"] is None
-    if is_blocked or importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed; install it with: python -m pip install triton"
     if _triton_is_interpreted():
         return interpreter_problem()
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"its kernels need compute capability 8.0, this device has {major}.{minor}"
-    return None
+    return _capability_reason(torch.cuda.current_device())
+
+
+@functools.lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    is_blocked = "triton" in sys.modules and sys.modules["triton"] is None
+    return not is_blocked and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability_reason(device: int) -> str | None:
+    """Of each device: a machine may have cards of several generations."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"its kernels need compute capability 8.0, this device has {major}.{minor}"
 
 
 def _triton_is_interpreted() -> bool:

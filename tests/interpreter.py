@@ -4,7 +4,7 @@ Nothing that a kernel computes changes:
 
 - sums and products of integers are computed once more in 64 bits to notice an overflow, and without the debug option
   (which the interpreter never has) nobody looks at the result;
-- each call of a function of a kernel replaces the functions of ``triton.language`` once more, which the launch has done;
+- each call of a function of a kernel replaces the functions of ``triton.language`` once more, as the launch has done;
 - the dtypes of numpy are put into a dictionary anew for each look into it.
 """
 

@@ -281,6 +281,21 @@ def test_a_backend_for_devices_never_serves_processors_by_itself(name: str, monk
         pick(requested=name)
 
 
+def test_triton_is_refused_by_the_device_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may have cards of two generations: what is known of one says nothing of the other."""
+    backend._capability_reason.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (7, 5))[device])
+    found = []
+    for device in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        found.append(BACKENDS["triton"].unavailable())
+    backend._capability_reason.cache_clear()
+    assert found == [None, "its kernels need compute capability 8.0, this device has 7.5", None]
+
+
 def test_public_names() -> None:
     assert all(getattr(maskops, name, None) is not None for name in maskops.__all__)
     assert {"attention", "varlen_attention", "masks", "testing", "use_backend", "validate", "backends"} <= set(

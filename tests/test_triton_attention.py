@@ -168,11 +168,17 @@ def test_slopes_of_sequences() -> None:
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
-def test_scales_of_any_sign(scale: float) -> None:
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0, 1e-37, 1e-39, 1e-60])
+def test_scales_of_any_sign_and_size(scale: float) -> None:
+    """Down to denormal ones, over products that are as large, and to those that are 0 as a float32."""
     q, k, v = (torch.randn(1, 1, 40, 8) for _ in range(3))
-    expected = maskops.attention(q, k, v, masks.causal(), softmax_scale=scale, return_lse=True, backend="reference")
-    assert_close(attend(q, k, v, masks.causal(), softmax_scale=scale), expected)
+    if 0.0 < scale < 1e-30:
+        q, k = 3e18 * q, 3e18 * k
+    q64, k64, v64 = (x.double() for x in (q, k, v))
+    expected = maskops.attention(
+        q64, k64, v64, masks.causal(), softmax_scale=scale, return_lse=True, backend="reference"
+    )
+    assert_close(attend(q, k, v, masks.causal(), softmax_scale=scale), (expected[0].float(), expected[1].float()))
 
 
 @pytest.mark.devices

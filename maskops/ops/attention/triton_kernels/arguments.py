@@ -20,6 +20,9 @@ _CACHE_BYTES = 16 * 2**20
 
 _INT32_MAX = 2**31 - 1
 
+_LEAST_NORMAL = 2.0**-126
+"""Of float32."""
+
 OPEN = (
     "q_len", "k_len", "n_rows", "capacity", "batches", "plan_batches", "repeats", "heads_at_a_time", "splits", "parts",
     "span_stride", "plan_stride", "key_valid_stride", "positions_stride", "positions_batch_stride",
@@ -147,11 +150,11 @@ def problem_of(
         if plan_batch == 1 and batch > 1 and q_len > 0:
             last_ordinal = positions[2].amax()
 
-    # Exponents of 2, but natural units under a bias: see features.py. A scale that is not positive does not keep the
-    # order of the products, which the maximum of raw products relies on.
+    # Exponents of 2, but natural units under a bias: see features.py. A factor that is not positive, or that rounds to
+    # nothing as a float32, does not keep the order of the products, which the maximum of raw products relies on.
     unit = 1.0 if has_bias else math.log2(math.e)
     factor = softmax_scale / softcap if softcap else softmax_scale * unit
-    is_fused = factor > 0.0 and not (softcap or has_bias or has_alibi)
+    is_fused = factor >= _LEAST_NORMAL and not (softcap or has_bias or has_alibi)
     last_dropped = math.ceil(dropout_p * 2**32) - 1 if has_dropout else 0
     values: dict[str, Any] = {
         "Q": q, "K": k, "V": v, "START": start, "END": end, "KEY_VALID": key_valid, "TILES": tiles,
