@@ -27,6 +27,13 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to in this place of the program on a type of device, None where it is off."""
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_tensor(name: str, value: object, expected: str) -> None:
     """Raise TypeError for what is no tensor; ``expected`` says which one is meant."""
     if not isinstance(value, Tensor):

@@ -494,7 +494,8 @@ def test_transforms(on_cpu: None) -> None:
             total(forward_ad.make_dual(leaves[0].detach(), leaves[0].detach()), *leaves[1:])
 
 
-def test_autocast_changes_nothing(backend: str) -> None:
+@pytest.mark.processor
+def test_autocast_changes_nothing_on_processors(backend: str) -> None:
     problem = Problem()
     for options in ({}, {"reduction": "none"}):
         leaves = problem.leaves()

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskops
 from maskops import masks, testing
 from maskops.masks import Mask
-from maskops.ops.attention.registration import Features, span_attention
+from maskops.ops.attention.registration import Features, filled, operator_arguments, span_attention
 from maskops.ops.attention.triton_kernels import backward
 from tests.served import DEVICE
 
@@ -121,6 +122,28 @@ def test_a_plan_without_bounds_of_key_tiles() -> None:
         for spans in (with_bounds, without)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("k_len", [5, 0])
+def test_strides_are_those_of_the_fake(k_len: int) -> None:
+    """Of problems without a pair, too: a bias that is a transposed view, heads in the middle."""
+    q, k, v = (
+        draw(1, 4, 2, 8).transpose(1, 2),
+        draw(1, k_len, 1, 8).transpose(1, 2),
+        draw(1, k_len, 1, 6).transpose(1, 2),
+    )
+    features = Features(
+        bias=draw(1, 2, k_len, 4).transpose(2, 3), alibi_slopes=draw(2, 1).T.contiguous(), sinks=draw(1, 2)
+    )
+    spans = masks.causal().spans(4, k_len, batch=1, positions=True, order=True, device=DEVICE)
+    plan = filled(operator_arguments(spans, features, "triton"), q)
+    out, lse = torch.ops.maskops.attention_forward_triton(q, k, v, *plan)
+    arguments = (draw(*out.shape).to(out), torch.ones_like(lse), q, k, v, out, lse, *plan, True, True, True)
+    operator = torch.ops.maskops.attention_backward_triton.default
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        expected = operator(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments))
+    for name, x, fake in zip(("q", "k", "v", "bias", "slopes", "sinks"), operator(*arguments), expected, strict=True):
+        assert x.shape == fake.shape and x.stride() == fake.stride() and x.dtype == fake.dtype, name
 
 
 # ---- what a call adds to the spans -----------------------------------------------------------------------------------

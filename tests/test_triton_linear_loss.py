@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskops
 from maskops.ops.linear_cross_entropy import device_chunks
 from tests.cross_entropy_oracle import running_on
+from tests.served import DEVICE
 from tests.test_linear_cross_entropy import IGNORE, MASK, RETURNS, WEIGHTS, Problem, check, gradients
 
 pytestmark = pytest.mark.devices
@@ -72,6 +74,22 @@ def test_odd_sizes_and_strides() -> None:
     check(problem)
     problem.weight = torch.randn(66, 32)[::2, ::2]
     check(problem)
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+def test_autocast_casts_as_in_a_linear_layer(dtype: torch.dtype) -> None:
+    """Master weights in float32 are multiplied in 16 bits, as they are in the layer that this replaces."""
+    problem = Problem((6,))
+    for options in ({}, {"reduction": "none", "return_lse": True}):
+        leaves = problem.leaves()
+        with torch.autocast(DEVICE, dtype=dtype):
+            found = problem.score(leaves, **options)
+        hidden, weight, bias = leaves
+        expected = problem.score([hidden.to(dtype), weight.to(dtype), bias], **options)
+        for x, y in zip(*([x] if isinstance(x, Tensor) else x[:2] for x in (found, expected)), strict=True):
+            assert x.dtype == SINGLE and torch.equal(x, y)
+            grads = [torch.autograd.grad(z.sum(), leaves, retain_graph=True) for z in (x, y)]
+            assert all(a.dtype == SINGLE and torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_a_layer_without_inputs_scores_its_bias() -> None:

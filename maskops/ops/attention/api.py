@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from maskops import backend as backends
 from maskops import masks
-from maskops.checks import check_scale_and_softcap, has_autocast
+from maskops.checks import autocast_dtype, check_scale_and_softcap, has_autocast
 from maskops.layouts import VARLEN
 from maskops.masks import Mask
 from maskops.ops.attention import reference, registration
@@ -316,20 +316,13 @@ def _cast_and_check(q: Tensor, k: Tensor, v: Tensor, dimensions: int, shape: str
             raise TypeError(f"{name} is {x.dtype}: expected float32, bfloat16, float16 or float64")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
-    if (dtype := _autocast_dtype(q.device)) is not None:
+    if (dtype := autocast_dtype(q.device.type)) is not None:
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if q.dtype not in _DTYPES:
         raise TypeError(f"q is {q.dtype}: expected float32, bfloat16, float16 or float64")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one dtype")
     return q, k, v
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to in this place of the program, None where it is off."""
-    if not has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def _check_heads_and_lengths(
@@ -480,7 +473,7 @@ def _attention(
     _check_mask_type(mask, batch, q_len, k_len)
     if bias is not None:
         bias = _check_bias(bias, (batch, heads, q_len, k_len), device)
-        if bias.dtype != torch.float64 and (dtype := _autocast_dtype(device)) is not None:
+        if bias.dtype != torch.float64 and (dtype := autocast_dtype(device.type)) is not None:
             bias = bias.to(dtype)
     if alibi_slopes is not None:
         _check_slopes(alibi_slopes, heads, sequences, device)

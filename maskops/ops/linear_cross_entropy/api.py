@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops import backend
-from maskops.checks import check_tensor
+from maskops.checks import autocast_dtype, check_tensor
 from maskops.layouts import values_can_be_read
 from maskops.ops.cross_entropy.api import CrossEntropyOutput
 from maskops.ops.cross_entropy.arguments import (
@@ -139,9 +139,10 @@ def linear_cross_entropy(
         hidden: (..., H), float32, bfloat16, float16 or float64: the input of the last linear layer.
         weight: (V, H), one of the same dtypes, not necessarily the same one; the weight of that layer, or an embedding
             that is tied to it. Any strides. All products are computed and summed in float32 (float64 where an input
-            is), also under autocast, which casts nothing here: on the CPU nothing is gained by it. On a device,
-            16-bit inputs of one dtype are multiplied as they are and summed in float32, and for that the gradient of
-            the logits, but never the logits, is rounded to that dtype.
+            is), on the CPU also under autocast, which casts nothing there: nothing is gained by it. On a device
+            autocast casts hidden and weight as it does for ``torch.nn.functional.linear``, and 16-bit inputs of one
+            dtype are multiplied as they are and summed in float32; for that the gradient of the logits, but never the
+            logits, is rounded to that dtype.
         target: (...) int64 or int32, labels in [0, V), or ``ignore_index``.
         bias: (V,) or None. A bias of -inf bans its column.
         mask: as the remaining arguments, what it is for ``maskops.cross_entropy``.
@@ -214,6 +215,10 @@ def linear_cross_entropy(
         torch.float64 if dtype == torch.float64 else hidden.dtype,
         reference_bytes=size,
     )
+    autocast = None if backend.BACKENDS[chosen].is_at_home("cpu") else autocast_dtype(hidden.device.type)
+    if autocast is not None:
+        states, weight = states.to(autocast), weight.to(autocast)
+        dtypes = [states.dtype, weight.dtype]
     scoring = Scoring(
         ignore_index,
         float(label_smoothing),

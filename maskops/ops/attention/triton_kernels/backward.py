@@ -248,7 +248,7 @@ def attention_backward(
     extras = ((bias, wants_bias), (alibi_slopes, wants_alibi_slopes), (sinks, wants_sinks))
     if 0 in (problem.batch, problem.heads, problem.q_len, problem.k_len):  # no pair: nothing arrives anywhere
         zeros = [empty_in_order(x, x.shape[3]).zero_() for x in (q, k, v)]
-        others = [torch.zeros_like(x) if is_wanted else x.new_empty(0, dtype=torch.float32) for x, is_wanted in extras]
+        others = [x.new_zeros(x.shape) if is_wanted else x.new_empty(0, dtype=torch.float32) for x, is_wanted in extras]
         return zeros[0], zeros[1], zeros[2], others[0], others[1], others[2]
     check_gradients(problem, grad_out, grad_lse, out, lse)
     if key_tiles.numel() == 0:  # a plan that was made without a gradient
