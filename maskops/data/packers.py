@@ -84,7 +84,7 @@ def pack(
     if strategy != "chunks":
         check_fit(sizes, limits)
     order = list(range(len(sizes)))
-    chance = random.Random(seed)
+    chance = random.Random(0 if seed is None else seed)
     if seed is not None:
         chance.shuffle(order)
     held = len(sizes)
