@@ -48,7 +48,7 @@ from maskops.compat import (  # noqa: E402
     replace_sdpa,
     scaled_dot_product_attention,
 )
-from maskops.data import PackedBatch, PaddedBatch, check_tokenizer, ensure_pad_token  # noqa: E402
+from maskops.data import PackedBatch, PaddedBatch, check_tokenizer, ensure_pad_token, padding_report  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
 from maskops.ops.decode.api import append_kv, decode_attention  # noqa: E402
@@ -86,6 +86,7 @@ __all__ = [
     "masks",
     "merge_attention",
     "pad_input",
+    "padding_report",
     "replace_sdpa",
     "scaled_dot_product_attention",
     "testing",

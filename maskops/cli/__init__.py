@@ -1,1 +1,1 @@
-"""The command line: `python -m maskops bench | info | verify`."""
+"""The command line: `python -m maskops bench | info | report | verify`."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import maskops
-from maskops.cli import info, verify
+from maskops.cli import info, report, verify
 from maskops.cli.bench import command as bench
 
 
@@ -16,6 +16,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     bench.add_parser(commands)
     info.add_parser(commands)
+    report.add_parser(commands)
     verify.add_parser(commands)
     return top
 

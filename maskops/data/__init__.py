@@ -8,6 +8,7 @@ from maskops.data.labels import IGNORE_INDEX, shift_labels
 from maskops.data.packed_batch import PackedBatch
 from maskops.data.packers import pack
 from maskops.data.padded_batch import PaddedBatch, pad
+from maskops.data.report import PaddingReport, StrategyCost, padding_report
 from maskops.data.rnn import from_packed_sequence, sequence_states, to_packed_sequence
 from maskops.data.tokens import Documents, TokenReport, prepare
 
@@ -23,7 +24,9 @@ __all__ = [
     "PackingReport",
     "PaddedBatch",
     "PaddedCollator",
+    "PaddingReport",
     "Piece",
+    "StrategyCost",
     "TokenReport",
     "attention_work",
     "check_tokenizer",
@@ -32,6 +35,7 @@ __all__ = [
     "from_packed_sequence",
     "pack",
     "pad",
+    "padding_report",
     "prepare",
     "sequence_states",
     "shift_labels",
