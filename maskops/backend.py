@@ -167,7 +167,10 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
-_NO_WIDE_HEADS = "its tiles hold heads of at most 256"
+WIDEST_HEADS = 256
+"""``head_dim`` or Dv beyond which heads are a feature of their own: the kernels of `triton` hold a row in a tile."""
+
+_NO_WIDE_HEADS = f"its tiles hold heads of at most {WIDEST_HEADS}"
 _NO_DOUBLE_BACKWARD = "a kernel's backward pass cannot be differentiated: it says so, backend 'reference' can"
 
 # What users ask of each op, in the words of the README's table (tools/readme.py writes it from here and from the
@@ -178,7 +181,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "span a row or several",
         "dense mask": "`masks.dense`: a mask with holes, one for each batch element and head",
         "shapes": "padded, packed, Sq != Sk, grouped queries, Dv != D, any strides",
-        "wide heads": "`head_dim` or Dv above 256",
+        "wide heads": f"`head_dim` or Dv above {WIDEST_HEADS}",
         "softcap": "`softmax_scale`, `softcap`",
         "lse": "`return_lse`, with its gradient",
         "bias": "`bias` of every broadcastable shape, with its gradient",
@@ -198,7 +201,7 @@ FEATURES: dict[str, dict[str, str]] = {
         "masks": "masks, or a `RowSpans`; one query or many, lengths from 0 to the capacity",
         "paged": "a `block_table`: read in place (on `cpu` by few queries, else gathered)",
         "batch_index": "`batch_index`",
-        "wide heads": "`head_dim` or Dv above 256",
+        "wide heads": f"`head_dim` or Dv above {WIDEST_HEADS}",
         "leftpad": "`leftpad`",
         "dense mask": "`masks.dense`",
         "alibi_slopes": "`alibi_slopes`",

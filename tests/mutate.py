@@ -71,11 +71,14 @@ def main() -> int:
             if result.returncode != 0:
                 print(f"{' '.join(tests)} fails without a mutation:\n{result.stdout[-2000:]}", file=sys.stderr)
                 return 2
+        is_broken = False  # the binary: by the mutation before
         for mutation in chosen:
             begin = time.monotonic()
             mutation.apply(root)
             try:
-                build(root)
+                if mutation.is_in_binary or is_broken:
+                    build(root)
+                is_broken = mutation.is_in_binary
                 caught = failing_test(mutation, root)
             finally:
                 mutation.revert(root)

@@ -19,6 +19,11 @@ class Mutation:
     new: str
     tests: tuple[str, ...] = ("tests/test_attention.py",)
 
+    @property
+    def is_in_binary(self) -> bool:
+        """Whether the file is compiled into the extension; the tests compile the CUDA kernels as host code."""
+        return self.file.startswith("csrc/") and not self.file.startswith(("csrc/cuda/", "csrc/ops/cuda/"))
+
     def apply(self, root: Path) -> None:
         """Breaks the copy of the project in ``root``."""
         path = root / self.file

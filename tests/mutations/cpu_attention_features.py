@@ -11,6 +11,7 @@ BIAS = "csrc/cpu/attention_bias.inc"
 SCHEDULE = "csrc/cpu/attention.cpp"
 GRADIENTS = "csrc/cpu/attention_gradients.cpp"
 BINDING = "csrc/ops/attention.cpp"
+SHARED_BINDING = "csrc/ops/attention.h"
 
 MUTATIONS = (
     Mutation(
@@ -31,7 +32,7 @@ MUTATIONS = (
     Mutation(
         "features: slopes past the last sequence",
         BINDING,
-        "if (slopes_by_sequence && last >= slopes.outer)",
+        "if (slopes.by_sequence && last >= slopes.outer)",
         "if (false)",
         ATTENTION_FEATURES,
     ),
@@ -123,14 +124,14 @@ MUTATIONS = (
     ),
     Mutation(
         "features: kept weights not scaled",
-        BINDING,
+        SHARED_BINDING,
         "static_cast<float>(1.0 / (1.0 - dropout_p))",
         "1.0f",
         ATTENTION_FEATURES,
     ),
     Mutation(
         "features: threshold of dropout",
-        BINDING,
+        SHARED_BINDING,
         "std::ceil(dropout_p * 0x1p32) - 1.0",
         "dropout_p * 0x1p31",
         ATTENTION_FEATURES,

@@ -193,8 +193,8 @@ MUTATIONS = (
     Mutation(
         "append: past the capacity",
         DECODE_BINDING,
-        "length > places.capacity - new_keys",
-        "length > places.capacity",
+        "length > places.sizes.capacity - new_keys",
+        "length > places.sizes.capacity",
         DECODE_ERRORS,
     ),
     Mutation(
@@ -214,8 +214,8 @@ MUTATIONS = (
     Mutation(
         "decode: rows of the cache unchecked",
         DECODE_BINDING,
-        "if (row < 0 || row >= rows) {",
-        "if (row < 0 || row > rows) {",
+        "if (row < 0 || row >= sizes.rows) {",
+        "if (row < 0 || row > sizes.rows) {",
         DECODE_ERRORS,
     ),
 )

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_HALVES_AND_SINGLE, torch.float64)
-_WIDEST_TILE = 256  # of heads; wider ones are a feature of their own
 # Scores, their exponentials and the weights, which autograd keeps.
 _SCORE_SIZED_TENSORS_OF_REFERENCE = 3
 
@@ -510,7 +509,7 @@ def _attention(
         "alibi_slopes": alibi_slopes is not None,
         "sinks": sinks is not None,
         "dropout": dropout_p > 0,
-        "wide heads": head_dim > _WIDEST_TILE or v.shape[3] > _WIDEST_TILE,
+        "wide heads": max(head_dim, v.shape[3]) > backends.WIDEST_HEADS,
     }
     name = backends.choose(
         "attention",

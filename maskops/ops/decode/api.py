@@ -277,7 +277,7 @@ def decode_attention(
         "leftpad": leftpad is not None,
         "alibi_slopes": alibi_slopes is not None,
         "sinks": sinks is not None,
-        "wide heads": max(q.shape[3], v_cache.shape[3]) > 256,
+        "wide heads": max(q.shape[3], v_cache.shape[3]) > backends.WIDEST_HEADS,
     }
     is_traced = torch.compiler.is_compiling() or q.is_meta
     name = backends.choose(
