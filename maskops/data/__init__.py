@@ -8,8 +8,10 @@ from maskops.data.labels import IGNORE_INDEX, shift_labels
 from maskops.data.packed_batch import PackedBatch
 from maskops.data.packers import pack
 from maskops.data.padded_batch import PaddedBatch, pad
+from maskops.data.pieces import PieceDataset
 from maskops.data.report import PaddingReport, StrategyCost, padding_report
 from maskops.data.rnn import from_packed_sequence, sequence_states, to_packed_sequence
+from maskops.data.samplers import LengthBucketSampler, PackingSampler, TokenBudgetSampler
 from maskops.data.tokens import Documents, TokenReport, prepare
 
 __all__ = [
@@ -17,16 +19,20 @@ __all__ = [
     "Documents",
     "Finding",
     "Findings",
+    "LengthBucketSampler",
     "ModelShape",
     "PackedBatch",
     "PackedCollator",
     "Packing",
     "PackingReport",
+    "PackingSampler",
     "PaddedBatch",
     "PaddedCollator",
     "PaddingReport",
     "Piece",
+    "PieceDataset",
     "StrategyCost",
+    "TokenBudgetSampler",
     "TokenReport",
     "attention_work",
     "check_tokenizer",
