@@ -4,7 +4,8 @@ MASKOPS_BUILD: "auto" (default) installs without the extension when it cannot be
 `python -m maskops info`; "require" makes that an error; "skip" does not try.
 
 The CUDA kernels are part of the same graph where there is nvcc (NVCC, else that of CUDA_HOME, CUDA_PATH or PATH; an
-empty NVCC leaves them out). They are never required: "require" only makes it an error when nvcc is there and fails.
+empty NVCC leaves them out); where CXX is set, nvcc takes it as its host compiler, too. They are never required:
+"require" only makes it an error when nvcc is there and fails.
 """
 
 import importlib.util
@@ -77,6 +78,16 @@ def nvcc() -> list[str]:
     raise RuntimeError(f"no CUDA compiler (looked for {', '.join(candidates)}); install nvcc, or set CUDA_HOME")
 
 
+def host_compiler() -> list[str]:
+    """Options that make nvcc compile with CXX where that is set; without it nvcc takes the gcc of the PATH."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    if words and Path(words[0]).stem in ("ccache", "distcc", "sccache"):
+        words = words[1:]
+    # What is behind the name of the compiler is passed on to it as it is.
+    options = [f"-Xcompiler={word}" for word in words[1:]]
+    return ["-ccbin", words[0], *options] if words else []
+
+
 def nvcc_version(command: list[str]) -> str:
     """The line with the release in what nvcc says of itself."""
     printed = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
@@ -99,6 +110,7 @@ def ninja_graph(output: Path, build: Path, cuda: list[str] | None) -> str:
     that undefined symbols without this dependency would not be found at run time.
     """
     mac = platform.system() == "Darwin"
+    cuda = [*cuda, *host_compiler()] if cuda else None
     stub = build / "libtorch_cpu.so"
     link = "-undefined dynamic_lookup" if mac else f"-L{build} -Wl,--no-as-needed -ltorch_cpu -lm"
     lines = [
@@ -153,6 +165,11 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         report: dict[str, str | None] = {"compiler": None, "reason": None, "nvcc": None, "cuda_reason": None}
         try:
+            if platform.system() == "Windows":
+                raise RuntimeError(
+                    "it is not built on Windows; there the backend triton serves CUDA tensors where Triton is "
+                    "installed, and reference everything else"
+                )
             if mode == "skip":
                 raise RuntimeError("the build was told to leave it out (MASKOPS_BUILD=skip)")
             try:

@@ -3,9 +3,11 @@
 // headers, where they are present, so that a declaration that disagrees is a compile error.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <stdexcept>
@@ -52,6 +54,8 @@ AOTITorchError torch_get_num_threads(uint32_t* out_num_threads);
 AOTITorchError torch_string_length(StringHandle handle, size_t* length);
 AOTITorchError torch_string_c_str(StringHandle handle, const char** data);
 AOTITorchError torch_delete_string(StringHandle handle);
+// What the last call that failed in this thread had to say; there since torch 2.13, before it torch logs it.
+__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 }
 
 namespace maskops {
@@ -73,12 +77,44 @@ enum class DType : int32_t {
   bfloat16 = 15
 };
 
+inline int bytes_of(DType dtype) {
+  switch (dtype) {
+    case DType::uint8:
+    case DType::boolean: return 1;
+    case DType::float16:
+    case DType::bfloat16: return 2;
+    case DType::int32:
+    case DType::float32: return 4;
+    case DType::int64:
+    case DType::float64: return 8;
+  }
+  return 1;
+}
+
 // Where a tensor's memory is; the types are the values of c10::DeviceType.
 struct Place {
   int32_t type = 0, index = 0;
   bool operator==(const Place& other) const { return type == other.type && index == other.index; }
 };
 constexpr Place PROCESSOR{};
+
+// Says that torch made no tensor. The first words are those that maskops/ops/calls.py makes torch.OutOfMemoryError of.
+[[noreturn]] inline void refuse_tensor(int64_t dim, const int64_t* sizes, DType dtype, Place place) {
+  const char* said =
+      torch_exception_get_what_without_backtrace == nullptr ? nullptr : torch_exception_get_what_without_backtrace();
+  std::string words = said == nullptr ? "" : said;
+  words.resize(std::min(words.size(), words.find('\n')));
+  const auto says = [&](const char* part) { return words.find(part) != std::string::npos; };
+  if (said != nullptr && !says("out of memory") && !says("allocate"))
+    throw std::runtime_error("maskops: torch made no tensor: " + words);
+  double bytes = bytes_of(dtype);
+  for (int64_t d = 0; d < dim; d++) bytes *= static_cast<double>(sizes[d]);
+  char size[64];
+  std::snprintf(size, sizeof(size), "%.2f MiB", bytes / (1 << 20));
+  const std::string where = place.type == 0 ? "the processor" : "device " + std::to_string(place.index);
+  throw std::runtime_error(std::string("maskops: out of memory: no ") + size + " on " + where +
+                           (words.empty() ? "" : ": " + words));
+}
 
 // An owning reference to a tensor.
 class Tensor {
@@ -99,8 +135,9 @@ class Tensor {
   static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype,
                               Place place = PROCESSOR) {
     AtenTensorHandle handle;
-    MASKOPS_CHECK_TORCH(
-        aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), place.type, place.index, &handle));
+    const AOTITorchError error =
+        aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), place.type, place.index, &handle);
+    if (error != 0) refuse_tensor(dim, sizes, dtype, place);
     return Tensor(handle);
   }
   template <size_t N>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 from pathlib import Path
 
@@ -14,12 +15,17 @@ _LIBRARY = Path(__file__).with_name("_native.so")
 _REPORT = Path(__file__).with_name("_build_report.json")
 
 
+@functools.lru_cache(maxsize=1)
+def _report() -> dict[str, str | None]:
+    """What the build has left; read once, because whether the kernels run is asked at every call."""
+    found: dict[str, str | None] = json.loads(_REPORT.read_text()) if _REPORT.exists() else {}
+    return found
+
+
 def _why_not_built() -> str:
     reason = f"the C++ extension was never built in {_LIBRARY.parent}"
-    if _REPORT.exists():
-        reported = json.loads(_REPORT.read_text()).get("reason")
-        if reported:
-            reason = f"the C++ extension was not built: {reported}"
+    if reported := _report().get("reason"):
+        reason = f"the C++ extension was not built: {reported}"
     return f"{reason}; rebuild with: {reinstall_command()}"
 
 
@@ -55,12 +61,12 @@ def path() -> Path:
 
 def compiler() -> str | None:
     """The compiler that built the binary, as it named itself; None when that is not known."""
-    return json.loads(_REPORT.read_text()).get("compiler") if _REPORT.exists() else None
+    return _report().get("compiler")
 
 
 def cuda_compiler() -> str | None:
     """The CUDA compiler of the binary's kernels, as it named itself; None when they are not there."""
-    return json.loads(_REPORT.read_text()).get("nvcc") if _REPORT.exists() else None
+    return _report().get("nvcc")
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -92,7 +98,7 @@ def cuda_reason() -> str | None:
         return why
     if _library is None or (problem := _library.maskops_cuda_reason()) is None:
         return None
-    reported = json.loads(_REPORT.read_text()).get("cuda_reason") if _REPORT.exists() else None
+    reported = _report().get("cuda_reason")
     return f"{problem.decode()}: {reported}" if reported else str(problem.decode())
 
 

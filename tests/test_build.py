@@ -156,6 +156,49 @@ def test_a_build_can_be_left_out(tmp_path: Path) -> None:
     assert reason == "the build was told to leave it out (MASKOPS_BUILD=skip)"
 
 
+def run_in_setup(code: str, tmp_path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs code beside a setup.py that tells its version."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    command = [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '--version']; import setup; {code}"]
+    return subprocess.run(command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("cxx", "expected"),
+    [
+        ("", "[]"),
+        ("clang++-18", "['-ccbin', 'clang++-18']"),
+        ("/usr/bin/ccache /opt/bin/g++ -m64", "['-ccbin', '/opt/bin/g++', '-Xcompiler=-m64']"),
+    ],
+)
+def test_nvcc_takes_the_compiler_that_was_chosen(tmp_path: Path, cxx: str, expected: str) -> None:
+    result = run_in_setup("print(setup.host_compiler())", tmp_path, {"CXX": cxx})
+    assert result.stdout.splitlines()[-1] == expected, result.stderr
+
+
+def test_the_chosen_compiler_stands_in_the_graph(tmp_path: Path) -> None:
+    code = "print(setup.ninja_graph(setup.Path('a.so'), setup.Path('build'), [sys.executable, '-c', '']))"
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    (tmp_path / "csrc/cuda/kernel.cu").touch()
+    compiler = Path(CXX.split()[-1] if "/" in CXX else str(shutil.which(CXX)))
+    result = run_in_setup(code, tmp_path, {"CXX": str(compiler)})
+    (line,) = [line for line in result.stdout.splitlines() if "$in" in line and "-gencode" in line]
+    assert f"-ccbin {compiler}" in line, result.stderr
+
+
+def test_nothing_is_built_on_windows(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "maskops").mkdir()
+    code = (
+        "import platform, runpy, sys; platform.system = lambda: 'Windows'; "
+        "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    reason = json.loads((tmp_path / "maskops/_build_report.json").read_text())["reason"]
+    assert reason.startswith("it is not built on Windows; there the backend triton serves CUDA tensors")
+
+
 def fake_nvcc(tmp_path: Path, version: str) -> str:
     """A CUDA compiler that names itself and then fails."""
     command = tmp_path / "nvcc"

@@ -121,6 +121,10 @@ def test_a_few_queries_over_many_keys():
     holes[0, 300:1400] = False
     check_same(masks.causal() & masks.key_padding(holes), 3, 3000, **EVERYTHING)
     check_same(masks.sliding_window(700, 0) & masks.key_padding(torch.tensor([2999, 800])), 130, 3000, **EVERYTHING)
+    few = torch.ones(2, 3000, dtype=torch.bool)
+    few[0, 100] = few[1, 5:9] = False  # far from where the spans end
+    check_same(masks.full() & masks.key_padding(few), 3, 3000, **EVERYTHING)
+    check_same(masks.sliding_window(2500, 0) & masks.key_padding(few), 3, 3000, **EVERYTHING)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 1500)])

@@ -19,6 +19,8 @@ FAULTS = {
     "a store past shared memory": (4, "past the end of its shared memory"),
     "a lane that has ended": (5, "not every thread of the block comes to its barrier or exchange"),
     "a lane outside of its mask": (6, "a lane is not in the mask of its own exchange"),
+    "shared memory that nobody asked for": (7, "invalid configuration argument"),
+    "shared memory and variables that nobody asked for": (8, "more than 48 KiB, and it was not allowed more"),
 }
 
 

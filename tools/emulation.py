@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
     "-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra "
-    "-Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -DMASKOPS_EMULATION"
+    "-Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing -DMASKOPS_EMULATION "
+    "-Daoti_torch_empty_strided=maskops_emulated_empty_strided"  # tests/emulation/allocation.cpp
 )
 DEVICE = "device.cu"  # what tests/emulation/device.cpp stands for
 

@@ -5,14 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
-#include <string>
 
-#ifdef MASKOPS_EMULATION
-#include "emulation.h"
-#else
+#include "runtime.h"
+
+#ifndef MASKOPS_EMULATION
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 // A variable that the threads of a block share: MASKOPS_SHARED(float, sums, [32]) declares float sums[32]. Under
 // emulation it holds NaN at the start of every block.
@@ -22,13 +20,6 @@
 #endif
 
 namespace maskops {
-
-#ifndef MASKOPS_EMULATION
-
-inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("maskops: ") + what + ": " + cudaGetErrorString(error));
-}
 
 // A block has 48 KiB for what it asks for and for the variables of its kernel together; more has to be allowed. What is
 // allowed stays with the kernel, for all threads of the process: so it is always all that the device has.
@@ -46,6 +37,8 @@ inline void allow_shared_memory(const void* kernel, size_t bytes) {
              "asking for shared memory");
 }
 
+#ifndef MASKOPS_EMULATION
+
 // Puts kernel(arguments...) on a stream. Throws what the launch says; what the kernel itself does wrong shows later, at
 // the next call that waits for the device.
 template <class... Parameters, class... Arguments>
@@ -58,7 +51,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 #else
 
-using emulation::launch;
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*, Arguments... arguments) {
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+  emulation::launch(kernel, grid, block, shared_bytes, arguments...);
+}
 
 #endif
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from maskops.ops.calls import run
+
 # A constant differs from it for certain; of an unknown number that is not known. A constant that equals it is only
 # taken for unknown, which is correct as well.
 _UNLIKELY = 0.38196601125010515
@@ -69,9 +71,9 @@ def call(name: str, *args: Any) -> Any:
     """Calls the operator ``maskops::<name>``, its floats being what ``scalar`` made of them."""
     places = [place for place in _places[name] if isinstance(args[place], Tensor)]
     if not places:
-        return getattr(torch.ops.maskops, name).default(*args)
+        return run(getattr(torch.ops.maskops, name).default, *args)
     numbers = torch.stack([args[place] for place in places])
     # An open number is not the neutral one, and 1 stands for it where shapes depend on that.
     closed = [1.0 if place in places else given for place, given in enumerate(args)]
     twin = getattr(torch.ops.maskops, f"{name}_open").default
-    return twin(*closed, numbers, sum(1 << place for place in places))
+    return run(twin, *closed, numbers, sum(1 << place for place in places))

@@ -35,13 +35,19 @@ MASKOPS_FOR_TESTS int64_t maskops_plan_scratch(int32_t batch, int32_t q_len, int
 
 const char* cuda_reason() { return nullptr; }
 
+const char* device_reason(int32_t index) {
+  static std::string reason;
+  reason = why_not_on(emulated, index);
+  return reason.empty() ? nullptr : reason.c_str();
+}
+
 const Device& device(int32_t) { return emulated; }
 
 void* current_stream(int32_t) { return nullptr; }
 
 void clear_cuda(void* data, int64_t bytes, void*) { std::memset(data, 0, static_cast<size_t>(bytes)); }
 
-DeviceGuard::DeviceGuard(int32_t) : before_(-1) {}
+DeviceGuard::DeviceGuard(int32_t) {}
 DeviceGuard::~DeviceGuard() = default;
 
 }  // namespace maskops

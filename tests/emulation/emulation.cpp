@@ -23,6 +23,7 @@ namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10, MOST_THREADS = 1024;
 constexpr size_t SHARED_BYTES = 227 << 10, CANARY_BYTES = 256;  // of a block on sm_90; what must stay untouched behind
+constexpr size_t WITHOUT_ASKING = 48 << 10;                     // of a block whose kernel was not allowed more
 constexpr unsigned char POISON = 0xff;                          // NaN in every format, -1
 
 // ---- switching stacks
@@ -103,11 +104,13 @@ struct Block {
   std::vector<std::vector<Exchange>> exchanges;             // of each warp
   std::map<const void*, std::pair<size_t, size_t>> shared;  // key -> place, bytes
   size_t dynamic_bytes, shared_used;
+  size_t limit, asked;  // of shared memory: what the launch may take, and what it and its variables take
   std::exception_ptr error;
   const std::function<void()>* thread;
 } block;
 
-std::mutex mutex;  // autograd calls from threads of its own
+std::map<const void*, size_t> allowed;  // kernel -> shared memory that a launch may ask for
+std::mutex mutex;                       // autograd calls from threads of its own
 char* stacks = nullptr;
 alignas(128) unsigned char shared[SHARED_BYTES + CANARY_BYTES];
 
@@ -179,6 +182,7 @@ void run_block(uint64_t seed) {
   std::memset(shared, POISON, block.dynamic_bytes + CANARY_BYTES);
   block.shared.clear();
   block.shared_used = block.dynamic_bytes + CANARY_BYTES;
+  block.asked = block.dynamic_bytes;
   block.barrier_generation = 0;
   block.barrier_arrived = block.barrier_sum = 0;
   for (auto& of_warp : block.exchanges) of_warp.clear();
@@ -282,6 +286,12 @@ void* shared_memory(const void* key, size_t bytes) {
   const auto found = block.shared.find(key);
   if (found != block.shared.end()) return shared + found->second.first;
   const size_t at = (block.shared_used + 127) / 128 * 128;
+  block.asked += bytes;
+  if (block.asked > block.limit) {
+    throw std::runtime_error(
+        "maskops: launching a kernel: its variables and the shared memory that the launch asks "
+        "for are more than 48 KiB, and it was not allowed more");
+  }
   if (at + bytes > SHARED_BYTES) throw std::runtime_error("maskops emulation: more shared memory than a block has");
   block.shared[key] = {at, bytes};
   block.shared_used = at + bytes + CANARY_BYTES;
@@ -289,12 +299,15 @@ void* shared_memory(const void* key, size_t bytes) {
   return shared + at;
 }
 
-void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& thread) {
+void run_grid(const void* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
   const size_t count = size_t{threads.x} * threads.y * threads.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (count == 0 || count > MOST_THREADS || threads.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || dynamic_bytes > SHARED_BYTES - 4096) {
+  const auto known = allowed.find(kernel);
+  block.limit = known == allowed.end() ? WITHOUT_ASKING : SHARED_BYTES;
+  const size_t most_dynamic = known == allowed.end() ? WITHOUT_ASKING : known->second;
+  if (count == 0 || dynamic_bytes > most_dynamic || count > MOST_THREADS || threads.z > 64 || blocks == 0 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || dynamic_bytes > SHARED_BYTES - 4096) {
     throw std::runtime_error("maskops: launching a kernel: invalid configuration argument");
   }
   if (stacks == nullptr) {
@@ -322,3 +335,15 @@ void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function
 }
 
 }  // namespace emulation
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(emulation::SHARED_BYTES);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  const std::lock_guard<std::mutex> lock(emulation::mutex);
+  if (value < 0 || static_cast<size_t>(value) > emulation::SHARED_BYTES) return cudaErrorInvalidValue;
+  emulation::allowed[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}

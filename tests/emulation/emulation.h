@@ -57,12 +57,12 @@ void* shared_memory(const void* key, size_t bytes);
 void* dynamic_memory();
 [[noreturn]] void fail(const char* what, int line);
 
-void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& thread);
+void run_grid(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& thread);
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments... arguments) {
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, values); });
+  run_grid(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { std::apply(kernel, values); });
 }
 
 template <class T>
@@ -102,6 +102,29 @@ constexpr int warpSize = emulation::WARP;
   name##_type& name = *static_cast<name##_type*>(::emulation::shared_memory(&name##_key, sizeof(name##_type)))
 #define MASKOPS_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(::emulation::dynamic_memory())
+
+// ---- what a launch asks of the runtime
+// ----------------------------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+// What a kernel shares is known only when it runs; run_grid holds it and what a launch asks for to the limit together.
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 // ---- barriers and exchanges ----------------------------------------------------------------------------------------
 

@@ -33,6 +33,15 @@ __global__ void lanes(int* out, int fault) {
               above == (mine % 8 == 7 ? mine : mine + 1) && __syncthreads_count(mine < 5) == 5;
 }
 
+// 16 KiB of its own, beside those that the launch asks for.
+__global__ void large(int* out) {
+  MASKOPS_SHARED(int, own, [4096]);
+  MASKOPS_DYNAMIC_SHARED(asked);
+  own[threadIdx.x] = static_cast<int>(threadIdx.x);
+  asked[threadIdx.x] = 1;
+  out[threadIdx.x] = own[threadIdx.x] == static_cast<int>(threadIdx.x) && asked[threadIdx.x] == 1;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -42,6 +51,12 @@ int main(int count, char** arguments) {
   try {
     maskops::launch(neighbour, dim3(3), dim3(64), 0, nullptr, neighbours.data(), fault);
     maskops::launch(lanes, dim3(2), dim3(32), 0, nullptr, good.data(), fault);
+    // A launch through launch.h asks before it takes more than 48 KiB; one that does not ask gets no more.
+    std::vector<int> held(32);
+    const size_t bytes = (fault == 7 ? 48 << 10 : 32 << 10) + 16;
+    if (fault == 7 || fault == 8) emulation::launch(large, dim3(1), dim3(32), bytes, held.data());
+    maskops::launch(large, dim3(1), dim3(32), 100 << 10, nullptr, held.data());
+    for (int value : held) good[0] = good[0] == 1 && value == 1 ? 1 : 0;
   } catch (const std::exception& error) {
     std::puts(error.what());
     return 1;

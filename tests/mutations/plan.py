@@ -115,9 +115,9 @@ MUTATIONS = (
     ),
     Mutation(
         "cuda plan: jumps before they are there",
-        ROWS_CU,
-        "more = goes_on ? c[arrives - first_row] : 0;\n    __syncthreads();",
-        "more = goes_on ? c[arrives - first_row] : 0;",
+        LISTS_CU,
+        "const int further = goes_on ? jumps[far - first_row] : far;\n      __syncthreads();",
+        "const int further = goes_on ? jumps[far - first_row] : far;",
         CUDA,
     ),
     Mutation(
@@ -195,6 +195,34 @@ MUTATIONS = (
         "complete[thread] != 0 && !p.is_dense;",
         "complete[thread] != 0;",
         CUDA_MASKS,
+    ),
+    Mutation(
+        "cuda launch: shared memory that nobody asked for",
+        "csrc/cuda/launch.h",
+        "SHARED_BYTES_WITHOUT_ASKING = 32 << 10;",
+        "SHARED_BYTES_WITHOUT_ASKING = 64 << 10;",
+        ("tests/test_cuda_shared_memory.py",),
+    ),
+    Mutation(
+        "cuda devices: one answer for all of them",
+        "csrc/cuda/device.cu",
+        "if (known[index] == nullptr) {",
+        "if (index = 1; known[index] == nullptr) {",
+        ("tests/test_device_runtime.py",),
+    ),
+    Mutation(
+        "cuda devices: the current one chosen anew",
+        "csrc/cuda/device.cu",
+        "if (before == index) return;",
+        "",
+        ("tests/test_device_runtime.py",),
+    ),
+    Mutation(
+        "cuda memory: another word for it",
+        "csrc/torch_abi.h",
+        "maskops: out of memory: no ",
+        "maskops: no memory: no ",
+        ("tests/test_out_of_memory.py",),
     ),
     Mutation(
         "cuda packing: tokens of a warp in one place",

@@ -44,7 +44,9 @@ class Call {
  private:
   static Place checked(Place place) {
     require(place.type == DEVICE_TYPE, "maskops: the CUDA kernels take tensors of a CUDA device");
-    if (const char* reason = cuda_reason()) throw std::runtime_error(std::string("maskops: ") + reason);
+    const char* reason = cuda_reason();
+    if (reason == nullptr) reason = device_reason(place.index);
+    if (reason != nullptr) throw std::runtime_error(std::string("maskops: ") + reason);
     return place;
   }
 

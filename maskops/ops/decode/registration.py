@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskops.ops.attention.registration import empty_in_order
+from maskops.ops.calls import run
 from maskops.ops.operators import define, name_of
 from maskops.ops.scalars import call
 from maskops.spans import RowSpans
@@ -78,7 +79,8 @@ def append(
 ) -> None:
     """Runs the registered op of a backend that appends k and v (B, kv_heads, new, width), their rows contiguous."""
     absent = lengths.new_empty(0)
-    getattr(torch.ops.maskops, name_of("append_kv", backend))(
+    run(
+        getattr(torch.ops.maskops, name_of("append_kv", backend)),
         k_cache,
         v_cache,
         k,

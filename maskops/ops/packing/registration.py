@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskops.ops.calls import run
+
 _library = torch.library.Library("maskops", "FRAGMENT")
 
 # An absent tensor is an empty one.
@@ -51,7 +53,8 @@ def unpad_index(mask: Tensor, unused: Tensor | None, capacity: int) -> tuple[Ten
         (batch + 1,); real tokens of each row, int32 (batch,).
     """
     passed = [x if x.dtype in _MASKS else x != 0 for x in (mask, unused) if x is not None]
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.maskops.unpad_index.default(
+    found: tuple[Tensor, Tensor, Tensor] = run(
+        torch.ops.maskops.unpad_index.default,
         passed[0].contiguous(),
         mask.new_empty(0, dtype=torch.bool) if unused is None else passed[1].contiguous(),
         capacity,
@@ -68,7 +71,7 @@ def _gathered(source: Tensor, index: Tensor) -> Tensor:
     shape = (index.shape[0], *source.shape[1:])
     if source.numel() == 0 or index.shape[0] == 0:
         return source.new_zeros(shape)
-    moved: Tensor = torch.ops.maskops.gather_rows.default(_as_bytes(source), index.to(torch.int64).contiguous())
+    moved: Tensor = run(torch.ops.maskops.gather_rows.default, _as_bytes(source), index.to(torch.int64).contiguous())
     return moved.view(source.dtype).reshape(shape)
 
 
@@ -76,7 +79,9 @@ def _scattered(source: Tensor, index: Tensor, rows: int) -> Tensor:
     shape = (rows, *source.shape[1:])
     if source.numel() == 0 or rows == 0:
         return source.new_zeros(shape)
-    moved: Tensor = torch.ops.maskops.scatter_rows.default(_as_bytes(source), index.to(torch.int64).contiguous(), rows)
+    moved: Tensor = run(
+        torch.ops.maskops.scatter_rows.default, _as_bytes(source), index.to(torch.int64).contiguous(), rows
+    )
     return moved.view(source.dtype).reshape(shape)
 
 

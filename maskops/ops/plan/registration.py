@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from maskops.backend import mask_compiler
+from maskops.ops.calls import run
 from maskops.ops.operators import define, name_of
 from maskops.spans import KEY_TILE, RowSpans, build_row_spans, hull_of_mask, tiles_per_batch_element
 
@@ -223,8 +224,8 @@ def build_plan(
     if len(passed) < MAX_OPERANDS:
         passed += [torch.empty(0, dtype=torch.int32, device=device)] * (MAX_OPERANDS - len(passed))
     operator = getattr(torch.ops.maskops, name_of("build_plan", backend)).default
-    start, end, key_valid, tiles, tile_count, key_tiles, by_cost, where = operator(
-        program, *passed, batch, q_len, k_len, grad, order, positions
+    start, end, key_valid, tiles, tile_count, key_tiles, by_cost, where = run(
+        operator, program, *passed, batch, q_len, k_len, grad, order, positions
     )
     lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
     return RowSpans(start, end, *lists, where if positions else None, None, None)
@@ -247,6 +248,6 @@ def dense_plan(mask: Tensor, batch: int, *, grad: bool, order: bool, positions: 
         wanted = {"grad": grad, "order": order, "bits": bits}
         return derive_plan(start, end, mask.shape[3], key_holes=None, dense=mask, positions=positions, **wanted)
     operator = getattr(torch.ops.maskops, name_of("compile_mask", backend)).default
-    start, end, key_valid, tiles, tile_count, key_tiles, by_cost, words = operator(mask, batch, grad, order, bits)
+    start, end, key_valid, tiles, tile_count, key_tiles, by_cost, words = run(operator, mask, batch, grad, order, bits)
     lists = (key_valid, tiles, tile_count, key_tiles if grad else None, by_cost if order else None)
     return RowSpans(start, end, *lists, positions, mask, words if bits else None)

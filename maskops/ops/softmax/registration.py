@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskops.ops.calls import run
 from maskops.ops.operators import define, name_of, names_of
 from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
 from maskops.spans import RowSpans
@@ -99,7 +100,7 @@ class _MaskedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *arguments, backend = args
-        outputs: tuple[Tensor, Tensor] = _operator("masked_softmax_forward", backend)(*arguments)
+        outputs: tuple[Tensor, Tensor] = run(_operator("masked_softmax_forward", backend), *arguments)
         return outputs
 
     @staticmethod
@@ -124,8 +125,13 @@ class _MaskedSoftmax(torch.autograd.Function):
             grad = _differentiable_backward(grad_weights, grad_lse, weights, ctx.dim)
         else:
             grad_lse = weights.new_empty(0, dtype=torch.float32) if grad_lse is None else grad_lse.contiguous()
-            grad = _operator("masked_softmax_backward", ctx.backend)(
-                readable(grad_weights, ctx.dim), grad_lse, weights, *plan, ctx.dim
+            grad = run(
+                _operator("masked_softmax_backward", ctx.backend),
+                readable(grad_weights, ctx.dim),
+                grad_lse,
+                weights,
+                *plan,
+                ctx.dim,
             )
         return grad, *(None,) * 7
 
@@ -153,7 +159,7 @@ def masked_softmax(
     refuse_forward_mode("masked_softmax", x)
     if not is_differentiated(x):
         # The bare operator: an autograd.Function costs more than a small problem.
-        weights, lse = _operator("masked_softmax_forward", backend)(*arguments)
+        weights, lse = run(_operator("masked_softmax_forward", backend), *arguments)
     else:
         weights, lse = _MaskedSoftmax.apply(*arguments, backend)  # type: ignore[no-untyped-call]
     return weights, lse
