@@ -12,6 +12,7 @@ from maskops.data.pieces import PieceDataset
 from maskops.data.report import PaddingReport, StrategyCost, padding_report
 from maskops.data.rnn import from_packed_sequence, sequence_states, to_packed_sequence
 from maskops.data.samplers import LengthBucketSampler, PackingSampler, TokenBudgetSampler
+from maskops.data.streaming import StreamingPacker
 from maskops.data.tokens import Documents, TokenReport, prepare
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Piece",
     "PieceDataset",
     "StrategyCost",
+    "StreamingPacker",
     "TokenBudgetSampler",
     "TokenReport",
     "attention_work",

@@ -13,6 +13,35 @@ from maskops.data.bins import Item, Piece
 from maskops.data.sharding import check_word
 
 
+def tokens_of(document: Any) -> int:
+    """Tokens of a document: of a mapping those of its ``input_ids``."""
+    return len(document["input_ids"] if isinstance(document, Mapping) else document)
+
+
+def cut(document: Any, piece: Piece) -> dict[str, Any]:
+    """A piece of a document, with the positions of one that begins there.
+
+    Args:
+        document: a mapping with ``input_ids``, or token ids.
+        piece: which tokens.
+
+    Raises:
+        IndexError: a piece that is not inside the document.
+    """
+    item = dict(document) if isinstance(document, Mapping) else {"input_ids": document}
+    length = tokens_of(document)
+    if not 0 <= piece.start <= piece.stop <= length:
+        raise IndexError(f"documents[{piece.document}] has {length} tokens, the piece is {piece.start} to {piece.stop}")
+    for name, value in item.items():
+        if _is_aligned(value, length):
+            # A copy: what a worker sends takes its whole buffer along.
+            tokens = token_ids(f"documents[{piece.document}][{name!r}]", value)
+            item[name] = tokens[piece.start : piece.stop].clone()
+    if piece.start:
+        item["first_position"] = 0
+    return item
+
+
 class PieceDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """A dataset of documents, indexed by `Piece` as well as by number: what a `PackingSampler` over chunks asks for.
 
@@ -43,20 +72,14 @@ class PieceDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: Item) -> dict[str, Any]:
         number = index.document if isinstance(index, Piece) else index
         document = self.documents[number]
-        item = dict(document) if isinstance(document, Mapping) else {"input_ids": document}
-        length = len(item["input_ids"])
-        piece = index if isinstance(index, Piece) else Piece(number, 0, length)
-        if not 0 <= piece.start <= piece.stop <= length:
-            raise IndexError(f"documents[{number}] has {length} tokens, the piece is {piece.start} to {piece.stop}")
-        aligned = {name for name, value in item.items() if _is_aligned(value, length)}
-        for name in aligned:
-            item[name] = token_ids(f"documents[{number}][{name!r}]", item[name])[piece.start : piece.stop].clone()
+        piece = index if isinstance(index, Piece) else Piece(number, 0, tokens_of(document))
+        item = cut(document, piece)
         if not self.isolate:
-            return {name: item[name] for name in item if name in aligned}
+            length = piece.stop - piece.start
+            return {name: value for name, value in item.items() if _is_aligned(value, length)}
         if self.positions == "continue":
-            item["first_position"] = int(item.get("first_position", 0)) + piece.start
-        elif piece.start:
-            item["first_position"] = 0
+            first = document.get("first_position", 0) if isinstance(document, Mapping) else 0
+            item["first_position"] = int(first) + piece.start
         return item
 
     def __getitems__(self, indices: list[Item]) -> list[dict[str, Any]]:
