@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import maskops
-from maskops import masks
+from maskops import PackedBatch, masks
 from maskops.backend import planner
 
 
@@ -122,6 +122,12 @@ ERRORS = [
         {"mask": "causal"},
         TypeError,
         "mask is a str: expected a mask of maskops.masks, a RowSpans or None",
+    ),
+    (
+        {"mask": PackedBatch.from_sequences([[1]])},
+        TypeError,
+        "mask is a PackedBatch: expected a mask of maskops.masks, a RowSpans or None; of a batch give "
+        "batch.spans(pattern)",
     ),
     (
         {"mask": masks.causal},

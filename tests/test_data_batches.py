@@ -1,7 +1,9 @@
 """PackedBatch and PaddedBatch: everything that follows from lengths, against plain Python loops."""
 
 import copy
+import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
+import maskops
 from maskops import PackedBatch, PaddedBatch, data, masks
 from maskops.data import IGNORE_INDEX, pad, shift_labels
 
@@ -87,6 +90,13 @@ def test_packed_batches_against_loops(items: Items, tail: int, unused: int, has_
     assert covered is inputs["cu_seq_lens_k"] and covered.dtype == torch.int32
     assert int(covered[-1]) == total + tail and inputs["max_length_q"] >= int(covered.diff().max() if len(ids) else 0)
     assert (inputs["attention_mask"] == 0).any(-1).all() and inputs["seq_idx"].tolist() == [ids]
+
+    if has_labels and total:
+        # The operator shifts by itself where it is asked to: both say the same.
+        logits = torch.randn(total + tail, 10)
+        options: Any = {"cu_seqlens": batch.cu_seqlens, "reduction": "sum"}
+        by_operator = maskops.cross_entropy(logits, batch.labels, shift=True, **options)
+        torch.testing.assert_close(maskops.cross_entropy(logits, batch.shift_labels, reduction="sum"), by_operator)
 
     for side in ("right", "left"):
         padded = batch.to_padded(padding_value=9, side=side)
@@ -176,9 +186,12 @@ def test_moves_are_exact_and_padding_reaches_nothing(side: Any) -> None:
 
     rows = batch.to_padded(side=side)
     cells = torch.randn(5, 4, 2, dtype=torch.float64, requires_grad=True)
+    room = rows.to_packed(torch.where(real[..., None], cells, float("nan")), capacity=9)
+    assert torch.equal(room[:6], cells[real]) and not room[6:].any()
     packed = rows.to_packed(cells)
     assert torch.equal(packed, cells[real])
-    again = rows.to_padded(packed, 7.0)
+    assert torch.equal(rows.to_packed(capacity=9).shift_labels[:6], rows.to_packed().shift_labels)
+    again = rows.to_padded(room, 7.0)
     assert torch.equal(again[real], cells[real]) and (again[~real] == 7).all()
     (gradient,) = torch.autograd.grad(again, cells, torch.ones_like(again))
     assert torch.equal(gradient, real[..., None].expand_as(gradient).double())
@@ -210,6 +223,10 @@ def assert_equal(first: Any, second: Any) -> None:
 @pytest.mark.parametrize("number", range(4))
 def test_housekeeping(number: int) -> None:
     batch = batches()[number]
+    buffer = io.BytesIO()
+    torch.save(batch, buffer)
+    buffer.seek(0)
+    assert_equal(batch, torch.load(buffer, weights_only=True))
     for copied in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch)), batch.to("cpu", non_blocking=True)):
         assert_equal(batch, copied)
     leaves, spec = pytree.tree_flatten(batch)
@@ -222,6 +239,38 @@ def test_housekeeping(number: int) -> None:
     assert batch.to("meta").input_ids.device.type == "meta"
     assert batch.to("meta").shift_labels.shape == batch.input_ids.shape
     assert "meta" in repr(batch.to("meta")) and "3 tokens" in repr(batch)
+
+
+def test_pinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the thread of a DataLoader asks for it; here is no device to pin for."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    for batch in batches():
+        pinned = torch.utils.data._utils.pin_memory.pin_memory({"batch": batch})["batch"]
+        assert type(pinned) is type(batch) and torch.equal(pinned.input_ids, batch.input_ids + 1)
+        assert pinned.lengths is not batch.lengths and pinned.max_seqlen == batch.max_seqlen
+
+
+def test_narrow_lengths() -> None:
+    ids = torch.arange(600).view(2, 300)  # wider than these integers count
+    batch = PaddedBatch(ids, torch.tensor([3, 1], dtype=torch.uint8), "left")
+    assert batch.position_ids[:, -3:].tolist() == [[0, 1, 2], [0, 0, 0]] and not batch.position_ids[:, :-3].any()
+    assert batch.attention_mask.sum(1).tolist() == [3, 1] and batch.cu_seqlens.tolist() == [0, 3, 4]
+    assert batch.to_packed().input_ids.tolist() == [297, 298, 299, 599]
+    packed = PackedBatch(torch.arange(4), torch.tensor([3, 1], dtype=torch.uint8), 3)
+    assert packed.to_padded(padding_value=9, side="left").input_ids.tolist() == [[0, 1, 2], [9, 9, 3]]
+    assert packed.to_packed(packed.to_padded(packed.input_ids, side="left"), side="left").tolist() == [0, 1, 2, 3]
+
+
+def test_exported_programs_take_batches(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, batch: PackedBatch) -> torch.Tensor:
+            return batch.shift_labels + batch.position_ids
+
+    batch = batches()[1]
+    program = torch.export.export(Model(), (batch,))
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    assert torch.equal(loaded.module()(batch), Model()(batch))
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -342,9 +391,14 @@ def test_refusals() -> None:
             r"padded has shape \(2, 4\), expected \(2, 3, ...\)",
         ),
         (
+            lambda: pad(tokens, pad_token_id=0).to_packed(capacity=3),
+            ValueError,
+            "the batch holds 4 tokens, more than capacity=3",
+        ),
+        (
             lambda: pad(tokens, pad_token_id=0).to_padded(torch.zeros(3)),
             ValueError,
-            r"packed has shape \(3,\), expected \(4, ...\), the sum of lengths",
+            r"packed has shape \(3,\), expected \(4, ...\) or more rows, the sum",
         ),
         (
             lambda: pad(tokens, pad_token_id=0).to_packed(torch.zeros(2, 2)),

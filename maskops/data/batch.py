@@ -32,6 +32,8 @@ class Batch:
             from_dumpable_context=lambda context: (tuple(context[0]), tuple((name, x) for name, x in context[1])),
             flatten_with_keys_fn=_flatten_with_keys,
         )
+        # Tensors, numbers and words: torch.load takes them with weights_only as well.
+        torch.serialization.add_safe_globals([cls])
 
     def to(self: _Batch, device: torch.device | str, non_blocking: bool = False) -> _Batch:
         """The same batch on ``device``."""

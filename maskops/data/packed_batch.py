@@ -14,7 +14,7 @@ from maskops.checks import check_tensor
 from maskops.data.arguments import Tokens, first_positions_of, per_sequence, token_lists
 from maskops.data.batch import Batch
 from maskops.data.labels import IGNORE_INDEX, shift_labels, without_first_tokens
-from maskops.data.places import check_batch, padded_places, position_ids
+from maskops.data.places import check_batch, gathered, packed_places, padded_places, position_ids, sequence_ids
 from maskops.layouts import values_can_be_read
 from maskops.spans import RowSpans
 
@@ -155,9 +155,7 @@ class PackedBatch(Batch):
     @property
     def sequence_ids(self) -> Tensor:
         """int64 (total,): which sequence each token belongs to, -1 after the last; what ``masks.documents`` takes."""
-        place = torch.arange(self.total, dtype=torch.int32, device=self.lengths.device)
-        ids = torch.searchsorted(self.cu_seqlens, place, right=True) - 1
-        return torch.where(ids < self.n_sequences, ids, -1)
+        return sequence_ids(self.cu_seqlens, self.total)
 
     @property
     def segment_ids(self) -> Tensor:
@@ -242,17 +240,17 @@ class PackedBatch(Batch):
             from maskops.data.padded_batch import PaddedBatch  # which imports this module
 
             return PaddedBatch(
-                input_ids=_gathered(self.input_ids, index, padding_value),
+                input_ids=gathered(self.input_ids, index, padding_value),
                 lengths=self.lengths,
                 side=side,
-                labels=None if self.labels is None else _gathered(self.labels, index, IGNORE_INDEX),
+                labels=None if self.labels is None else gathered(self.labels, index, IGNORE_INDEX),
                 first_positions=self.first_positions,
                 position_start=self.position_start,
                 sequence_labels=self.sequence_labels,
             )
         if packed.dim() < 1 or packed.shape[0] != self.total:
             raise ValueError(f"packed has shape {tuple(packed.shape)}, expected ({self.total}, ...)")
-        return _gathered(packed, index, padding_value)
+        return gathered(packed, index, padding_value)
 
     def to_packed(self, padded: Tensor, *, side: Literal["right", "left"] = "right") -> Tensor:
         """The way back of ``to_padded``: (n_sequences, max_seqlen, ...) as (total, ...), 0 after the last sequence.
@@ -269,13 +267,8 @@ class PackedBatch(Batch):
                 f"padded has shape {tuple(padded.shape)}, expected ({shape[0]}, {shape[1]}, ...), n_sequences and "
                 "max_seqlen of this batch"
             )
-        ids = self.sequence_ids
-        number = ids.clamp(min=0)
-        column = torch.arange(self.total, device=ids.device) - self.cu_seqlens[number]
-        if side == "left" and self.n_sequences:
-            column = column + self.max_seqlen - self.lengths[number]
-        index = torch.where(ids >= 0, number * self.max_seqlen + column, shape[0] * shape[1])
-        return _gathered(padded.flatten(0, 1), index, 0)
+        index = packed_places(self.lengths, self.cu_seqlens, self.total, self.max_seqlen, side)
+        return gathered(padded.flatten(0, 1), index, 0)
 
     # ---- for transformers --------------------------------------------------------------------------------------------
 
@@ -360,12 +353,6 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     if not dtype.is_floating_point:
         raise ValueError(f"mask_dtype={dtype}: expected torch.bool or a floating point dtype")
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def _gathered(rows: Tensor, index: Tensor, filler: float) -> Tensor:
-    """``rows[index]`` where an index one past the last row reads ``filler``, which no gradient leaves."""
-    padded = torch.cat((rows, rows.new_full((1, *rows.shape[1:]), filler)))
-    return padded.index_select(0, index.flatten()).reshape(*index.shape, *rows.shape[1:])
 
 
 def _joined(parts: list[Tensor], room: int, filler: int, device: torch.device) -> Tensor:

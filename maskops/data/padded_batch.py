@@ -15,7 +15,7 @@ from maskops.data.arguments import Tokens, first_positions_of, per_sequence, tok
 from maskops.data.batch import Batch
 from maskops.data.labels import IGNORE_INDEX, shift_labels, without_first_tokens
 from maskops.data.packed_batch import PackedBatch, additive
-from maskops.data.places import check_batch, check_side, padded_places, position_ids
+from maskops.data.places import check_batch, check_side, gathered, packed_places, padded_places, position_ids
 from maskops.layouts import values_can_be_read
 from maskops.spans import RowSpans
 
@@ -131,37 +131,42 @@ class PaddedBatch(Batch):
     # ---- to packed, and back -----------------------------------------------------------------------------------------
 
     @overload
-    def to_packed(self, padded: None = None) -> PackedBatch: ...
+    def to_packed(self, padded: None = None, *, capacity: int | None = None) -> PackedBatch: ...
 
     @overload
-    def to_packed(self, padded: Tensor) -> Tensor: ...
+    def to_packed(self, padded: Tensor, *, capacity: int | None = None) -> Tensor: ...
 
-    def to_packed(self, padded: Tensor | None = None) -> Tensor | PackedBatch:
+    def to_packed(self, padded: Tensor | None = None, *, capacity: int | None = None) -> Tensor | PackedBatch:
         """The real tokens of ``padded`` (batch, length, ...) as (total, ...); without it the batch as a whole.
 
-        The total is the sum of the lengths, so a device is waited for; what the padding holds reaches neither a value
-        nor a gradient.
+        Differentiable; what the padding holds reaches neither a value nor a gradient.
 
         Args:
             padded: (batch, length, ...), such as hidden states; None: a PackedBatch with the same sequences and labels.
+            capacity: length of the row, 0 after the last token. By default the sum of the lengths, for which a device
+                is waited for.
+
+        Raises:
+            ValueError: another shape; on the CPU or under ``maskops.validate()`` also more tokens than ``capacity``.
         """
         if padded is not None and padded.shape[:2] != self.input_ids.shape:
             raise ValueError(
                 f"padded has shape {tuple(padded.shape)}, expected ({self.n_sequences}, {self.max_seqlen}, ...), the "
                 "shape of input_ids"
             )
-        index = self.attention_mask.flatten().nonzero().flatten()
-
-        def gathered(tensor: Tensor) -> Tensor:
-            return tensor.flatten(0, 1).index_select(0, index)
-
+        if capacity is not None and values_can_be_read([self.lengths], self.lengths.device):
+            tokens = int(self.lengths.sum())
+            if tokens > capacity:
+                raise ValueError(f"the batch holds {tokens} tokens, more than capacity={capacity}")
+        total = int(self.lengths.sum()) if capacity is None else capacity
+        index = packed_places(self.lengths, self.cu_seqlens, total, self.max_seqlen, self.side)
         if padded is not None:
-            return gathered(padded)
+            return gathered(padded.flatten(0, 1), index, 0)
         return PackedBatch(
-            input_ids=gathered(self.input_ids),
+            input_ids=gathered(self.input_ids.flatten(), index, 0),
             lengths=self.lengths,
             max_seqlen=self.max_seqlen,
-            labels=None if self.labels is None else gathered(self.labels),
+            labels=None if self.labels is None else gathered(self.labels.flatten(), index, IGNORE_INDEX),
             first_positions=self.first_positions,
             position_start=self.position_start,
             sequence_labels=self.sequence_labels,
@@ -171,18 +176,18 @@ class PaddedBatch(Batch):
         """The way back of ``to_packed``: (total, ...) as (batch, length, ...). Differentiable.
 
         Args:
-            packed: (total, ...), rows of the real tokens in their order.
+            packed: (total, ...), rows of the real tokens in their order; more rows after them are not read.
             padding_value: what the padding holds.
         """
         place, real = padded_places(self.lengths, self.max_seqlen, self.side)
         total = packed.shape[0] if packed.dim() else 0
-        if values_can_be_read([self.lengths], self.lengths.device) and total != int(self.lengths.sum()):
+        if values_can_be_read([self.lengths], self.lengths.device) and total < int(self.lengths.sum()):
             raise ValueError(
-                f"packed has shape {tuple(packed.shape)}, expected ({int(self.lengths.sum())}, ...), the sum of lengths"
+                f"packed has shape {tuple(packed.shape)}, expected ({int(self.lengths.sum())}, ...) or more rows, the "
+                "sum of lengths"
             )
         index = torch.where(real, self.cu_seqlens[:-1].unsqueeze(1) + place, total).clamp(max=total)
-        filled = torch.cat((packed, packed.new_full((1, *packed.shape[1:]), padding_value)))
-        return filled.index_select(0, index.flatten()).reshape(*index.shape, *packed.shape[1:])
+        return gathered(packed, index, padding_value)
 
     # ---- for transformers --------------------------------------------------------------------------------------------
 

@@ -49,11 +49,61 @@ def padded_places(lengths: Tensor, width: int, side: str) -> tuple[Tensor, Tenso
     """
     check_side(side)
     column = torch.arange(width, device=lengths.device)
-    sizes = lengths.unsqueeze(1)
+    sizes = lengths.to(torch.int64).unsqueeze(1)  # a difference of narrow unsigned lengths would wrap
     if side == "right":
         return column.expand(lengths.shape[0], width), column < sizes
     place = column - (width - sizes)
     return place, place >= 0
+
+
+def sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:
+    """int64 (total,): number of the sequence of each place of a packed row, -1 after the last.
+
+    Args:
+        cu_seqlens: int32 (n_sequences + 1,).
+        total: places of the row.
+    """
+    place = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
+    ids = torch.searchsorted(cu_seqlens, place, right=True) - 1
+    return torch.where(ids < cu_seqlens.shape[0] - 1, ids, -1)
+
+
+def packed_places(lengths: Tensor, cu_seqlens: Tensor, total: int, width: int, side: str) -> Tensor:
+    """For each place of a packed row, its cell in a padded batch counted row by row; one past the last: no token.
+
+    Args:
+        lengths: integers (n_sequences,).
+        cu_seqlens: int32 (n_sequences + 1,), of ``lengths``.
+        total: places of the row.
+        width: columns of the padded batch.
+        side: where its padding stands.
+
+    Returns:
+        int64 (total,).
+    """
+    check_side(side)
+    ids = sequence_ids(cu_seqlens, total)
+    number = ids.clamp(min=0)
+    column = torch.arange(total, device=ids.device) - cu_seqlens[number]
+    if side == "left":
+        # One more, so that there is something to read where there is no sequence at all.
+        column = column + width - torch.nn.functional.pad(lengths, (0, 1)).to(torch.int64)[number]
+    return torch.where(ids >= 0, number * width + column, lengths.shape[0] * width)
+
+
+def gathered(rows: Tensor, index: Tensor, filler: float) -> Tensor:
+    """``rows[index]`` where an index one past the last row reads ``filler``, which no gradient leaves.
+
+    Args:
+        rows: (n, ...).
+        index: integers in ``[0, n]``, any shape.
+        filler: what is read at ``n``.
+
+    Returns:
+        (*index.shape, ...).
+    """
+    padded = torch.cat((rows, rows.new_full((1, *rows.shape[1:]), filler)))
+    return padded.index_select(0, index.flatten()).reshape(*index.shape, *rows.shape[1:])
 
 
 def padding_position(position_start: int) -> int:
@@ -61,20 +111,20 @@ def padding_position(position_start: int) -> int:
     return max(0, position_start - 1)
 
 
-def position_ids(place: Tensor, sequence_ids: Tensor, first_positions: Tensor | None, position_start: int) -> Tensor:
-    """int64 position ids from places inside sequences; padding, where ``sequence_ids`` < 0, has a fixed one.
+def position_ids(place: Tensor, ids: Tensor, first_positions: Tensor | None, position_start: int) -> Tensor:
+    """int64 position ids from places inside sequences; padding, where ``ids`` < 0, has a fixed one.
 
     Args:
         place: integers, place of each token in its sequence.
-        sequence_ids: int64, same shape: number of that sequence, negative = padding.
+        ids: int64, same shape: number of that sequence, negative = padding.
         first_positions: int64 (n_sequences,), or None: all 0.
         position_start: position id of a document's first token.
     """
     position = place + position_start
     if first_positions is not None:
         # One more, so that there is something to read where there is no sequence at all.
-        position = position + torch.nn.functional.pad(first_positions, (0, 1))[sequence_ids.clamp(min=0)]
-    return torch.where(sequence_ids >= 0, position, padding_position(position_start)).to(torch.int64)
+        position = position + torch.nn.functional.pad(first_positions, (0, 1))[ids.clamp(min=0)]
+    return torch.where(ids >= 0, position, padding_position(position_start)).to(torch.int64)
 
 
 def check_batch(batch: _Fields) -> None:

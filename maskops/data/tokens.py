@@ -106,43 +106,64 @@ class Documents:
         return f"Documents({len(self)} sequences, {self.tokens.shape[0]} tokens{labels})"
 
 
-class _Marked(NamedTuple):
-    """A document with its BOS and EOS, and what they are: parts of it, added or there before."""
+class _Parts(NamedTuple):
+    """A document as tensors to be joined: BOS, the body, EOS, and the same of its labels."""
 
-    tokens: Tensor
-    labels: Tensor
-    has_bos: bool
-    has_eos: bool
-    bos_added: bool
-    eos_added: bool
+    bos: Tensor
+    body: Tensor
+    eos: Tensor
+    bos_label: Tensor
+    body_labels: Tensor
+    eos_label: Tensor
 
+    @property
+    def length(self) -> int:
+        return self.bos.shape[0] + self.body.shape[0] + self.eos.shape[0]
 
-def _marked(tokens: Tensor, labels: Tensor, bos: int | None, eos: int | None, always: bool) -> _Marked:
-    length = tokens.shape[0]
-    bos_found = bos is not None and not always and length > 0 and int(tokens[0]) == bos
-    # One token is not both, where BOS and EOS are the same.
-    eos_found = eos is not None and not always and length > int(bos_found) and int(tokens[-1]) == eos
-    bos_added, eos_added = bos is not None and not bos_found, eos is not None and not eos_found
-    if bos_added:
-        tokens = torch.nn.functional.pad(tokens, (1, 0), value=bos)
-        labels = torch.nn.functional.pad(labels, (1, 0), value=IGNORE_INDEX)
-    if eos_added:
-        tokens = torch.nn.functional.pad(tokens, (0, 1), value=eos)
-        labels = torch.nn.functional.pad(labels, (0, 1), value=eos)
-    return _Marked(tokens, labels, bos is not None, eos is not None, bos_added, eos_added)
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.bos, self.body, self.eos
+
+    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.bos_label, self.body_labels, self.eos_label
 
 
-def _truncated(document: _Marked, max_length: int, side: str) -> tuple[Tensor, Tensor]:
-    """Tokens and labels with the body shortened; BOS and EOS stay."""
-    tokens, labels = document.tokens, document.labels.clone()
+class _Marks:
+    """BOS and EOS, and the policy by which they are added; tensors of one element, empty ones for none."""
+
+    def __init__(self, bos: int | None, eos: int | None, always: bool) -> None:
+        self.bos, self.eos = (torch.tensor([] if x is None else [x], dtype=torch.int64) for x in (bos, eos))
+        self.bos_label = torch.full_like(self.bos, IGNORE_INDEX)
+        self.bos_id, self.eos_id, self.always = bos, eos, always
+
+    def parts(self, tokens: Tensor, labels: Tensor) -> tuple[_Parts, bool, bool]:
+        """A document taken apart, and whether its BOS and its EOS are added: they are there in any case."""
+        bos, eos = self.bos_id is not None, self.eos_id is not None
+        if self.always or not tokens.shape[0]:
+            return _Parts(self.bos, tokens, self.eos, self.bos_label, labels, self.eos), bos, eos
+        begins = int(bos and int(tokens[0]) == self.bos_id)
+        # One token is not both, where BOS and EOS are the same.
+        ends = int(eos and tokens.shape[0] > begins and int(tokens[-1]) == self.eos_id)
+        stop = tokens.shape[0] - ends
+        document = _Parts(
+            self.bos,
+            tokens[begins:stop],
+            self.eos,
+            labels[:begins] if begins else self.bos_label,
+            labels[begins:stop],
+            labels[stop:] if ends else self.eos,
+        )
+        return document, bos and not begins, eos and not ends
+
+
+def _truncated(document: _Parts, max_length: int, side: str) -> _Parts:
+    """The document with its body shortened; BOS and EOS stay."""
+    room = max_length - document.bos.shape[0] - document.eos.shape[0]
     if side == "left":
-        begin = int(document.has_bos)
-        rest = tokens.shape[0] - (max_length - begin)
-        return torch.cat((tokens[:begin], tokens[rest:])), torch.cat((labels[:begin], labels[rest:]))
-    end = tokens.shape[0] - int(document.has_eos)
-    kept = max_length - int(document.has_eos)
-    labels[end:] = IGNORE_INDEX  # the document does not end where it was cut
-    return torch.cat((tokens[:kept], tokens[end:])), torch.cat((labels[:kept], labels[end:]))
+        cut = slice(document.body.shape[0] - room, None)
+        return document._replace(body=document.body[cut], body_labels=document.body_labels[cut])
+    # The document does not end where it was cut.
+    unlearnt = torch.full_like(document.eos, IGNORE_INDEX)
+    return document._replace(body=document.body[:room], body_labels=document.body_labels[:room], eos_label=unlearnt)
 
 
 def prepare(
@@ -197,52 +218,53 @@ def prepare(
         raise ValueError(f"max_length={max_length}: expected {special + 1} or more, a token beside BOS and EOS")
     tokens, targets = token_lists(sequences, labels)
     counts = dict.fromkeys(TokenReport.__dataclass_fields__, 0)
-    out: list[tuple[Tensor, Tensor]] = []
+    nothing = torch.zeros(0, dtype=torch.int64)
+    marks = _Marks(bos, eos, add == "always")
+    joined, joined_labels = [nothing], [nothing]
+    lengths: list[int] = []
     first_positions: list[int] = []
     origins: list[int] = []
     has_labels = labels is not None
     for number, sequence in enumerate(tokens):
-        counts["tokens_in"] += sequence.shape[0]
-        counts["empty"] += sequence.shape[0] == 0
-        marked = _marked(sequence, targets[number] if targets else sequence, bos, eos, add == "always")
-        length = marked.tokens.shape[0]
-        pieces = [(marked.tokens, marked.labels)]
+        came = sequence.shape[0]
+        document, bos_added, eos_added = marks.parts(sequence, targets[number] if targets else sequence)
+        counts["tokens_in"] += came
+        counts["empty"] += came == 0
+        length = document.length
         if max_length is not None and length > max_length:
             if overlong == "error":
-                added = f", {length} with BOS and EOS" if length > sequence.shape[0] else ""
+                marked = f", {length} with BOS and EOS" if length > came else ""
                 raise ValueError(
-                    f"sequences[{number}] has {sequence.shape[0]} tokens{added}, more than max_length={max_length}: "
-                    "choose overlong='filter', 'truncate' or 'split'"
+                    f"sequences[{number}] has {came} tokens{marked}, more than max_length={max_length}: choose "
+                    "overlong='filter', 'truncate' or 'split'"
                 )
             if overlong == "filter":
                 counts["filtered"] += 1
-                counts["tokens_dropped"] += sequence.shape[0]
+                counts["tokens_dropped"] += came
                 continue
             if overlong == "truncate":
                 counts["truncated"] += 1
                 counts["tokens_dropped"] += length - max_length
-                pieces = [_truncated(marked, max_length, truncate_side)]
-                has_labels = has_labels or (truncate_side == "right" and marked.has_eos)
+                document = _truncated(document, max_length, truncate_side)
+                has_labels = has_labels or (truncate_side == "right" and eos is not None)
             else:
                 counts["split"] += 1
-                pieces = list(zip(marked.tokens.split(max_length), marked.labels.split(max_length), strict=True))
-        counts["bos_added"] += marked.bos_added
-        counts["eos_added"] += marked.eos_added
+        counts["bos_added"] += bos_added
+        counts["eos_added"] += eos_added
         counts["documents_out"] += 1
-        begins = 0
-        for piece in pieces:
-            out.append(piece)
-            origins.append(number)
-            first_positions.append(begins if positions == "continue" else 0)
-            begins += piece[0].shape[0]
-    nothing = torch.zeros(0, dtype=torch.int64)
-    joined = torch.cat([nothing, *(piece for piece, _ in out)])
-    counts.update(documents_in=len(tokens), pieces=len(out), tokens_out=joined.shape[0])
+        joined += document.tokens()
+        joined_labels += document.labels()
+        begins = range(0, max(1, document.length), max_length or max(1, document.length))
+        lengths += [min(document.length - at, begins.step) for at in begins]
+        first_positions += list(begins) if positions == "continue" else [0] * len(begins)
+        origins += [number] * len(begins)
+    result = torch.cat(joined)
+    counts.update(documents_in=len(tokens), pieces=len(lengths), tokens_out=result.shape[0])
     return Documents(
-        tokens=joined,
-        lengths=[piece.shape[0] for piece, _ in out],
+        tokens=result,
+        lengths=lengths,
         first_positions=first_positions,
         origins=origins,
         report=TokenReport(**counts),
-        joined_labels=torch.cat([nothing, *(label for _, label in out)]) if has_labels else None,
+        joined_labels=torch.cat(joined_labels) if has_labels else None,
     )

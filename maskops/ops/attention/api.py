@@ -341,7 +341,8 @@ def _check_mask_type(mask: object, batch: int, q_len: int, k_len: int) -> None:
     if mask is None or isinstance(mask, Mask | RowSpans):
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}: expected a mask of maskops.masks, a RowSpans or None")
+        fix = "; of a batch give batch.spans(pattern)" if hasattr(mask, "spans") else ""
+        raise TypeError(f"mask is a {type(mask).__name__}: expected a mask of maskops.masks, a RowSpans or None{fix}")
     shape = tuple(mask.shape)
     if mask.is_floating_point():
         raise TypeError(f"mask is a {mask.dtype} tensor with shape {shape}: to add it to the scores use bias=mask")
