@@ -65,13 +65,14 @@ def step(name: str, backend: str, leaves: dict[str, Tensor]) -> Callable[[], lis
     return run
 
 
+@pytest.mark.parametrize("dtype", smoke.DTYPES.values(), ids=smoke.DTYPES)
 @pytest.mark.parametrize(("name", "backend"), WORK, ids=[f"{name}-{backend}" for name, backend in WORK])
-def test_replays_compute_what_calls_do(name: str, backend: str) -> None:
+def test_replays_compute_what_calls_do(name: str, backend: str, dtype: torch.dtype) -> None:
     if (reason := BACKENDS[backend].unavailable()) is not None:
         pytest.skip(f"{backend}: {reason}")
     sizes, _ = smoke.PROBLEMS[name]
     generator = torch.Generator().manual_seed(5)
-    leaves = {key: torch.randn(size, generator=generator).half().requires_grad_() for key, size in sizes.items()}
+    leaves = {key: torch.randn(size, generator=generator).to(dtype).requires_grad_() for key, size in sizes.items()}
     for key in ("bias", "sinks", "alibi_slopes"):
         if key in leaves:
             leaves[key] = leaves[key].detach().float().requires_grad_()
@@ -86,13 +87,14 @@ def test_replays_compute_what_calls_do(name: str, backend: str) -> None:
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", smoke.DTYPES.values(), ids=smoke.DTYPES)
 @pytest.mark.parametrize("backend", [backend for backend in smoke.served("attention") if backend in AT_HOME])
-def test_a_graph_serves_other_lengths(backend: str) -> None:
+def test_a_graph_serves_other_lengths(backend: str, dtype: torch.dtype) -> None:
     """Lengths are tensors: a replay plans anew from what they hold by then, padded with the last offset."""
     if (reason := BACKENDS[backend].unavailable()) is not None:
         pytest.skip(f"{backend}: {reason}")
     offsets = torch.tensor([0, 60, 60, 100], dtype=torch.int32)
-    q, k, v = (torch.randn(120, 2, 32).half().requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(120, 2, 32).to(dtype).requires_grad_() for _ in range(3))
 
     def run() -> list[Tensor]:
         mask = masks.documents(cu_seqlens=offsets) & masks.causal()
