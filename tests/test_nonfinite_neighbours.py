@@ -81,14 +81,18 @@ def test_it_reaches_no_other_document(backend: str, name: str, poisoned: str) ->
         assert torch.equal(there[:, :, others], expected[x][:, :, others]), x
 
 
+@pytest.mark.parametrize("width", [5, 8])
 @pytest.mark.parametrize("poisoned", ["q", "k", "v", "grad_out"])
-def test_cuda_keeps_it_from_documents_that_share_a_tile_too(poisoned: str) -> None:
-    """Its products select where a tile holds such a value: no document reaches another, nor a head the next."""
+def test_cuda_keeps_it_from_documents_that_share_a_tile_too(poisoned: str, width: int) -> None:
+    """Its products select where a tile holds such a value: no document reaches another, nor a head the next.
+
+    Rows of 8 numbers are read in vectors; the value is in another place of them each time.
+    """
     if reasons := BACKENDS["cuda"].refusals_of(DEVICE):
         pytest.skip(f"cuda: {'; '.join(reasons)}")
     offsets = [0, 70, 200, 205, 208]
     mask = masks.documents(cu_seqlens=torch.tensor(offsets)) & masks.causal()
-    inputs = {name: draw(1, 2, 208, 5, seed=at) for at, name in enumerate(("q", "k", "v", "grad_out"))}
+    inputs = {name: draw(1, 2, 208, width, seed=at) for at, name in enumerate(("q", "k", "v", "grad_out"))}
 
     def computed(tensors: dict[str, Tensor]) -> list[Tensor]:
         leaves = [tensors[name].clone().requires_grad_() for name in "qkv"]
@@ -101,7 +105,7 @@ def test_cuda_keeps_it_from_documents_that_share_a_tile_too(poisoned: str) -> No
         others[first:end] = False
         value = (math.nan, math.inf)[document % 2]
         changed = inputs[poisoned].clone()
-        changed[:, 1, [first, end - 1], 3] = value
+        changed[:, 1, [first, end - 1], document] = value
         found = computed(inputs | {poisoned: changed})
         assert not all(bool(x.isfinite().all()) for x in found), "the value is lost"
         for ours, theirs in zip(found, expected, strict=True):
