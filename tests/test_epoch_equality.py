@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import maskops
 from maskops import data
 from maskops.data import Documents, PackedBatch, PackedCollator, PaddedBatch, PaddedCollator
+from maskops.data.packers import Strategy
 
 BOS, EOS = 1, 2
 VOCABULARY = 40
@@ -148,14 +149,29 @@ def random_order(documents: Documents) -> list[Sequence[int]]:
     return in_groups(random.Random(1).sample(range(len(documents)), len(documents)))
 
 
+def bucketed(documents: Documents) -> list[Sequence[int]]:
+    by_length = sorted(range(len(documents)), key=documents.lengths.__getitem__)
+    groups = in_groups(by_length)
+    return random.Random(1).sample(groups, len(groups))
+
+
+def packed(documents: Documents, strategy: Strategy) -> Iterable[Batch]:
+    bins = data.pack(documents.lengths, CAPACITY, strategy, ranks=2).bins
+    return loader(documents, bins, PackedCollator(CAPACITY))
+
+
 EPOCHS: dict[str, Epoch] = {
     "padded right": lambda docs: loader(docs, random_order(docs), PaddedCollator(EOS)),
     "padded left": lambda docs: loader(docs, random_order(docs), PaddedCollator(EOS, side="left")),
     "padded to a length": lambda docs: loader(docs, random_order(docs), PaddedCollator(EOS, length=LONGEST)),
+    "bucketed": lambda docs: loader(docs, bucketed(docs), PaddedCollator(EOS)),
     "packed": lambda docs: loader(docs, random_order(docs), PackedCollator()),
     "packed with room": lambda docs: loader(
         docs, random_order(docs), PackedCollator(BATCH * LONGEST, max_sequences=2 * BATCH, max_seqlen=LONGEST)
     ),
+    "packed, first fit": lambda docs: packed(docs, "first_fit"),
+    "packed, best fit": lambda docs: packed(docs, "best_fit_decreasing"),
+    "packed, balanced": lambda docs: packed(docs, "balanced"),
 }
 
 
