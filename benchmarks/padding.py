@@ -20,7 +20,9 @@ from maskops.cli.bench.corpus import docstrings, source_files
 from maskops.cli.bench.report import aligned
 from maskops.cli.report import load_tokenizer
 from maskops.data import padding_report
+from tools.environment import ROOT
 
+RESULT = ROOT / "benchmarks" / "results" / "padding.json"
 BATCH_SIZES = (8, 32, 128)
 PADDED_TO = 1024
 CAPACITY = 2048
@@ -59,7 +61,7 @@ def grouped_by_transformers(lengths: list[int], batch_size: int) -> float | None
     generator = torch.Generator().manual_seed(0)
     order = list(LengthGroupedSampler(batch_size, lengths=lengths, generator=generator))
     batches = [[lengths[at] for at in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
-    return sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+    return float(sum(lengths) / sum(max(batch) * len(batch) for batch in batches))
 
 
 def measure(lengths: list[int]) -> dict[str, Any]:

@@ -51,6 +51,19 @@ def test_figures_are_written_from_the_json() -> None:
     assert "75% of all positions are padding" in written
 
 
+def test_the_cost_of_padding_is_written_from_the_json() -> None:
+    def row(name: str, fill: float, cost: int) -> dict[str, Any]:
+        return {"name": name, "fill": fill, "attention_flops": cost, "flops": 10 * cost + 100}
+
+    rows = [row("fixed", 0.1, 900), row("random", 0.2, 400), row("grouped", 0.75, 200), row("balanced", 0.999, 100)]
+    padded = [{"batch_size": size, "max_length": 1024, "strategies": rows} for size in (8, 32)]
+    text = readme.padding_figures({"words": {"documents": 1234, "padded": padded}})
+    assert "1,234 docstrings, cut at 1,024 tokens of words" in text
+    assert "fills 10.0% of what is computed, random batches of 32 20.0%" in text
+    assert "grouped by length 75.0% and packed rows 99.9%" in text
+    assert "attention costs 25% of that of the random batches and the whole model 27%" in text
+
+
 def test_what_has_not_run_on_a_gpu_says_so(tmp_path: Path) -> None:
     """From the results that are stored, and from nothing else."""
     assert readme.on_gpus(tmp_path) == []

@@ -149,22 +149,25 @@ def random_order(documents: Documents) -> list[Sequence[int]]:
     return in_groups(random.Random(1).sample(range(len(documents)), len(documents)))
 
 
-def bucketed(documents: Documents) -> list[Sequence[int]]:
-    by_length = sorted(range(len(documents)), key=documents.lengths.__getitem__)
-    groups = in_groups(by_length)
-    return random.Random(1).sample(groups, len(groups))
-
-
 def packed(documents: Documents, strategy: Strategy) -> Iterable[Batch]:
-    bins = data.pack(documents.lengths, CAPACITY, strategy, ranks=2).bins
-    return loader(documents, bins, PackedCollator(CAPACITY))
+    packing = data.pack(documents.lengths, CAPACITY, strategy, ranks=1)
+    return loader(documents, data.PackingSampler(packing), PackedCollator(CAPACITY))
+
+
+def bucketed(documents: Documents) -> Iterable[Batch]:
+    return loader(documents, data.LengthBucketSampler(documents.lengths, BATCH, mega_batch=3), PaddedCollator(EOS))
+
+
+def within_budget(documents: Documents) -> Iterable[Batch]:
+    return loader(documents, data.TokenBudgetSampler(documents.lengths, CAPACITY), PaddedCollator(EOS, side="left"))
 
 
 EPOCHS: dict[str, Epoch] = {
     "padded right": lambda docs: loader(docs, random_order(docs), PaddedCollator(EOS)),
     "padded left": lambda docs: loader(docs, random_order(docs), PaddedCollator(EOS, side="left")),
     "padded to a length": lambda docs: loader(docs, random_order(docs), PaddedCollator(EOS, length=LONGEST)),
-    "bucketed": lambda docs: loader(docs, bucketed(docs), PaddedCollator(EOS)),
+    "bucketed": bucketed,
+    "within a budget of tokens": within_budget,
     "packed": lambda docs: loader(docs, random_order(docs), PackedCollator()),
     "packed with room": lambda docs: loader(
         docs, random_order(docs), PackedCollator(BATCH * LONGEST, max_sequences=2 * BATCH, max_seqlen=LONGEST)

@@ -12,19 +12,24 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 LENGTHS = (3, 2, 4)
 
 
-@pytest.fixture(scope="module")
-def walkthrough() -> dict[int, str]:
-    """What the walkthrough prints, by step."""
+def printed_by(name: str) -> str:
     result = subprocess.run(
-        [sys.executable, EXAMPLES / "walkthrough.py"],
+        [sys.executable, EXAMPLES / name],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         timeout=300,
     )
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert max(map(len, result.stdout.splitlines())) <= 120
-    parts = re.split(r"^ ?(\d+)\. ", result.stdout, flags=re.MULTILINE)
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def walkthrough() -> dict[int, str]:
+    """What the walkthrough prints, by step."""
+    text = printed_by("walkthrough.py")
+    assert max(map(len, text.splitlines())) <= 120
+    parts = re.split(r"^ ?(\d+)\. ", text, flags=re.MULTILINE)
     return {int(number): text for number, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
@@ -104,3 +109,29 @@ def test_walkthrough_packed(walkthrough: dict[int, str]) -> None:
     ]
     assert differences(text) == [pytest.approx(0.0, abs=1e-6)]
     assert "48 padded with -1e9, 29 packed" in text
+
+
+def losses(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"^epoch \d+: loss ([0-9.]+)$", text, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", ["train_language_model.py", "train_lstm.py"])
+def test_the_way_from_sentences_to_a_step_is_short(name: str) -> None:
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_training_a_language_model() -> None:
+    text = printed_by("train_language_model.py")
+    first, last = losses(text)
+    assert first > 2.5 and last < 0.5 * first
+    assert "6 documents in, 6 out as 6 sequences" in text and "6 BOS and 6 EOS added" in text
+    assert "46 tokens" in text and re.search(r"^packed, balanced +95\.8% +48 ", text, flags=re.MULTILINE)
+    assert re.search(r"^padded to 14 +54\.8% +84 ", text, flags=re.MULTILINE)
+
+
+def test_training_an_lstm() -> None:
+    text = printed_by("train_lstm.py")
+    first, last = losses(text)
+    assert first > 2.5 and last < 0.5 * first
+    found = re.search(r"6 sentences together or alone: difference up to ([0-9.e+-]+)$", text, flags=re.MULTILINE)
+    assert found is not None and float(found[1]) < 1e-5

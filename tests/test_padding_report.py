@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import padding
 from maskops import padding_report
 from maskops.cli.main import main
 from maskops.data import ModelShape
@@ -122,6 +123,21 @@ def test_the_waste_of_a_heavy_tail() -> None:
     assert min(fills["balanced"], fills["first_fit"], fills["best_fit_decreasing"]) > 0.95
     already_sorted = padding_report(sorted(lengths), max_length=1024).strategy("random")
     assert already_sorted.fill == pytest.approx(fills["random"], rel=0.2)
+
+
+def test_the_stored_run_reproduces_what_was_measured_with_other_libraries() -> None:
+    """Within a hundredth, but for groups by length: those depend on how many documents there are."""
+    runs = json.loads(padding.RESULT.read_text(encoding="utf-8"))
+    assert runs
+    for run in runs.values():
+        compared = padding.compare(run)
+        assert len(compared) == sum(map(len, padding.EARLIER.values())) + len(padding.BATCH_SIZES)
+        for where, then, now in compared:
+            if "grouped" not in where:
+                assert float(now) == pytest.approx(float(then), abs=0.01), where
+        ours = [report["strategies"][PADDED.index("grouped")]["fill"] for report in run["padded"]]
+        assert ours == pytest.approx(run["grouped_by_transformers"], abs=0.05)
+        assert run["packed"]["documents"] == 20_000
 
 
 def test_text_json_and_chart(tmp_path: Path) -> None:

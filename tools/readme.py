@@ -3,6 +3,7 @@
 The runs:
     python -m maskops bench --json benchmarks/results/cpu.json --chart benchmarks/results/cpu.png
     python -m benchmarks.kernels --json benchmarks/results/kernels.json
+    python -m benchmarks.padding --json benchmarks/results/padding.json
 
     make gpu        # which leaves benchmarks/results/gpu-<device>.json
 
@@ -30,9 +31,10 @@ README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 CHART = RESULT.with_suffix(".png")
 KERNELS = RESULT.with_name("kernels.json")
+PADDING = RESULT.with_name("padding.json")
 BLOCKS = {
     name: (f"<!-- {name}: begin (python -m tools.readme) -->\n", f"<!-- {name}: end -->\n")
-    for name in ("results", "gpu", "features")
+    for name in ("results", "gpu", "padding", "features")
 }
 NOT_YET = "compiled and interpreted; not yet run on a GPU"
 NOT_YET_BUT = {"triton": NOT_YET, "cuda": "compiled, and run as host code; not yet run on a GPU"}
@@ -75,6 +77,21 @@ def figures(result: dict[str, Any], kernels: dict[str, Any] | None = None) -> st
             theirs, ours = (statistics.median(row[name]) * 1e3 for name in ("torch", "maskops"))
             lines.append(f"| {row['name']} | {theirs:.1f} | {ours:.1f} | {row['ratio']:.2f}x |")
     return "\n".join(lines) + "\n"
+
+
+def padding_figures(runs: dict[str, Any], batch_size: int = 32) -> str:
+    """What padding costs, in a sentence, from the runs of `benchmarks.padding`."""
+    tokenizer, run = next(iter(runs.items()))
+    report = next(report for report in run["padded"] if report["batch_size"] == batch_size)
+    rows = {row["name"]: row for row in report["strategies"]}
+    random, balanced = rows["random"], rows["balanced"]
+    return (
+        f"Of {run['documents']:,} docstrings, cut at {report['max_length']:,} tokens of {tokenizer}, padding to that "
+        f"length fills {rows['fixed']['fill']:.1%} of what is computed, random batches of {batch_size} "
+        f"{random['fill']:.1%}, batches grouped by length {rows['grouped']['fill']:.1%} and packed rows "
+        f"{balanced['fill']:.1%}, whose attention costs {balanced['attention_flops'] / random['attention_flops']:.0%} "
+        f"of that of the random batches and the whole model {balanced['flops'] / random['flops']:.0%}.\n"
+    )
 
 
 def _cell(table: dict[str, Any], name: str) -> str:
@@ -146,6 +163,8 @@ def updated(readme: str) -> str:
     if RESULT.exists():
         kernels = json.loads(KERNELS.read_text(encoding="utf-8")) if KERNELS.exists() else None
         blocks["results"] = figures(json.loads(RESULT.read_text(encoding="utf-8")), kernels)
+    if PADDING.exists():
+        blocks["padding"] = padding_figures(json.loads(PADDING.read_text(encoding="utf-8")))
     for name, block in blocks.items():
         begin, end = BLOCKS[name]
         before, rest = readme.split(begin)

@@ -14,6 +14,8 @@ from maskops.data.bins import Packing
 from maskops.data.cost import FORWARD_AND_BACKWARD, ModelShape, flops
 from maskops.data.lengths import Lengths, check_count, read_lengths
 from maskops.data.packers import Strategy, pack
+from maskops.data.samplers import LengthBucketSampler, TokenBudgetSampler
+from maskops.data.sharding import RankedBatches
 
 __all__ = ["PaddingReport", "StrategyCost", "padding_report"]
 
@@ -161,10 +163,10 @@ def padding_report(
     The strategies, by name:
         - ``fixed``: every document padded to ``max_length``.
         - ``random``: batches of ``batch_size`` random documents, padded to the longest of each.
-        - ``grouped``: the same, sorted by length within every 50 batches.
+        - ``grouped``: the same, sorted by length within every 50 batches, by `data.LengthBucketSampler`.
         - ``sorted``: the same, all documents sorted by length: the least that padding can cost, in a fixed order.
-        - ``token_budget``: sorted within the same groups, batches of as many documents as ``capacity`` has room for,
-          padding included.
+        - ``token_budget``: batches of similar lengths with as many documents as ``capacity`` has room for, padding
+          included, by `data.TokenBudgetSampler`.
         - ``chunks``: packed, the stream of documents cut every ``capacity`` tokens; ``chunks_joined``: the same, where
           documents see each other.
         - ``in_order``: packed, a new row whenever a document does not fit any more.
@@ -201,14 +203,16 @@ def padding_report(
     shape = ModelShape() if model is None else model
     shuffled = random.Random(seed).sample(kept, len(kept))
     width = longest if max_length is None else max_length
+    # One process computes all batches here, whatever torch.distributed says.
+    grouping = LengthBucketSampler(kept, batch_size, mega_batch=_MEGA_BATCH, ranks=1, rank=0, world_size=1, seed=seed)
+    budget = TokenBudgetSampler(kept, capacity, mega_batch=_MEGA_BATCH, ranks=1, rank=0, world_size=1, seed=seed)
+    groups, budgets = _sampled(grouping, kept), _sampled(budget, kept)
     rows = [
         _padded("fixed", f"padded to {width:,}", _batches(shuffled, batch_size), shape, sum(kept), width=width),
         _padded("random", "padded, random batches", _batches(shuffled, batch_size), shape, sum(kept)),
-        _padded("grouped", "padded, grouped by length", _grouped(shuffled, batch_size), shape, sum(kept)),
+        _padded("grouped", "padded, grouped by length", groups, shape, sum(kept)),
         _padded("sorted", "padded, sorted by length", _batches(sorted(kept), batch_size), shape, sum(kept)),
-        _padded(
-            "token_budget", "padded, token budget", _within_budget(shuffled, batch_size, capacity), shape, sum(kept)
-        ),
+        _padded("token_budget", "padded, token budget", budgets, shape, sum(kept)),
     ]
     for name, label, bins in _packings(shuffled, capacity, seed):
         rows.append(_cost(name, label, bins, [capacity] * len(bins), shape, sum(kept)))
@@ -230,20 +234,9 @@ def _batches(lengths: Sequence[int], size: int) -> list[Sequence[int]]:
     return [lengths[first : first + size] for first in range(0, len(lengths), size)]
 
 
-def _grouped(lengths: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    groups = _batches(lengths, _MEGA_BATCH * batch_size)
-    return [batch for group in groups for batch in _batches(sorted(group, reverse=True), batch_size)]
-
-
-def _within_budget(lengths: Sequence[int], batch_size: int, capacity: int) -> list[Sequence[int]]:
-    batches: list[list[int]] = []
-    for group in _batches(lengths, _MEGA_BATCH * batch_size):
-        batches.append([])
-        for length in sorted(group, reverse=True):
-            if batches[-1] and (len(batches[-1]) + 1) * batches[-1][0] > capacity:
-                batches.append([])
-            batches[-1].append(length)
-    return list(batches)
+def _sampled(sampler: RankedBatches, lengths: Sequence[int]) -> list[list[int]]:
+    """Lengths in the batches of a sampler's first epoch."""
+    return [[lengths[number] for number in batch if isinstance(number, int)] for batch in sampler.plan(0)]
 
 
 def _packings(lengths: list[int], capacity: int, seed: int) -> Iterator[tuple[str, str, list[list[int]]]]:

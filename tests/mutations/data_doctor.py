@@ -56,13 +56,6 @@ MUTATIONS = (
         REPORT_TESTS,
     ),
     Mutation(
-        "report: a budget without its last document",
-        REPORT,
-        "(len(batches[-1]) + 1) * batches[-1][0]",
-        "len(batches[-1]) * batches[-1][0]",
-        REPORT_TESTS,
-    ),
-    Mutation(
         "report: documents are not shuffled",
         REPORT,
         "random.Random(seed).sample(kept, len(kept))",
