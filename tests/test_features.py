@@ -34,6 +34,7 @@ def _leaves(sizes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, 
 
 
 QKV = {"q": (3, 4, 17, 8), "k": (3, 2, 17, 8), "v": (3, 2, 17, 12)}
+FEW_HEADS = {"q": (3, 2, 17, 8), "k": (3, 1, 17, 8), "v": (3, 1, 17, 12)}
 SQUARE = {"q": (2, 4, 17, 8), "k": (2, 2, 17, 8), "v": (2, 2, 17, 8)}
 
 
@@ -257,7 +258,7 @@ def _soften_under_autocast(backend: str, x: dict[str, Tensor]) -> Outputs:
 
 
 PROBES: dict[tuple[str, str], tuple[dict[str, tuple[int, ...]], Probe]] = {
-    ("attention", "masks"): (QKV, _every_mask),
+    ("attention", "masks"): (FEW_HEADS, _every_mask),
     ("attention", "dense mask"): (
         SQUARE,
         _attend(masks.dense(torch.rand(2, 4, 17, 17, generator=torch.Generator().manual_seed(1)) > 0.4)),

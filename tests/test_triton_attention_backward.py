@@ -92,6 +92,25 @@ def test_a_group_is_split_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.allclose(found[0][name], other[name], atol=1e-5) for other in found[1:])
 
 
+def test_rows_are_split_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few keys and heads under many rows: parts of them are programs of their own, at the side of parts of a group."""
+    tensors, found = problem(heads=2, k_len=20, q_len=150), []
+    launched: list[tuple[int, int]] = []
+    original = backward.Backward.keys_arguments
+
+    def arguments(self: backward.Backward, grad_k: Tensor, grad_v: Tensor, row_parts: int = 1) -> dict[str, Any]:
+        launched.append((grad_k.shape[0], row_parts))
+        return original(self, grad_k, grad_v, row_parts)
+
+    monkeypatch.setattr(backward.Backward, "keys_arguments", arguments)
+    monkeypatch.setattr(backward, "ROWS_OF_A_SPLIT", 40)
+    for enough in (1, 6):
+        monkeypatch.setattr(backward, "ENOUGH_PROGRAMS", enough)
+        found.append(compare(tensors, masks.sliding_window(90, 3)))
+    assert launched == [(1, 1), (6, 3)]
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in tensors)
+
+
 def test_divisors() -> None:
     assert [backward.largest_divisor(12, limit) for limit in (0, 1, 2, 5, 7, 11, 12, 99)] == [1, 1, 2, 4, 6, 6, 12, 12]
 

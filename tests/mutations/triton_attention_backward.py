@@ -45,8 +45,8 @@ MUTATIONS = (
     _break(
         "heads of a group: always the first",
         PRODUCTS,
-        "head = kv_head * group + part * heads_of_part + of_group",
-        "head = kv_head * group + part * heads_of_part",
+        "head = kv_head * group + part // row_parts * heads_of_part + of_group",
+        "head = kv_head * group + part // row_parts * heads_of_part",
         "group_is_split",
     ),
     _break(
@@ -55,6 +55,13 @@ MUTATIONS = (
         "grad_v.copy_(of_parts[1].sum(0))",
         "grad_v.copy_(of_parts[1][0])",
         "group_is_split",
+    ),
+    _break(
+        "parts of the rows: the last is cut off",
+        PRODUCTS,
+        "row_tiles_of_part = tl.cdiv(n_row_tiles, row_parts)",
+        "row_tiles_of_part = n_row_tiles // row_parts",
+        "rows_are_split",
     ),
     _break("holes of the keys seen", PRODUCTS, "place = tl.where(is_seen, key, -1)", "place = key", "holes"),
     _break(

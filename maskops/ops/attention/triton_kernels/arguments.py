@@ -25,7 +25,7 @@ _LEAST_NORMAL = 2.0**-126
 
 OPEN = (
     "q_len", "k_len", "n_rows", "capacity", "batches", "plan_batches", "repeats", "heads_at_a_time", "splits", "parts",
-    "span_stride", "plan_stride", "key_valid_stride", "positions_stride", "positions_batch_stride",
+    "row_parts", "span_stride", "plan_stride", "key_valid_stride", "positions_stride", "positions_batch_stride",
     "dense_batch_stride", "dense_head_stride", "dense_row_stride", "slopes_outer", "ordinals_stride",
     "sequences_stride", "key_tiles_span_stride", "key_tiles_batch_stride", "out_split_stride", "lse_split_stride",
     "grad_bias_part_stride", "last_dropped",

@@ -21,6 +21,9 @@ from maskops.tuning import Config, config
 ENOUGH_PROGRAMS = 264
 """Programs that occupy a large device twice. Not the device at hand: bits follow from how a sum is split."""
 
+ROWS_OF_A_SPLIT = 1024
+"""Fewer rows are not worth a program of their own for a tile of keys, and the float32 gradients that it leaves."""
+
 _ROWS_OF_TERMS = 64
 
 
@@ -101,10 +104,10 @@ class Backward:
         )
         return grad_q, arguments["ROW_SLOPES"]
 
-    def keys_arguments(self, grad_k: Tensor, grad_v: Tensor) -> dict[str, Any]:
+    def keys_arguments(self, grad_k: Tensor, grad_v: Tensor, row_parts: int = 1) -> dict[str, Any]:
         """Arguments of the kernel of the gradients of k and v, (parts, batch, heads, keys, width), but for blocks."""
         values = self.values
-        more: dict[str, Any] = {"parts": grad_k.shape[0]}
+        more: dict[str, Any] = {"parts": grad_k.shape[0], "row_parts": row_parts}
         for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
             more |= {name.upper(): grad, **strides_of(name, grad[0]), f"{name}_part_stride": grad.stride(0)}
         return chosen(grad_keys_kernel, values, **more)
@@ -115,15 +118,18 @@ class Backward:
         grad_k, grad_v = empty_in_order(k, problem.width), empty_in_order(v, problem.value_width)
         tuned = self.config("attention_backward_dkdv")
         tiles = -(-problem.k_len // tuned.blocks["BLOCK_N"]) * problem.kv_heads * problem.batch
-        # Few tiles: the heads of a group are split between programs, and what these leave is added up.
-        parts = largest_divisor(problem.heads // problem.kv_heads, ENOUGH_PROGRAMS // tiles)
+        # Few tiles: the heads of a group, and then many rows, are split between programs, and what these leave is
+        # added up.
+        head_parts = largest_divisor(problem.heads // problem.kv_heads, ENOUGH_PROGRAMS // tiles)
+        row_parts = max(1, min(ENOUGH_PROGRAMS // (tiles * head_parts), problem.q_len // ROWS_OF_A_SPLIT))
+        parts = head_parts * row_parts
         of_parts = (grad_k[None], grad_v[None])
         if parts > 1:
             of_parts = (
                 k.new_empty(parts, *grad_k.shape, dtype=torch.float32),
                 k.new_empty(parts, *grad_v.shape, dtype=torch.float32),
             )
-        arguments = self.keys_arguments(*of_parts)
+        arguments = self.keys_arguments(*of_parts, row_parts)
         launch(grad_keys_kernel, (tiles * parts,), k, (), **arguments, **tuned.launch())
         if parts > 1:
             grad_k.copy_(of_parts[0].sum(0))

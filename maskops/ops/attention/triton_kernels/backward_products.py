@@ -255,21 +255,22 @@ def grad_keys_kernel(
     positions_stride, positions_batch_stride, dense_batch_stride, dense_head_stride, dense_row_stride,
     bias_batch_stride, bias_head_stride, bias_row_stride, bias_key_stride,
     slopes_outer, slopes_outer_stride, slopes_head_stride,
-    plan_batches, heads, group, parts, q_len, k_len, softmax_scale, factor, cap, last_dropped, keep_scale,
+    plan_batches, heads, group, parts, row_parts, q_len, k_len, softmax_scale, factor, cap, last_dropped, keep_scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, N_SPANS: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, BY_SEQUENCE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SHARES: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and v: a program for each tile of keys, key head and part of the heads of its group.
+    """Gradients of k and v: a program for each tile of keys, key head, and part of the heads of its group and the rows.
 
     Args:
         GRAD_K, GRAD_V: (parts, batch, kv_heads, k_len, width) by their strides; every element is written. With more
             than one part they are float32, and their sum over the parts is the gradient.
         TERMS, ROW_START, ROW_END: what ``row_terms_kernel`` fills.
         KEY_TILES: (N_SPANS, plan_batches, tiles, 4).
-        parts: a divisor of ``group``.
+        parts: a divisor of ``group``, times ``row_parts``.
+        row_parts: parts into which the rows that see a tile are split.
         The others: as in the forward kernel.
     """
     n_tiles = tl.cdiv(k_len, BLOCK_N)
@@ -304,14 +305,18 @@ def grad_keys_kernel(
     starts, ends = ROW_START + plan64 * padded_rows, ROW_END + plan64 * padded_rows
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    heads_of_part = group // parts
+    n_row_tiles = partial_tiles(walk, N_SPANS)
+    row_tiles_of_part = tl.cdiv(n_row_tiles, row_parts)
+    first_row_tile = part % row_parts * row_tiles_of_part
+    stop_row_tile = tl.minimum(first_row_tile + row_tiles_of_part, n_row_tiles)
+    heads_of_part = group // (parts // row_parts)
     for of_group in tl.range(0, heads_of_part):
-        head = kv_head * group + part * heads_of_part + of_group
+        head = kv_head * group + part // row_parts * heads_of_part + of_group
         head64 = head.to(tl.int64)
         queries = Q + batch64 * q_batch_stride + head64 * q_head_stride
         grad_outs = GRAD_OUT + batch64 * grad_out_batch_stride + head64 * grad_out_head_stride
         terms = TERMS + (batch64 * heads + head64) * padded_rows
-        for number in tl.range(0, partial_tiles(walk, N_SPANS)):
+        for number in tl.range(first_row_tile, stop_row_tile):
             grad_k, grad_v = _add_rows(
                 grad_k, grad_v, k, v, partial_tile(walk, number, BLOCK_M, BLOCK_M, N_SPANS), first_key, place, batch,
                 head, plan_batch, queries, grad_outs, terms, starts, ends, POSITIONS, DENSE, BIAS, SLOPES, SEED,
