@@ -3,6 +3,8 @@
 from tests.mutations import Mutation
 
 ATTENTION = ("tests/test_cuda_attention.py",)
+SEVERAL_TILES = (*ATTENTION, "-k", "several_tiles")  # every feature but dense masks, forward and backward
+BATCHES = (*ATTENTION, "-k", "test_case")
 DECODE = ("tests/test_cuda_decode.py",)
 NEIGHBOURS = ("tests/test_nonfinite_neighbours.py", "-k", "cuda")
 FAR_APART = ("tests/test_far_apart.py", "-k", "cuda")
@@ -39,19 +41,23 @@ MUTATIONS = (
         TILE,
         "const float lse = maximum + logf(sum);",
         "const float lse = logf(sum);",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
-    Mutation("cuda attention: sign of the sink", TILE, "sinks, 0, head) - lse)", "sinks, 0, head) + lse)", ATTENTION),
+    Mutation(
+        "cuda attention: sign of the sink", TILE, "sinks, 0, head) - lse)", "sinks, 0, head) + lse)", SEVERAL_TILES
+    ),
     Mutation(
         "cuda attention: large rows keep their sums", ROWS, "fabsf(lse) >= LARGE_LSE", "fabsf(lse) >= 1e30f", ATTENTION
     ),
-    Mutation("cuda attention: gradient of the lse", ROWS, "product * share - grad_lse", "product * share", ATTENTION),
+    Mutation(
+        "cuda attention: gradient of the lse", ROWS, "product * share - grad_lse", "product * share", SEVERAL_TILES
+    ),
     Mutation(
         "cuda attention: dQ without its scale",
         QUERIES,
         "const float scale = call.shape.softmax_scale;",
         "const float scale = 1.0f;",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: pairs of the bias that nobody visits",
@@ -65,7 +71,7 @@ MUTATIONS = (
         KEYS,
         "head < (kv_head + 1) * shared_by",
         "head < kv_head * shared_by + 1",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation("cuda attention: bounds of the first span alone", KEYS, "s < p.spans.n_spans", "s < 1", ATTENTION),
     Mutation(
@@ -87,28 +93,28 @@ MUTATIONS = (
         TILE,
         "memory.depth.b);\n    __syncthreads();",
         "memory.depth.b);",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: rows replaced while they are multiplied",
         TILE,
         "column += DEPTH) {\n    __syncthreads();",
         "column += DEPTH) {",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: columns before they are there",
         TILE,
         "__syncthreads_and(is_mine_finite) != 0",
         "is_mine_finite",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: columns replaced while they are added",
         TILE,
         "chunk++) {\n    __syncthreads();\n    const bool",
         "chunk++) {\n    const bool",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: 0 times what is not finite",
@@ -131,74 +137,76 @@ MUTATIONS = (
         TILE,
         "tile.first = begin + half;",
         "tile.first = begin;",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: items of another batch element",
         TILE,
         "if (p.spans.plan_batch > 1) tile.batch",
         "if (false) tile.batch",
-        ATTENTION,
+        BATCHES,
     ),
-    Mutation("cuda attention: slope of the softcap", TILE, "bend = 1.0f - bent * bent;", "bend = 1.0f;", ATTENTION),
+    Mutation("cuda attention: slope of the softcap", TILE, "bend = 1.0f - bent * bent;", "bend = 1.0f;", SEVERAL_TILES),
     Mutation(
         "cuda attention: dropout counts from the first key of all",
         TILE,
         "static_cast<uint32_t>(first) - row.first;",
         "static_cast<uint32_t>(first);",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
-    Mutation("cuda attention: sign of the slope", TILE, "score -= row.slope", "score += row.slope", ATTENTION),
-    Mutation("cuda attention: sum not rescaled", SOFTMAX, "total.sum * rescale + sum", "total.sum + sum", ATTENTION),
+    Mutation("cuda attention: sign of the slope", TILE, "score -= row.slope", "score += row.slope", SEVERAL_TILES),
+    Mutation(
+        "cuda attention: sum not rescaled", SOFTMAX, "total.sum * rescale + sum", "total.sum + sum", SEVERAL_TILES
+    ),
     Mutation(
         "cuda attention: result not rescaled",
         SOFTMAX,
         "result.values[chunk][i][j] *= factor;",
         "result.values[chunk][i][j] *= 1.0f + 0.0f * factor;",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: maxima of parts before they are there",
         SOFTMAX,
         "memory.part_maximum[part][mine] = maximum;\n    __syncthreads();",
         "memory.part_maximum[part][mine] = maximum;",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: sums of parts before they are there",
         SOFTMAX,
         "memory.factor[mine] = rescale;\n    __syncthreads();",
         "memory.factor[mine] = rescale;",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: dQ goes on to a key that is not there yet",
         QUERIES,
         "next_key(call, row, base + KEYS));\n    __syncthreads();",
         "next_key(call, row, base + KEYS));",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: dK takes rows before they are known",
         KEYS,
         "1u << mine % 32);\n      __syncthreads();",
         "1u << mine % 32);",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation(
         "cuda attention: dV without the share beside a sink",
         GRADIENT,
         "weight * p.features.kept_scale * of_row.share : 0.0f;\n  const float arriving",
         "weight * p.features.kept_scale : 0.0f;\n  const float arriving",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
-    Mutation("cuda attention: delta forgotten", GRADIENT, "(arriving - of_row.delta)", "arriving", ATTENTION),
+    Mutation("cuda attention: delta forgotten", GRADIENT, "(arriving - of_row.delta)", "arriving", SEVERAL_TILES),
     Mutation(
         "cuda attention: sums of heads before they are there",
         EXTRAS,
         "__syncthreads();\n    if (static_cast<int>(threadIdx.x) < step)",
         "if (static_cast<int>(threadIdx.x) < step)",
-        ATTENTION,
+        SEVERAL_TILES,
     ),
     Mutation("cuda decode: slot in the page", CACHE, "slot = key % p.at.page_size", "slot = key", DECODE),
     Mutation(
