@@ -92,6 +92,26 @@ def test_more_items_than_there_is_room_for_take_a_plain_grid():
         assert torch.equal(x, getattr(expected, name)), name
 
 
+def test_keys_between_rows_stay_unseen():
+    """Rows that follow each other in one tile of keys, with keys between them that none sees."""
+    rows = 5
+    cu, of_each = torch.arange(rows + 1), torch.ones(rows, dtype=torch.int64)
+    operands = [cu, 10 * cu, 2 * of_each, 4 * of_each, *[torch.empty(0, dtype=torch.int32)] * 2]
+    found = kernels.build_plan(
+        "cu_seqlens 0 1 1 span prefix_of 2 prefix_of 3", *operands, 1, rows, 50, True, True, True
+    )
+    expected = registration.build_row_spans(found[0], found[1], 50, order=True)
+    assert found[2].nonzero()[:, 1].tolist() == [key for row in range(rows) for key in (10 * row + 2, 10 * row + 3)]
+    for name, x in zip(("key_valid", "tiles", "tile_count", "key_tiles", "order"), found[2:7], strict=True):
+        assert torch.equal(x, getattr(expected, name)), name
+
+
+def test_short_documents_share_an_item_while_their_keys_are_few():
+    """Twelve of them would fit by their rows."""
+    cu = torch.arange(14)
+    check_same(masks.documents(cu_seqlens=10 * cu, cu_seqlens_k=60 * cu), 130, 780, **EVERYTHING)
+
+
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 200)])
 def test_empty_and_thin_shapes(shape):
     check_same(masks.causal(), *shape, **EVERYTHING)
