@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -98,7 +98,7 @@ def main() -> None:
         chance = random.Random(0)
         drawn = cut([draw(chance) for _ in range(DOCUMENTS)])
         for strategy in ("balanced", "best_fit_decreasing"):
-            rows.append({"lengths": name, **measure(drawn, strategy, 0)})
+            rows.append({"lengths": name, **measure(drawn, cast(Strategy, strategy), 0)})
     print(table(rows))
     if arguments.json:
         about = {
