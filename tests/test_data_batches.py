@@ -302,6 +302,11 @@ def test_room_makes_one_graph() -> None:
     assert graphs == 1
 
 
+def test_the_longest_sequence_may_be_the_tail() -> None:
+    inputs = PackedBatch.from_sequences([[1], [2]], capacity=7).transformers_inputs()
+    assert inputs["cu_seq_lens_k"].tolist() == [0, 1, 2, 7] and inputs["max_length_k"] == 5
+
+
 def test_meaning_of_shift_labels() -> None:
     labels, ids = torch.tensor([5, 6, 7, 8], dtype=torch.uint8), torch.tensor([0, 0, 1, -1])
     assert shift_labels(labels, ids).tolist() == [6, -100, -100, -100]

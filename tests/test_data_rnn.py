@@ -21,6 +21,8 @@ def test_packed_sequences_are_those_of_torch(lengths: list[int], tail: int) -> N
     present = [torch.tensor(sequence) for sequence in sequences if sequence]
     expected = pack_sequence(present, enforce_sorted=False)
     assert found.batch_sizes.tolist() == expected.batch_sizes.tolist()
+    # Layers permute initial states by these numbers.
+    assert sorted(found.sorted_indices.tolist()) == list(range(len(present)))
     # torch's own sort need not keep equal lengths in their order: compare what each side unpacks.
     padded = [torch.nn.utils.rnn.pad_packed_sequence(x, batch_first=True)[0] for x in (found, expected)]
     assert torch.equal(*padded)
