@@ -53,7 +53,7 @@ fuzz: $(READY)
 coverage: $(READY)
 	$(RUN) -m tools.coverage
 
-ci: test lint package sanitize
+ci: test lint package sanitize compile-everyday
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info maskops/_native.so maskops/_build_report.json bench.png bench.json

@@ -1,8 +1,10 @@
 """What is compiled ahead of time: every kernel that is launched, every row of the tuning tables."""
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from maskops.cli.bench.compilation import command
 pytestmark = pytest.mark.skipif(command.absent() is not None, reason=f"Triton: {command.absent()}")
 
 OPS = Path(maskops.ops.__file__).parent
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def trees() -> Iterator[tuple[Path, ast.Module]]:
@@ -85,3 +88,19 @@ def test_every_row_of_the_tuning_tables_is_compiled_for_every_change() -> None:
         assert variant.everyday, key
         launched = {**variant.blocks, "num_warps": variant.num_warps, "num_stages": variant.num_stages}
         assert row.launch().items() <= launched.items(), key
+
+
+def test_rows_say_what_came_of_their_compilation() -> None:
+    runs = json.loads((RESULTS / "compile.json").read_text())["runs"]
+    figures: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for kernel in run["kernels"]:
+            figures.setdefault((kernel["architecture"], kernel["name"]), []).append(kernel)
+    assert {"3.6.0", "3.9.0"} <= {run["triton"] for run in runs}
+    for key, row in tuning.TABLE.items():
+        found = figures[key.architecture, name_of(key)]
+        registers, spills, issue = (
+            max(kernel.get(figure, 0) for kernel in found) for figure in ("registers", "hot_spills", "issue")
+        )
+        assert len(found) == 2
+        assert row.provenance == tuning._compiled(registers, spills, round(issue)), key

@@ -88,7 +88,8 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(BINARIES / "nvdisasm"), "-c", file.name]
+        # Without an analysis of the data flow, which nobody reads here.
+        command = [str(BINARIES / "nvdisasm"), "-c", "-ndf", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
