@@ -225,6 +225,29 @@ def test_encoder_and_decoder_agree_on_padding_idx() -> None:
     assert all(m.padding_idx == 9 for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is shared)
 
 
+def test_modules_around_one_weight_agree() -> None:
+    encoder, decoder = nn.Embedding(9, 4), nn.Embedding(9, 4, padding_idx=5)
+    decoder.weight = encoder.weight
+    model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    model.get_input_embeddings = lambda: encoder
+    ensure_pad_token(Plain(pad=3), model)
+    assert (encoder.padding_idx, decoder.padding_idx) == (3, 3)
+
+
+def test_a_known_token_that_means_something_else_is_not_taken() -> None:
+    class Other(Plain):
+        unk_token_id = 4
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"<pad>": 4, "</s>": EOS}
+
+        def add_special_tokens(self, tokens: dict[str, str]) -> None:
+            assert tokens == {"pad_token": "<|pad|>"}
+            self.pad_token_id, self.size = self.size, self.size + 1
+
+    assert ensure_pad_token(Other(), strategy="new") == ["tokenizer.pad_token_id: None -> 9"]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("strategy", ["eos", "new"])
 @pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "GPT2ForSequenceClassification"])

@@ -126,15 +126,16 @@ def test_the_waste_of_a_heavy_tail() -> None:
 
 
 def test_the_stored_run_reproduces_what_was_measured_with_other_libraries() -> None:
-    """Within a hundredth, but for groups by length: those depend on how many documents there are."""
+    """Within a hundredth in tokens of the same tokenizer, two of another; groups by length depend on the documents."""
     runs = json.loads(padding.RESULT.read_text(encoding="utf-8"))
     assert runs
-    for run in runs.values():
+    for tokenizer, run in runs.items():
+        apart = 0.01 if tokenizer == "smollm2" else 0.02
         compared = padding.compare(run)
         assert len(compared) == sum(map(len, padding.EARLIER.values())) + len(padding.BATCH_SIZES)
         for where, then, now in compared:
             if "grouped" not in where:
-                assert float(now) == pytest.approx(float(then), abs=0.01), where
+                assert float(now) == pytest.approx(float(then), abs=apart), where
         ours = [report["strategies"][PADDED.index("grouped")]["fill"] for report in run["padded"]]
         assert ours == pytest.approx(run["grouped_by_transformers"], abs=0.05)
         assert run["packed"]["documents"] == 20_000
