@@ -156,6 +156,13 @@ def test_best_fit_by_brute_force() -> None:
     assert data.pack(lengths, 64, "best_fit_decreasing", seed=None).bins == expected
 
 
+def test_budgets_close_bins_and_open_the_next() -> None:
+    assert data.pack([30, 20, 15], 60, "first_fit", seed=None, max_attention_work=1000).bins == [[0], [1, 2]]
+    for strategy in WHOLE:
+        packing = data.pack([5] * 600, 600, strategy, ranks=2, max_segments=3)
+        assert [len(items) for items in packing.bins] == [3] * 200
+
+
 def test_seeds_change_the_order_and_nothing_else() -> None:
     lengths = real_lengths(500, 0)
     for strategy in STRATEGIES:

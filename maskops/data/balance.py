@@ -135,7 +135,7 @@ class BalancedPlacer:
     Args:
         limits: budgets of a bin.
         ranks: bins of a step.
-        buffer: documents that are held at most; that of two steps or more gives full bins.
+        buffer: documents that are held at most; that of three steps or more gives full bins.
         seed: of the order of steps within a round.
     """
 

@@ -33,8 +33,8 @@ class StreamingPacker(IterableDataset[list[Any]]):
             read from its beginning and what had been read is skipped; one that has ``state_dict`` and
             ``load_state_dict`` itself is asked instead.
         capacity: tokens of a bin.
-        buffer_size: documents that are held at most, before they are in a bin. "balanced" needs those of two steps or
-            more for full bins, and more where documents have a heavy tail.
+        buffer_size: documents that are held at most, before they are in a bin. "balanced" needs those of three steps
+            or more for full bins, and more where documents have a heavy tail.
         strategy: as for `data.pack`. "chunks" cuts documents, and yields mappings of their pieces.
         ranks: bins of a step; ``world_size`` by default, or a multiple of it.
         rank: of this process; torch.distributed's by default, 0 without it.
