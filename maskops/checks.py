@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant_when_compiling(function: _Function) -> _Function:
-    """Makes Dynamo run the function while it traces, and keep the answer: for what it cannot trace."""
-    return cast(_Function, torch.compiler.assume_constant_result(function))
+    """Makes Dynamo run the function while it traces, and keep the answer: for what it cannot trace.
+
+    Leaves the mark of ``torch.compiler.assume_constant_result``, which itself imports all of Dynamo: most of the time
+    that an import of maskops would take, in programs that never compile.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @constant_when_compiling

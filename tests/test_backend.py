@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import maskops
-from maskops import backend, origin
+from maskops import backend, checks, origin
 from maskops.backend import BACKENDS, Call, choose
 
 
@@ -267,6 +267,27 @@ def test_imports_without(missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None\nimport maskops; print(sorted(maskops.backends()))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "['cpu', 'cuda', 'reference', 'triton']", result.stderr
+
+
+def test_an_import_leaves_dynamo_alone() -> None:
+    """It takes three times as long as everything else together."""
+    program = "import torch, sys; before = 'torch._dynamo' in sys.modules; import maskops\nprint(before)\n"
+    program += "print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    before, after = result.stdout.split()
+    assert after == before, result.stderr
+
+
+def test_constants_have_the_mark_that_torch_gives_them() -> None:
+    def ours() -> int:
+        return 1
+
+    def torchs() -> int:
+        return 1
+
+    checks.constant_when_compiling(ours)
+    torch.compiler.assume_constant_result(torchs)
+    assert vars(ours) == vars(torchs) != {}
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -95,7 +95,7 @@ __global__ void index_kernel(DeviceUnpad p) {
 
 // Row `i` of the results comes from the row of the source that `from` gives for it; one that there is not is 0.
 template <class Word>
-__global__ void move_kernel(DeviceRows p, const int64_t* from) {
+__global__ void move_kernel(MovedRows p, const int64_t* from) {
   const int64_t words = p.bytes / static_cast<int64_t>(sizeof(Word)), count = p.out_rows * words;
   const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; at < count; at += step) {
@@ -113,7 +113,7 @@ __global__ void clear_kernel(int64_t* inverse, int64_t rows) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; i < rows; i += step) inverse[i] = -1;
 }
 
-__global__ void invert_kernel(DeviceRows p, int64_t* inverse) {
+__global__ void invert_kernel(MovedRows p, int64_t* inverse) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; i < p.source_rows; i += step) {
     const int64_t row = p.index[i];
@@ -129,12 +129,12 @@ dim3 blocks_for(int64_t threads) {
 }
 
 template <class Word>
-void move_words(const DeviceRows& p, const int64_t* from, void* stream) {
+void move_words(const MovedRows& p, const int64_t* from, void* stream) {
   launch(move_kernel<Word>, blocks_for(p.out_rows * (p.bytes / static_cast<int64_t>(sizeof(Word)))), dim3(THREADS), 0,
          stream, p, from);
 }
 
-void move(const DeviceRows& p, const int64_t* from, void* stream) {
+void move(const MovedRows& p, const int64_t* from, void* stream) {
   if (p.out_rows == 0 || p.bytes == 0) return;
   const auto either =
       reinterpret_cast<uintptr_t>(p.source) | reinterpret_cast<uintptr_t>(p.out) | static_cast<uintptr_t>(p.bytes);
@@ -152,9 +152,9 @@ void unpad_index_cuda(const DeviceUnpad& p, void* stream) {
   launch(index_kernel, dim3(static_cast<unsigned>(rows)), dim3(THREADS), 0, stream, p);
 }
 
-void gather_rows_cuda(const DeviceRows& p, void* stream) { move(p, p.index, stream); }
+void gather_rows_cuda(const MovedRows& p, void* stream) { move(p, p.index, stream); }
 
-void scatter_rows_cuda(const DeviceRows& p, int64_t* inverse, void* stream) {
+void scatter_rows_cuda(const MovedRows& p, int64_t* inverse, void* stream) {
   if (p.out_rows == 0 || p.bytes == 0) return;
   launch(clear_kernel, blocks_for(p.out_rows), dim3(THREADS), 0, stream, inverse, p.out_rows);
   if (p.source_rows > 0) launch(invert_kernel, blocks_for(p.source_rows), dim3(THREADS), 0, stream, p, inverse);

@@ -23,7 +23,7 @@ struct DeviceUnpad {
 // Writes all of indices, cu_seqlens and seqused, in two launches; tokens beyond the capacity are dropped.
 void unpad_index_cuda(const DeviceUnpad& p, void* stream);
 
-struct DeviceRows {
+struct MovedRows {
   const uint8_t* source;  // (source_rows, bytes)
   uint8_t* out;           // (out_rows, bytes)
   const int64_t* index;
@@ -31,10 +31,10 @@ struct DeviceRows {
 };
 
 // out[i] = source[index[i]], 0 where that is no row.
-void gather_rows_cuda(const DeviceRows& p, void* stream);
+void gather_rows_cuda(const MovedRows& p, void* stream);
 
 // out[index[i]] = source[i], the last where several meet, 0 elsewhere; an index that is no row drops the row.
 // `inverse`: (out_rows), scratch.
-void scatter_rows_cuda(const DeviceRows& p, int64_t* inverse, void* stream);
+void scatter_rows_cuda(const MovedRows& p, int64_t* inverse, void* stream);
 
 }  // namespace maskops
