@@ -261,6 +261,16 @@ def test_narrow_lengths() -> None:
     assert packed.to_packed(packed.to_padded(packed.input_ids, side="left"), side="left").tolist() == [0, 1, 2, 3]
 
 
+def test_narrow_integers_become_wide() -> None:
+    lengths = torch.tensor([100, 56], dtype=torch.uint8)
+    labels = torch.zeros(200, dtype=torch.uint8)
+    packed = PackedBatch(torch.zeros(200, dtype=torch.int16), lengths, 256, labels)
+    assert packed.lengths.dtype == torch.int32 and packed.input_ids.dtype == packed.labels.dtype == torch.int64
+    assert packed.to_padded().labels[1, 56:].eq(IGNORE_INDEX).all()
+    padded = PaddedBatch(torch.zeros(2, 256, dtype=torch.int64), lengths, "left")
+    assert padded.lengths.tolist() == [100, 56] and padded.attention_mask.sum(1).tolist() == [100, 56]
+
+
 def test_exported_programs_take_batches(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
         def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -302,9 +312,33 @@ def test_room_makes_one_graph() -> None:
     assert graphs == 1
 
 
-def test_the_longest_sequence_may_be_the_tail() -> None:
-    inputs = PackedBatch.from_sequences([[1], [2]], capacity=7).transformers_inputs()
-    assert inputs["cu_seq_lens_k"].tolist() == [0, 1, 2, 7] and inputs["max_length_k"] == 5
+def test_room_makes_fixed_inputs_of_transformers() -> None:
+    graphs = 0
+
+    def count(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count, dynamic=False)
+    def step(inputs: dict[str, Any]) -> torch.Tensor:
+        return inputs["cu_seq_lens_q"] * inputs["max_length_q"] + inputs["labels"].sum()
+
+    ends = []
+    for tokens in ([[1, 2, 3], [4, 5, 6], [7, 8]], [[1], [2, 3]], [[1]], []):  # full, partly full, with a long tail
+        batch = PackedBatch.from_sequences(tokens, capacity=8, max_sequences=4, max_seqlen=3)
+        inputs = batch.transformers_inputs()
+        assert inputs["max_length_q"] == inputs["max_length_k"] == 8
+        step(inputs)
+        ends.append(inputs["cu_seq_lens_q"].tolist())
+    assert ends == [[0, 3, 6, 8, 8, 8], [0, 1, 3, 3, 3, 8], [0, 1, 1, 1, 1, 8], [0, 0, 0, 0, 0, 8]] and graphs == 1
+    # Without room there is no tail, and the longest is known.
+    inputs = PackedBatch.from_sequences([[1], [2, 3]]).transformers_inputs()
+    assert inputs["cu_seq_lens_k"].tolist() == [0, 1, 3] and inputs["max_length_k"] == 2
+    inputs = pad([[1], [2, 3]], pad_token_id=0).to_packed().transformers_inputs()
+    assert inputs["cu_seq_lens_k"].tolist() == [0, 1, 3] and inputs["max_length_k"] == 2
+    inputs = pad([[1], [2, 3]], pad_token_id=0).to_packed(capacity=3).transformers_inputs()
+    assert inputs["cu_seq_lens_k"].tolist() == [0, 1, 3, 3] and inputs["max_length_k"] == 3
 
 
 def test_meaning_of_shift_labels() -> None:
@@ -332,7 +366,12 @@ def test_labels_for_models_that_do_not_shift_them() -> None:
     assert "labels" not in padded.transformers_inputs(labels=None)
     classified = pad(tokens, pad_token_id=0, sequence_labels=[2, 0])
     assert classified.transformers_inputs()["labels"].tolist() == [2, 0]
-    assert classified.to_packed().transformers_inputs()["labels"].tolist() == [2, 0]
+    assert classified.to_packed().transformers_inputs(labels="sequences")["labels"].tolist() == [2, 0]
+    with pytest.raises(
+        ValueError, match=r"^labels='causal', and the batch has sequence_labels: .* not for 2\. Use data\."
+    ):
+        classified.to_packed().transformers_inputs()
+    assert "labels" not in classified.to_packed().transformers_inputs(labels=None)
     room = PackedBatch.from_sequences(tokens, sequence_labels=torch.tensor([0.5, 1.5]), max_sequences=3)
     assert room.sequence_labels[:2].tolist() == [0.5, 1.5] and room.sequence_labels[2].isnan()
     assert PackedBatch.from_sequences(tokens, sequence_labels=[1, 2], max_sequences=3).sequence_labels[2] == -100
@@ -413,7 +452,17 @@ def test_refusals() -> None:
         (
             lambda: PackedBatch.from_sequences(tokens).transformers_inputs(labels="shifted"),
             ValueError,
-            "labels='shifted': expected 'causal', 'aligned' or None",
+            "labels='shifted': expected 'causal', 'aligned', 'sequences' or None",
+        ),
+        (
+            lambda: PackedBatch.from_sequences(tokens).transformers_inputs(labels="sequences"),
+            ValueError,
+            "labels='sequences': the batch has no sequence_labels",
+        ),
+        (
+            lambda: PackedBatch(torch.arange(5), lengths, 3, has_room=False),
+            ValueError,
+            "lengths sum to 4, input_ids has 5 places, and has_room=False",
         ),
         (
             lambda: PackedBatch.from_sequences(tokens).transformers_inputs(attention_mask="2d"),

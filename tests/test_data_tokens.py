@@ -112,6 +112,12 @@ def test_no_end_is_learnt_where_there_is_none() -> None:
     assert [x.tolist() for x in left.sequences] == [[1, 6, 7, 2], [1, 5, 6, 2]]
     assert [x.tolist() for x in left.labels or []] == [[-100, 8, 9, 2], [-100, 7, 8, 2]]
     assert prepare(documents, max_length=2, overlong="truncate").labels is None
+    # Whether there are labels depends on the arguments alone: shards of one corpus are alike.
+    for shard in ([[5] * 9], [[5]], []):
+        cut = prepare(shard, eos=EOS, max_length=4, overlong="truncate")
+        assert cut.labels is not None
+        assert prepare(shard, eos=EOS, max_length=4, overlong="truncate", truncate_side="left").labels is None
+        assert prepare(shard, eos=EOS, overlong="truncate").labels is None
 
 
 def test_documents_are_a_dataset() -> None:

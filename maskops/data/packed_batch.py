@@ -35,7 +35,12 @@ class PackedBatch(Batch):
         first_positions: int64 (n_sequences,), the position of each sequence's first token in its document, for pieces
             of a document that was split; or None: all 0.
         position_start: the position id of a document's first token: 0, or 2 for RoBERTa and its relatives.
-        sequence_labels: (n_sequences,), int64 classes or floating point targets of whole sequences; or None.
+        sequence_labels: (n_sequences,), int64 classes or floating point targets of whole sequences, or (n_sequences,
+            n_classes), one for each class; or None.
+        has_room: whether there may be places after the last sequence; False: ``lengths`` sum to ``total``, which
+            ``transformers_inputs`` makes use of. Part of the layout, as shapes are: not read from the lengths.
+
+    Narrow integers become int32 (lengths) and int64, which hold IGNORE_INDEX and sums.
 
     Registered with ``torch.utils._pytree``; the tensors are its leaves.
     """
@@ -47,6 +52,7 @@ class PackedBatch(Batch):
     first_positions: Tensor | None = None
     position_start: int = 0
     sequence_labels: Tensor | None = None
+    has_room: bool = True
 
     TENSORS: ClassVar[tuple[str, ...]] = ("input_ids", "lengths", "labels", "first_positions", "sequence_labels")
 
@@ -60,6 +66,8 @@ class PackedBatch(Batch):
             tokens = int(self.lengths.sum())
             if tokens > self.total:
                 raise ValueError(f"lengths sum to {tokens}, more than the {self.total} places of input_ids")
+            if tokens < self.total and not self.has_room:
+                raise ValueError(f"lengths sum to {tokens}, input_ids has {self.total} places, and has_room=False")
 
     @classmethod
     def from_sequences(
@@ -125,6 +133,7 @@ class PackedBatch(Batch):
             first_positions=firsts,
             position_start=position_start,
             sequence_labels=classes,
+            has_room=capacity is not None,
         )
 
     def __repr__(self) -> str:
@@ -275,7 +284,7 @@ class PackedBatch(Batch):
     def transformers_inputs(
         self,
         *,
-        labels: Literal["causal", "aligned"] | None = "causal",
+        labels: Literal["causal", "aligned", "sequences"] | None = "causal",
         cu_seqlens: bool = True,
         seq_idx: bool = False,
         attention_mask: Literal["dense"] | None = None,
@@ -294,11 +303,14 @@ class PackedBatch(Batch):
         Args:
             labels: ``"causal"``: ``labels`` with the first token of each sequence ignored, for models that shift them,
                 and ``shift_labels``, which wins where a loss knows it and makes Trainer's count of targets exact;
-                ``"aligned"``: labels as they are, for token classification and masked language models; None: none.
-                A batch with ``sequence_labels`` gives those instead.
+                ``"aligned"``: labels as they are, for token classification and masked language models;
+                ``"sequences"``: ``sequence_labels``, for models that know which sequences there are, and so only by
+                name: those of transformers see one row; None: none.
             cu_seqlens: also ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32), ``max_length_q`` and ``max_length_k`` (int).
                 Places after the last sequence are one more sequence there, because kernels leave rows unwritten that
-                no sequence covers.
+                no sequence covers. With ``has_room`` that sequence is always there, without a token if need be, and
+                the longest length is given as ``total``, which bounds it: shapes and numbers are the same for every
+                batch.
             seq_idx: also ``seq_idx``, int32 (1, total), which state-space layers read.
             attention_mask: ``"dense"``: also a 4-D mask (1, 1, total, total), which every layer takes as it is, also
                 those that would look through a window. Places after the last sequence see themselves.
@@ -310,29 +322,37 @@ class PackedBatch(Batch):
 
         Returns:
             Tensors (1, total) and the above.
+
+        Raises:
+            ValueError: an unknown word; ``sequence_labels`` that were not asked for, or that are not there.
         """
+        if labels not in ("causal", "aligned", "sequences", None):
+            raise ValueError(f"labels={labels!r}: expected 'causal', 'aligned', 'sequences' or None")
+        if labels == "sequences" and self.sequence_labels is None:
+            raise ValueError("labels='sequences': the batch has no sequence_labels")
+        if labels in ("causal", "aligned") and self.sequence_labels is not None:
+            raise ValueError(
+                f"labels={labels!r}, and the batch has sequence_labels: a classifier of transformers takes the packed "
+                f"row for one sequence, not for {self.n_sequences}. Use data.PaddedCollator, or pool by cu_seqlens and "
+                "ask for the labels with labels='sequences'"
+            )
         row: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         ids = self.sequence_ids
-        if self.sequence_labels is None and labels == "causal":
+        if labels == "causal":
             source = self.input_ids if self.labels is None else self.labels
             row["labels"] = without_first_tokens(source, ids)
             row["shift_labels"] = self.shift_labels
-        elif self.sequence_labels is None and labels == "aligned" and self.labels is not None:
+        elif labels == "aligned" and self.labels is not None:
             row["labels"] = self.labels
-        elif labels not in ("causal", "aligned", None):
-            raise ValueError(f"labels={labels!r}: expected 'causal', 'aligned' or None")
         if seq_idx:
             row["seq_idx"] = ids.to(torch.int32)
         inputs = {name: tensor.unsqueeze(0) for name, tensor in row.items()}
-        if self.sequence_labels is not None and labels is not None:
+        if labels == "sequences":
             inputs["labels"] = self.sequence_labels
         if cu_seqlens:
-            covered = torch.nn.functional.pad(self.cu_seqlens, (0, 1), value=self.total)
-            longest = self.total  # of a tail that only the device knows
-            if values_can_be_read([self.lengths], self.lengths.device):
-                tail = self.total - int(self.lengths.sum())
-                covered = covered if tail else self.cu_seqlens
-                longest = max(self.max_seqlen, tail)
+            covered, longest = self.cu_seqlens, self.max_seqlen
+            if self.has_room:
+                covered, longest = torch.nn.functional.pad(covered, (0, 1), value=self.total), self.total
             inputs.update(cu_seq_lens_q=covered, cu_seq_lens_k=covered, max_length_q=longest, max_length_k=longest)
         if use_cache is not None:
             inputs["use_cache"] = use_cache

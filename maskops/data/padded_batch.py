@@ -32,7 +32,10 @@ class PaddedBatch(Batch):
             or None.
         first_positions: int64 (batch,), the position of each sequence's first token in its document; None: all 0.
         position_start: the position id of a document's first token: 0, or 2 for RoBERTa and its relatives.
-        sequence_labels: (batch,), int64 classes or floating point targets of whole sequences; or None.
+        sequence_labels: (batch,), int64 classes or floating point targets of whole sequences, or (batch, n_classes),
+            one for each class; or None.
+
+    Narrow integers become int32 (lengths) and int64, which hold IGNORE_INDEX and sums.
 
     Registered with ``torch.utils._pytree``; the tensors are its leaves.
     """
@@ -170,6 +173,7 @@ class PaddedBatch(Batch):
             first_positions=self.first_positions,
             position_start=self.position_start,
             sequence_labels=self.sequence_labels,
+            has_room=capacity is not None,
         )
 
     def to_padded(self, packed: Tensor, padding_value: float = 0) -> Tensor:

@@ -11,6 +11,9 @@ from maskops.checks import INTEGERS, check_tensor
 from maskops.layouts import first_true, values_can_be_read
 
 
+_NARROW = (torch.uint8, torch.int8, torch.int16)
+
+
 class _Fields(Protocol):
     """What the packed and the padded batch have in common."""
 
@@ -128,7 +131,16 @@ def position_ids(place: Tensor, ids: Tensor, first_positions: Tensor | None, pos
 
 
 def check_batch(batch: _Fields) -> None:
-    """Check dtypes, shapes and devices of a batch's tensors, and its lengths where values can be read."""
+    """Check dtypes, shapes and devices of a batch's tensors, and its lengths where values can be read.
+
+    Narrow integers are replaced by int32 for lengths and int64 for all else: they hold no IGNORE_INDEX, and comparing
+    them with ``max_seqlen`` wraps.
+    """
+    for name in ("input_ids", "lengths", "labels", "first_positions", "sequence_labels"):
+        tensor = getattr(batch, name)
+        if isinstance(tensor, Tensor) and tensor.dtype in _NARROW:
+            wide = torch.int32 if name == "lengths" else torch.int64
+            object.__setattr__(batch, name, tensor.to(wide))  # batches are frozen
     check_tensor("lengths", batch.lengths, "(n_sequences,)")
     for name, tensor in (("input_ids", batch.input_ids), ("lengths", batch.lengths)):
         if tensor.dtype not in INTEGERS:
@@ -143,7 +155,9 @@ def check_batch(batch: _Fields) -> None:
         if tensor is None:
             continue
         check_tensor(name, tensor, f"{tuple(model.shape)} or None")
-        if tensor.shape != model.shape:
+        # Whole sequences may have a label for each class.
+        shape = tensor.shape[:1] if name == "sequence_labels" and tensor.dim() == 2 else tensor.shape
+        if shape != model.shape:
             other = "input_ids" if name == "labels" else "lengths"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(model.shape)}, that of {other}")
         if name != "sequence_labels" and tensor.dtype not in INTEGERS:

@@ -123,7 +123,8 @@ def from_packed_sequence(
     places = _places(lengths, ranks.argsort(), batch_sizes).to(data.device)
     rows = data.new_zeros(total, *data.shape[1:]).index_copy(0, places, data)
     if batch is None:
-        return PackedBatch(rows.to(torch.int64), lengths.to(data.device, torch.int32), batch_sizes.shape[0])
+        sizes = lengths.to(data.device, torch.int32)
+        return PackedBatch(rows.to(torch.int64), sizes, batch_sizes.shape[0], has_room=False)
     return rows if isinstance(batch, PackedBatch) else batch.to_padded(rows)
 
 

@@ -193,7 +193,8 @@ def prepare(
             * ``"error"``: a ValueError names the first;
             * ``"filter"``: they are left out;
             * ``"truncate"``: their bodies are shortened, BOS and EOS stay. An EOS where the end was cut off is not a
-              target, because the document does not end there: such documents always have labels;
+              target, because the document does not end there: with ``eos``, ``max_length`` and a right side that is
+              cut there are always labels, whether or not a document was too long;
             * ``"split"``: they are cut into pieces of ``max_length``, the last of them shorter. Only the first piece
               has the BOS, only the last the EOS; joined, the pieces are the document. The first token of a piece has
               nothing before it in its sequence and so is no target there.
@@ -224,7 +225,9 @@ def prepare(
     lengths: list[int] = []
     first_positions: list[int] = []
     origins: list[int] = []
-    has_labels = labels is not None
+    # By the arguments, not by what the documents happen to hold: shards of one corpus are alike.
+    cuts_ends = overlong == "truncate" and truncate_side == "right" and max_length is not None and eos is not None
+    has_labels = labels is not None or cuts_ends
     for number, sequence in enumerate(tokens):
         came = sequence.shape[0]
         document, bos_added, eos_added = marks.parts(sequence, targets[number] if targets else sequence)
@@ -246,7 +249,6 @@ def prepare(
                 counts["truncated"] += 1
                 counts["tokens_dropped"] += length - max_length
                 document = _truncated(document, max_length, truncate_side)
-                has_labels = has_labels or (truncate_side == "right" and eos is not None)
             else:
                 counts["split"] += 1
         counts["bos_added"] += bos_added
