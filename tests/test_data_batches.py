@@ -410,6 +410,19 @@ def test_refusals() -> None:
         (lambda: pad(tokens, pad_token_id=0, length=2), ValueError, r"sequences\[0\] has 3 tokens, more than length=2"),
         (lambda: pad(tokens, pad_token_id=0, multiple_of=0), ValueError, "multiple_of=0: expected 1 or more"),
         (lambda: pad(tokens, [[1], [2]], pad_token_id=0), ValueError, r"labels\[0\] has 1 labels, sequences\[0\] 3"),
+        (lambda: pad(tokens, pad_token_id=0, length=-1), ValueError, "length=-1: expected 0 or more"),
+        (lambda: pad(tokens, pad_token_id=0, length=2.5), TypeError, "length is 2.5: expected an integer"),  # type: ignore[arg-type]
+        (lambda: pad(tokens, pad_token_id=None), TypeError, "pad_token_id is None: expected an integer"),  # type: ignore[arg-type]
+        (
+            lambda: PackedBatch.from_sequences(tokens, capacity="8"),  # type: ignore[arg-type]
+            TypeError,
+            "capacity is '8': expected an integer",
+        ),
+        (
+            lambda: PackedBatch.from_sequences(tokens, max_sequences=-1),
+            ValueError,
+            "max_sequences=-1: expected 0 or more",
+        ),
         (lambda: pad(["ab"], pad_token_id=0), TypeError, r"sequences\[0\] is str, expected a list or a tensor of"),
         (lambda: pad([["a", "b"]], pad_token_id=0), TypeError, r"sequences\[0\] is a list of str, expected a list or"),
         (lambda: pad([[True]], pad_token_id=0), TypeError, r"sequences\[0\] has dtype torch.bool, expected integers"),
@@ -477,6 +490,59 @@ def test_refusals() -> None:
     ]:
         with pytest.raises(error, match=f"^{text}"):
             make()
+
+
+def test_what_does_not_go_with_a_batch_is_named() -> None:
+    batch = PackedBatch.from_sequences([[1, 2, 3], [], [4, 5]], capacity=6)
+    batch.check(logits=torch.zeros(6, 9), labels=torch.zeros(1, 6), hidden=torch.zeros(1, 6, 4))
+    PackedBatch.from_sequences([[1]]).check(logits=torch.zeros(1, 9))
+    padded = pad([[1, 2, 3], [4, 5]], pad_token_id=0)
+    padded.check(logits=torch.zeros(2, 3, 9), labels=padded.shift_labels)
+    for values, shape, text in [
+        ({"logits": torch.zeros(4, 9)}, (4, 9), "; sequence 2, places 3 to 4, is the first that it lacks"),
+        ({"labels": torch.zeros(1, 2)}, (1, 2), "; sequence 0, places 0 to 2, is the first that it lacks"),
+        ({"logits": torch.zeros(7, 9)}, (7, 9), "; the last sequence, 2, ends with place 4"),
+        ({"logits": torch.zeros(5, 9)}, (5, 9), "; the last sequence, 2, ends with place 4"),
+        ({"logits": torch.zeros(3, 3, 9)}, (3, 3, 9), "; it is padded: give batch.to_packed(logits)"),
+        ({"labels": batch.shift_labels, "weights": torch.zeros(())}, (), ""),
+    ]:
+        name = list(values)[-1]
+        with pytest.raises(ValueError, match=f"^{name} ") as raised:
+            batch.check(**values)
+        assert (
+            str(raised.value) == f"{name} has shape {shape}, expected (6, ...), one row for each place of batch{text}"
+        )
+    for value, text in [
+        (torch.zeros(1, 3, 9), "; sequence 1 is the first that it lacks"),
+        (torch.zeros(2, 2), "; sequence 0, of 3 tokens, is the first that is cut off"),
+        (torch.zeros(2, 4), ""),
+        (torch.zeros(5, 9), "; it is packed: give batch.to_padded(logits)"),
+    ]:
+        with pytest.raises(ValueError, match=r"^logits ") as raised:
+            padded.check(logits=value)
+        shape = tuple(value.shape)
+        assert (
+            str(raised.value)
+            == f"logits has shape {shape}, expected (2, 3, ...), a row for each sequence of batch{text}"
+        )
+    with pytest.raises(
+        ValueError, match=r"^labels has shape \(2,\), expected \(6, ...\), one row for each place of batch$"
+    ):
+        batch.to("meta").check(labels=torch.zeros(2))
+    with pytest.raises(TypeError, match=r"^logits: expected a tensor \(total, ...\), got list$"):
+        batch.check(logits=[1])
+
+
+def test_a_label_for_each_class() -> None:
+    classes = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    padded = pad([[1, 2], [3]], pad_token_id=0, sequence_labels=classes)
+    assert torch.equal(padded.transformers_inputs()["labels"], classes)
+    room = PackedBatch.from_sequences([[1, 2], [3]], max_sequences=3, sequence_labels=classes.tolist())
+    assert torch.equal(room.sequence_labels[:2], classes) and room.sequence_labels[2].isnan().all()
+    with pytest.raises(
+        ValueError, match=r"^sequence_labels has shape \(2, 3\), expected \(1,\): one for each sequence$"
+    ):
+        pad([[1]], pad_token_id=0, sequence_labels=classes)
 
 
 def test_names_of_the_package() -> None:

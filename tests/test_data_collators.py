@@ -99,6 +99,25 @@ def test_labels_of_sequences(classes: list[Any]) -> None:
     assert found["labels"].is_floating_point() == isinstance(classes[0], float)
 
 
+@pytest.mark.parametrize("make", [list, torch.tensor, np.array], ids=["lists", "tensors", "arrays"])
+def test_a_label_for_each_class(make: Any) -> None:
+    classes = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    found = PaddedCollator(0, output="transformers")(items(labels=[make(row) for row in classes]))
+    assert found["labels"].tolist() == classes and found["labels"].dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^labels='causal', and the batch has sequence_labels"):
+        PackedCollator(output="transformers")(items(labels=classes))
+
+
+def test_token_types_of_one_kind_say_nothing() -> None:
+    given = items(token_type_ids=[[0, 0, 0], torch.tensor([0]), [0, 0]])
+    for collator in (PackedCollator(output="transformers"), PaddedCollator(0, output="transformers")):
+        assert {name: str(value) for name, value in collator(given).items()} == {
+            name: str(value) for name, value in collator(items()).items()
+        }
+    others = items(token_type_ids=[[0, 0, 1], [0], [0, 0]])
+    assert PaddedCollator(0, ignore=["token_type_ids"])(others).input_ids.tolist()[0] == [5, 6, 7]
+
+
 def test_refusals_name_the_item_and_the_field() -> None:
     masks = [[1, 1, 1], [1], [1, 2]]
     for given, error, text in [
@@ -140,6 +159,32 @@ def test_refusals_name_the_item_and_the_field() -> None:
         ([[1], ["a"]], TypeError, r"items\[1\] is a list of str, expected a list or a tensor of token ids"),
         ([[1], torch.ones(1, 2).int()], ValueError, r"items\[1\] has shape \(1, 2\), expected \(length,\)"),
         (["text"], TypeError, r"items\[0\] is str, expected a list or a tensor of token ids"),
+        (
+            items(token_type_ids=[[0, 0, 1], [0], [0, 0]]),
+            ValueError,
+            r"items\[0\]\['token_type_ids'\] has 1: no batch has a place for types other than 0; to leave them out "
+            r"give the collator ignore=\('token_type_ids',\)$",
+        ),
+        (
+            items(token_type_ids=[[0, 0], [0], [0, 0]]),
+            ValueError,
+            r"items\[0\]\['token_type_ids'\] has 2 elements",
+        ),
+        (
+            items(labels=[[1.0, 0.0], [1.0, 1.0], [0.0]]),
+            ValueError,
+            r"items\[2\] has 1 labels, one for each class, items\[0\] has 2 labels, one for each class: give the same",
+        ),
+        (
+            items(label=[1, [1.0, 1.0], 0]),
+            ValueError,
+            r"items\[1\] has 2 labels, one for each class, items\[0\] has one label: give the same number",
+        ),
+        (
+            items(labels=[[1.0, 0.0, -100.0], [1.0], [1.0, 1.0]]),
+            TypeError,
+            r"items\[0\]\['labels'\] has dtype torch.float32 and holds -100: labels of tokens are integers$",
+        ),
     ]:
         for collator in (PackedCollator(), PaddedCollator(0)):
             with pytest.raises(error, match=f"^{text}"):
@@ -152,6 +197,14 @@ def test_refusals_name_the_item_and_the_field() -> None:
         with pytest.raises(ValueError, match=f"^{text}"):
             PaddedCollator(0, vocab_size=6)(given)
         PackedCollator(vocab_size=7 if "-1:" not in text else None)(given)
+    for make, text in [
+        (lambda: PaddedCollator(0, multiple_of=0), "multiple_of=0: expected 1 or more"),
+        (lambda: PaddedCollator(0, length=-1), "length=-1: expected 0 or more"),
+        (lambda: PaddedCollator(None), "pad_token_id is None: expected an integer"),  # type: ignore[arg-type]
+        (lambda: PackedCollator(capacity="8"), "capacity is '8': expected an integer"),  # type: ignore[arg-type]
+    ]:
+        with pytest.raises((TypeError, ValueError), match=f"^{text}$"):
+            make()
     with pytest.raises(ValueError, match=r"^output='dict': expected 'batch' or 'transformers'$"):
         PackedCollator(output="dict")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^side='top': expected 'right' or 'left'$"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskops.data import Documents, prepare
+from maskops.data import Documents, Piece, prepare
 
 BOS, EOS = 1, 2
 Lists = list[list[int]]
@@ -151,7 +151,39 @@ def test_the_report_says_what_happened() -> None:
     )
 
 
+def test_arrays_of_integers_are_not_read_token_by_token() -> None:
+    class Counting(np.ndarray):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            raise AssertionError("one Python object for each token")
+
+    for dtype in ("uint8", "int16", ">u2", "uint32", "int64"):
+        array = np.array([5, 200, 7], dtype=dtype).view(Counting)
+        array.flags.writeable = False
+        assert prepare([array, array[:0]], eos=EOS).tokens.tolist() == [5, 200, 7, 2, 2]
+    assert prepare([np.array([5], dtype=np.uint64)]).tokens.tolist() == [5]
+    for wrong in (np.array([1.5]), np.array([True])):
+        with pytest.raises(TypeError, match=r"^sequences\[0\] has dtype torch\.(float64|bool), expected integers$"):
+            prepare([wrong])
+    with pytest.raises(ValueError, match=r"^sequences\[0\] has shape \(1, 2\), expected \(length,\)$"):
+        prepare([np.array([[1, 2]])])
+
+
 def test_refusals() -> None:
+    documents = prepare([[1], [2]])
+    with pytest.raises(
+        TypeError, match=r"^documents\[Piece\(document=0, .*\)\]: .* is data\.PieceDataset\(documents\)$"
+    ):
+        documents[Piece(0, 0, 1)]  # type: ignore[index]
+    with pytest.raises(TypeError, match=r"^documents\[slice\(0, 1, None\)\]: expected an integer; of several"):
+        documents[0:1]  # type: ignore[index]
+    for options, error, text in [
+        ({"max_length": "3"}, TypeError, "max_length is '3': expected an integer"),
+        ({"eos": [1, 2]}, TypeError, r"eos is \[1, 2\]: expected an integer"),
+        ({"eos": -1}, ValueError, "eos=-1: expected 0 or more"),
+        ({"bos": 1.0}, TypeError, "bos is 1.0: expected an integer"),
+    ]:
+        with pytest.raises(error, match=f"^{text}$"):
+            prepare([[1]], **options)
     with pytest.raises(
         ValueError, match=r"^sequences\[1\] has 3 tokens, 4 with BOS and EOS, more than max_length=3: cho"
     ):

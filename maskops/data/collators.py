@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from maskops.checks import check_mask_values
-from maskops.data.arguments import Tokens, token_ids
+from maskops.data.arguments import Tokens, integer, token_ids
 from maskops.data.labels import IGNORE_INDEX
+from maskops.data.lengths import check_count
 from maskops.data.packed_batch import PackedBatch
 from maskops.data.padded_batch import PaddedBatch, pad
 from maskops.data.places import check_side
 
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 _LABELS = ("labels", "label", "label_ids")
-_KNOWN = ("input_ids", *_MASKS, *_LABELS, "first_position", "seq_lengths")
+_KNOWN = ("input_ids", *_MASKS, *_LABELS, "first_position", "seq_lengths", "token_type_ids")
 
 
 class _Sequences(NamedTuple):
@@ -36,6 +37,31 @@ class _Sequences(NamedTuple):
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) or (getattr(value, "ndim", None) == 0 and hasattr(value, "item"))
+
+
+def _classes(where: str, values: Any) -> Tensor | None:
+    """Floating point targets of a whole sequence, one for each class, (n_classes,); None for what is none."""
+    if hasattr(values, "dtype"):
+        tensor = torch.as_tensor(values)
+    elif isinstance(values, Sequence) and any(isinstance(value, float) for value in values):
+        tensor = torch.tensor(values)
+    else:
+        return None
+    if not tensor.is_floating_point() or tensor.dim() != 1 or not tensor.shape[0]:
+        return None
+    if bool((tensor == IGNORE_INDEX).any()):
+        raise TypeError(f"{where} has dtype {tensor.dtype} and holds {IGNORE_INDEX}: labels of tokens are integers")
+    return tensor.to(torch.get_default_dtype())
+
+
+def _check_no_segments(number: int, values: Any, length: int) -> None:
+    """Token types of which there is one are what models assume without them; others would be lost."""
+    types = _aligned(number, "token_type_ids", values, length)
+    if bool(types.any()):
+        raise ValueError(
+            f"items[{number}]['token_type_ids'] has {int(types[types != 0][0])}: no batch has a place for types other "
+            "than 0; to leave them out give the collator ignore=('token_type_ids',)"
+        )
 
 
 def _aligned(number: int, name: str, values: Any, length: int) -> Tensor:
@@ -59,7 +85,7 @@ class _Item(NamedTuple):
     tokens: list[Tensor]
     labels: list[Tensor] | None
     first_position: int
-    sequence_label: int | float | None
+    sequence_label: int | float | Tensor | None
 
 
 def _read_mapping(number: int, item: Mapping[str, Any], ignore: Sequence[str]) -> _Item:
@@ -77,12 +103,16 @@ def _read_mapping(number: int, item: Mapping[str, Any], ignore: Sequence[str]) -
     given = [name for name in _LABELS if name in fields]
     if len(given) > 1:
         raise ValueError(f"items[{number}] has the fields {given[0]!r} and {given[1]!r}: give one of them")
-    labels, sequence_label = None, None
+    labels: Tensor | None = None
+    sequence_label: int | float | Tensor | None = None
     if given and _is_number(fields[given[0]]):
         value = fields[given[0]]
         sequence_label = value.item() if hasattr(value, "item") else value
     elif given:
-        labels = _aligned(number, given[0], fields[given[0]], length)
+        sequence_label = _classes(f"items[{number}][{given[0]!r}]", fields[given[0]])
+        labels = _aligned(number, given[0], fields[given[0]], length) if sequence_label is None else None
+    if "token_type_ids" in fields:
+        _check_no_segments(number, fields["token_type_ids"], length)
     for name in ("completion_mask", "assistant_masks"):
         if name in fields:
             scored = _aligned(number, name, fields[name], length) != 0
@@ -144,18 +174,40 @@ def _read(items: Sequence[Mapping[str, Any] | Tokens], ignore: Sequence[str], vo
             )
         first_positions += [item.first_position if place == 0 else 0 for place in range(len(item.tokens))]
     has_labels = any(item.labels is not None for item in read)
-    has_classes = any(item.sequence_label is not None for item in read)
     return _Sequences(
         tokens=[part for item in read for part in item.tokens],
         labels=[part for item in read for part in item.labels or ()] if has_labels else None,
         first_positions=first_positions if any(first_positions) else None,
-        sequence_labels=torch.tensor([item.sequence_label for item in read]) if has_classes else None,
+        sequence_labels=_joined([item.sequence_label for item in read]),
     )
+
+
+def _joined(labels: Sequence[int | float | Tensor | None]) -> Tensor | None:
+    """Labels of whole sequences as (n_sequences,) or (n_sequences, n_classes); all of them are there, or none is."""
+    if not labels or labels[0] is None:
+        return None
+    rows = [label for label in labels if isinstance(label, Tensor)]
+    counts = [label.shape[0] if isinstance(label, Tensor) else 0 for label in labels]
+    for number, count in enumerate(counts):
+        if count != counts[0]:
+            first, other = (f"{n} labels, one for each class" if n else "one label" for n in (counts[0], count))
+            raise ValueError(
+                f"items[{number}] has {other}, items[0] has {first}: give the same number to all sequences"
+            )
+    return torch.stack(rows) if rows else torch.tensor(labels)
 
 
 def _check_output(output: str) -> None:
     if output not in ("batch", "transformers"):
         raise ValueError(f"output={output!r}: expected 'batch' or 'transformers'")
+
+
+def _check_sizes(collator: PackedCollator | PaddedCollator, names: Sequence[str]) -> None:
+    integer("pad_token_id", collator.pad_token_id)
+    check_count("position_start", collator.position_start, least=0)
+    for name in (*names, "vocab_size"):
+        if getattr(collator, name) is not None:
+            check_count(name, getattr(collator, name), least=0)
 
 
 @dataclass(frozen=True)
@@ -165,11 +217,13 @@ class PackedCollator:
     An item is a list, tensor or array of token ids, an item of ``Documents``, or a mapping with ``input_ids`` and any
     of
 
-    * ``labels`` (also ``label``, ``label_ids``): one for each token, or a number for the whole sequence;
+    * ``labels`` (also ``label``, ``label_ids``): integers, one for each token; a number for the whole sequence; or
+      floating point numbers for it, one for each class;
     * ``attention_mask``: tokens where it is 0 are a tokenizer's padding and are left out, with their labels;
     * ``completion_mask``, ``assistant_masks``: tokens where one of them is 0 are no targets;
     * ``seq_lengths``: the item is packed already, and these are the lengths of its sequences;
-    * ``first_position``: the position of its first token in its document.
+    * ``first_position``: the position of its first token in its document;
+    * ``token_type_ids``: all 0, which says nothing; others are refused.
 
     Trainer removes fields that the model does not know unless it is given ``remove_unused_columns=False``; among them
     is ``first_position``.
@@ -198,8 +252,9 @@ class PackedCollator:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses an unknown output now, and not in a worker."""
+        """Refuses unknown words and sizes now, and not in a worker."""
         _check_output(self.output)
+        _check_sizes(self, ("capacity", "max_sequences", "max_seqlen"))
 
     def __call__(self, items: Sequence[Mapping[str, Any] | Tokens]) -> PackedBatch | dict[str, Any]:
         """The batch of ``items``.
@@ -253,9 +308,11 @@ class PaddedCollator:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses unknown words now, and not in a worker."""
+        """Refuses unknown words and sizes now, and not in a worker."""
         _check_output(self.output)
         check_side(self.side)
+        check_count("multiple_of", self.multiple_of)
+        _check_sizes(self, ("length",))
 
     def __call__(self, items: Sequence[Mapping[str, Any] | Tokens]) -> PaddedBatch | dict[str, Any]:
         """The batch of ``items``; errors as in ``PackedCollator``, and for an item longer than ``length``."""

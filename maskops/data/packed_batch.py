@@ -11,9 +11,11 @@ from torch import Tensor
 
 from maskops import masks
 from maskops.checks import check_tensor
-from maskops.data.arguments import Tokens, first_positions_of, per_sequence, token_lists
+from maskops.data.arguments import Tokens, first_positions_of, integer, labels_of_sequences, token_lists
 from maskops.data.batch import Batch
+from maskops.data.fit import check_row
 from maskops.data.labels import IGNORE_INDEX, shift_labels, without_first_tokens
+from maskops.data.lengths import check_count
 from maskops.data.places import check_batch, gathered, packed_places, padded_places, position_ids, sequence_ids
 from maskops.layouts import values_can_be_read
 from maskops.spans import RowSpans
@@ -31,7 +33,8 @@ class PackedBatch(Batch):
         lengths: int32 (n_sequences,); zeros are legal, and fill up ``max_sequences``.
         max_seqlen: the longest length or an upper bound of it, known on the host; the width of ``to_padded``.
         labels: int64 (total,), aligned with ``input_ids`` (not shifted), IGNORE_INDEX where there is no target; or
-            None.
+            None. A loss takes ``shift_labels``, or these with both ``shift=True`` and ``cu_seqlens=batch.cu_seqlens``:
+            shifted without ``cu_seqlens``, the last token of each sequence is scored against the first of the next.
         first_positions: int64 (n_sequences,), the position of each sequence's first token in its document, for pieces
             of a document that was split; or None: all 0.
         position_start: the position id of a document's first token: 0, or 2 for RoBERTa and its relatives.
@@ -80,7 +83,7 @@ class PackedBatch(Batch):
         max_seqlen: int | None = None,
         first_positions: Tensor | Sequence[int] | None = None,
         position_start: int = 0,
-        sequence_labels: Tensor | Sequence[int | float] | None = None,
+        sequence_labels: Tensor | Sequence[Any] | None = None,
         pad_token_id: int = 0,
     ) -> PackedBatch:
         """Pack sequences of tokens in their order.
@@ -101,10 +104,15 @@ class PackedBatch(Batch):
             pad_token_id: what places after the last sequence hold; nothing reads them.
 
         Raises:
-            TypeError: token ids or labels that are not integers.
+            TypeError: token ids, labels or sizes that are not integers.
             ValueError: labels that do not match the sequences, or more tokens, sequences or a longer sequence than
                 there is room for.
         """
+        for name, size in (("capacity", capacity), ("max_sequences", max_sequences), ("max_seqlen", max_seqlen)):
+            if size is not None:
+                check_count(name, size, least=0)
+        check_count("position_start", position_start, least=0)
+        integer("pad_token_id", pad_token_id)
         tokens, targets = token_lists(sequences, labels)
         sizes = [sequence.shape[0] for sequence in tokens]
         total, count, longest = sum(sizes), len(sizes), max(sizes, default=0)
@@ -118,13 +126,13 @@ class PackedBatch(Batch):
             raise ValueError(f"sequences[{sizes.index(longest)}] has {longest} tokens, more than {max_seqlen=}")
         device = tokens[0].device if tokens else torch.device("cpu")
         firsts = first_positions_of(first_positions, count)
-        classes = per_sequence("sequence_labels", sequence_labels, count)
+        classes = labels_of_sequences(sequence_labels, count)
         rest = (0, places - count)
         if firsts is not None:
             firsts = torch.nn.functional.pad(firsts, rest).to(device)
         if classes is not None:
             nothing = IGNORE_INDEX if classes.dtype == torch.int64 else float("nan")
-            classes = torch.nn.functional.pad(classes, rest, value=nothing).to(device)
+            classes = torch.nn.functional.pad(classes, (0, 0) * (classes.dim() - 1) + rest, value=nothing).to(device)
         return cls(
             input_ids=_joined(tokens, room, pad_token_id, device),
             lengths=torch.tensor(sizes + [0] * (places - count), dtype=torch.int32, device=device),
@@ -218,6 +226,18 @@ class PackedBatch(Batch):
     def dense_mask(self, pattern: masks.Mask | None = None) -> Tensor:
         """bool (1, 1, total, total), True = attend; ``pattern`` as in ``spans``. Rows after the end see nothing."""
         return self.spans(pattern, grad=False).to_dense()
+
+    def check(self, **values: Tensor) -> None:
+        """Raise ValueError for what does not go with the tokens of this batch: its name, and the first such sequence.
+
+        Args:
+            values: by name what is (total, ...) or (1, total, ...), such as logits and labels.
+        """
+        known = values_can_be_read([self.lengths], self.lengths.device)
+        lengths = self.lengths.tolist() if known else None
+        for name, value in values.items():
+            check_tensor(name, value, "(total, ...)")
+            check_row(name, value.shape, self.total, self.max_seqlen, lengths)
 
     # ---- to padded, and back -----------------------------------------------------------------------------------------
 

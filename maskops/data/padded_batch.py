@@ -11,9 +11,11 @@ from torch import Tensor
 
 from maskops import masks
 from maskops.checks import check_tensor
-from maskops.data.arguments import Tokens, first_positions_of, per_sequence, token_lists
+from maskops.data.arguments import Tokens, first_positions_of, integer, labels_of_sequences, token_lists
 from maskops.data.batch import Batch
+from maskops.data.fit import check_rows
 from maskops.data.labels import IGNORE_INDEX, shift_labels, without_first_tokens
+from maskops.data.lengths import check_count
 from maskops.data.packed_batch import PackedBatch, additive
 from maskops.data.places import check_batch, check_side, gathered, packed_places, padded_places, position_ids
 from maskops.layouts import values_can_be_read
@@ -130,6 +132,18 @@ class PaddedBatch(Batch):
     def dense_mask(self, pattern: masks.Mask | None = None) -> Tensor:
         """bool (batch, 1, length, length), True = attend; ``pattern`` as in ``spans``. Padded rows see nothing."""
         return self.spans(pattern, grad=False).to_dense()
+
+    def check(self, **values: Tensor) -> None:
+        """Raise ValueError for what does not go with the tokens of this batch: its name, and the first such sequence.
+
+        Args:
+            values: by name what is (batch, length, ...), such as logits and labels.
+        """
+        known = values_can_be_read([self.lengths], self.lengths.device)
+        lengths = self.lengths.tolist() if known else None
+        for name, value in values.items():
+            check_tensor(name, value, "(batch, length, ...)")
+            check_rows(name, value.shape, self.n_sequences, self.max_seqlen, lengths)
 
     # ---- to packed, and back -----------------------------------------------------------------------------------------
 
@@ -254,7 +268,7 @@ def pad(
     multiple_of: int = 1,
     first_positions: Tensor | Sequence[int] | None = None,
     position_start: int = 0,
-    sequence_labels: Tensor | Sequence[int | float] | None = None,
+    sequence_labels: Tensor | Sequence[Any] | None = None,
 ) -> PaddedBatch:
     """Pad sequences of tokens to one length: ``[bos, 5, 7, eos, pad, pad]``.
 
@@ -267,15 +281,18 @@ def pad(
         multiple_of: the length is rounded up to a multiple of this.
         first_positions: for each sequence the position of its first token in its document; all 0 by default.
         position_start: the position id of a document's first token.
-        sequence_labels: for each sequence a class or a target.
+        sequence_labels: for each sequence a class or a target, or a row of targets, one for each class.
 
     Raises:
-        TypeError: token ids or labels that are not integers.
+        TypeError: token ids, labels or sizes that are not integers.
         ValueError: labels that do not match the sequences, or a sequence that is longer than ``length``.
     """
     check_side(side)
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of={multiple_of}: expected 1 or more")
+    check_count("multiple_of", multiple_of)
+    if length is not None:
+        check_count("length", length, least=0)
+    check_count("position_start", position_start, least=0)
+    integer("pad_token_id", pad_token_id)
     tokens, targets = token_lists(sequences, labels)
     sizes = [sequence.shape[0] for sequence in tokens]
     width = max(sizes, default=0) if length is None else length
@@ -295,7 +312,7 @@ def pad(
         return rows.masked_scatter(real, torch.cat(parts)) if parts else rows
 
     firsts = first_positions_of(first_positions, len(sizes))
-    classes = per_sequence("sequence_labels", sequence_labels, len(sizes))
+    classes = labels_of_sequences(sequence_labels, len(sizes))
     return PaddedBatch(
         input_ids=filled(tokens, pad_token_id),
         lengths=lengths,

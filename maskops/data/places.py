@@ -10,7 +10,6 @@ from torch import Tensor
 from maskops.checks import INTEGERS, check_tensor
 from maskops.layouts import first_true, values_can_be_read
 
-
 _NARROW = (torch.uint8, torch.int8, torch.int16)
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from maskops.data.arguments import Tokens, token_lists
+from maskops.data.arguments import Tokens, integer, token_lists
 from maskops.data.labels import IGNORE_INDEX
+from maskops.data.lengths import check_count
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class Documents:
         return len(self.lengths)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        if not hasattr(number, "__index__"):
+            fixes = {"Piece": "; the dataset of a packing into chunks is data.PieceDataset(documents)"}
+            fix = fixes.get(type(number).__name__, "; of several sequences take documents[number] for each number")
+            raise TypeError(f"documents[{number!r}]: expected an integer{fix}")
         if not -len(self) <= number < len(self):
             raise IndexError(f"documents[{number}]: there are {len(self)} sequences")
         number %= len(self)
@@ -202,9 +207,9 @@ def prepare(
         positions: whether positions of a piece ``"restart"``, or ``"continue"`` those of the piece before it.
 
     Raises:
-        TypeError: token ids or labels that are not integers.
-        ValueError: labels that do not match, an unknown word, a ``max_length`` without room for a token beside BOS and
-            EOS, or a document that is too long with ``overlong="error"``.
+        TypeError: token ids, labels, ``bos``, ``eos`` or a ``max_length`` that are not integers.
+        ValueError: labels that do not match, a negative ``bos`` or ``eos``, an unknown word, a ``max_length`` without
+            room for a token beside BOS and EOS, or a document that is too long with ``overlong="error"``.
     """
     for name, value, words in (
         ("add", add, ("always", "missing")),
@@ -214,6 +219,11 @@ def prepare(
     ):
         if value not in words:
             raise ValueError(f"{name}={value!r}: expected {', '.join(repr(word) for word in words)}")
+    for name, mark in (("bos", bos), ("eos", eos)):
+        if mark is not None:
+            check_count(name, mark, least=0)
+    if max_length is not None:
+        integer("max_length", max_length)
     special = (bos is not None) + (eos is not None)
     if max_length is not None and max_length < special + 1:
         raise ValueError(f"max_length={max_length}: expected {special + 1} or more, a token beside BOS and EOS")

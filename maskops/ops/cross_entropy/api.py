@@ -173,8 +173,9 @@ def cross_entropy(
             int or a 0-dim tensor, which is not read on the host.
         shift: scores position i against the target of position i + 1 of the same sequence; the last position of every
             sequence is skipped. ``mask`` and ``token_weights`` belong to the target and shift along. No logits and no
-            probabilities are copied. Padding on the left stands before the first token and would be scored against it:
-            give ``shift_labels`` of a batch of ``maskops.data`` instead.
+            probabilities are copied. Packed sequences need ``cu_seqlens`` here: without it the last token of each is
+            scored against the first of the next, and nothing can tell. Padding on the left stands before the first
+            token and would be scored against it: give ``shift_labels`` of a batch of ``maskops.data`` instead.
         return_lse: also return the normaliser of every token.
         return_logprobs: also return the log-probability of every label; sum(t * (z - lse)) for probabilities t.
         return_entropy: also return the entropy of every distribution.
