@@ -131,6 +131,34 @@ def test_disagreement_with_the_model() -> None:
     assert "batches of more than one sequence" in missing[1].problem
 
 
+def test_a_fix_uses_names_that_a_user_has() -> None:
+    for module in (
+        nn.Embedding(9, 4),
+        nn.Sequential(nn.Linear(2, 2), nn.Embedding(9, 4)),
+        model_of("LlamaForCausalLM"),
+    ):
+        found = check_tokenizer(Plain(pad=3, size=9), module)
+        finding = next(finding for finding in found if finding.code == "padding_idx_missing")
+        exec(finding.fix.split(", or ")[0], {"model": module})
+        assert "padding_idx_missing" not in check_tokenizer(Plain(pad=3, size=9), module).codes
+
+
+def test_a_classifier_does_not_pool_the_end_that_is_padding() -> None:
+    tokenizer = tokenizer_of(pad_token="</s>")
+    for kind in ("LlamaForSequenceClassification", "GPT2ForSequenceClassification"):
+        model = model_of(kind, pad_token_id=EOS, num_labels=3)
+        # What this is about: the logits are those of the token before the end.
+        rows = torch.tensor([[3, 4, EOS], [5, 6, EOS]])
+        assert torch.allclose(model(rows).logits, model(rows[:, :2]).logits, atol=1e-6)
+        assert check_tokenizer(tokenizer, model).codes[:2] == ["pad_is_eos", "classifier_pools_before_eos"]
+        ensure_pad_token(tokenizer_of(), model, strategy="new")
+        assert not torch.allclose(model(rows).logits, model(rows[:, :2]).logits, atol=1e-6)
+    codes = check_tokenizer(tokenizer, model_of("T5ForSequenceClassification", pad_token_id=EOS)).codes
+    assert "classifier_pools_before_eos" not in codes  # which pools at the end-of-sequence token itself
+    causal = model_of("LlamaForCausalLM", pad_token_id=EOS)
+    assert "classifier_pools_before_eos" not in check_tokenizer(tokenizer, causal).codes
+
+
 def test_the_side_matters_to_decoders_alone() -> None:
     tokenizer = tokenizer_of(words=(*WORDS, "<pad>"), pad_token="<pad>")
     decoder = model_of("LlamaForCausalLM", vocabulary=10, pad_token_id=9)

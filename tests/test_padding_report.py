@@ -194,7 +194,7 @@ def test_options_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     file = tmp_path / "documents.jsonl"
     file.write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4]}\n{"input_ids": [4, 5, 6, 7, 8]}\n')
     into = tmp_path / "report.json"
-    arguments = ["--field", "input_ids", "--max-length", "4", "--capacity", "9", "--batch-size", "2", "--seed", "5"]
+    arguments = ["--max-length", "4", "--capacity", "9", "--batch-size", "2", "--seed", "5"]
     assert main(["report", str(file), *arguments, "--json", str(into)]) == 0
     wanted = padding_report([3, 1, 5], max_length=4, capacity=9, batch_size=2, seed=5)
     printed = capsys.readouterr().out
@@ -209,6 +209,7 @@ def test_options_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         ("5\nabc\n", [], "line 2: expected a length or JSON, got abc"),
         ('{"text": "a"}\n{"body": "b"}\n', [], "line 2: no field 'text', there are: body; choose one with --field"),
+        ('{"input_ids": [1]}\n', ["--field", "text"], "line 1: no field 'text', there are: input_ids; choose one"),
         ("[1, 2.5]", [], "element 1: expected a length, a text, a list of tokens or an object with one, got 2.5"),
         ("true\n", [], "line 1: expected a length"),
         ("-4\n", [], "lengths[0]=-4 is negative"),
@@ -223,6 +224,27 @@ def test_files_that_are_refused(
     file.write_text(text)
     assert main(["report", str(file), *arguments, "--tokenizer", "words"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "nothing/report.json"], "--json {0}/nothing/report.json: there is no folder {0}/nothing"),
+        (["--json", ""], "--json {0}: is a folder"),
+        (["--chart", "nothing/waste.png"], "--chart {0}/nothing/waste.png: there is no folder {0}/nothing"),
+        (["--chart", "waste.xyz"], "--chart {0}/waste.xyz: expected a suffix of "),
+        (["--chart", "waste"], "--chart {0}/waste: expected a suffix of "),
+    ],
+)
+def test_outputs_that_are_refused_before_anything_is_read(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--chart" in arguments:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "lengths").write_text("3\n")
+    assert main(["report", str(tmp_path / "lengths"), arguments[0], str(tmp_path / arguments[1])]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and message.format(tmp_path) in printed.err
 
 
 def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +264,11 @@ def test_a_tokenizer_of_transformers(
     file.write_text('"a b c d"\n')
     assert main(["report", str(file), "--tokenizer", str(tmp_path / "saved"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 4
+    # Nothing is downloaded, and nobody waits for a network that is not there.
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert main(["report", str(file), "--tokenizer", "nobody/nothing"]) == 2
+    assert "--tokenizer nobody/nothing: neither a folder with a tokenizer nor one" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["report", str(file), "--tokenizer", "any"]) == 2
     assert "transformers is not installed" in capsys.readouterr().err

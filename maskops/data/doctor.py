@@ -75,6 +75,8 @@ def check_tokenizer(tokenizer: Any, model: Any = None, *, generation: bool | Non
           model and tokenizer mean different tokens.
         - ``padding_idx_missing``, ``padding_idx_differs``: the input embedding learns from padding, or does not learn
           another token; ``padding_idx_is_eos``: that token is the end of a sequence.
+        - ``classifier_pools_before_eos``: a decoder's head for classification pools the last token that is not padding,
+          and so never the end-of-sequence token, if that is the padding token.
 
     Args:
         tokenizer: has ``pad_token_id`` and ``eos_token_id``; ``padding_side``, ``len()`` and other special tokens are
@@ -95,6 +97,7 @@ def check_tokenizer(tokenizer: Any, model: Any = None, *, generation: bool | Non
     return Findings(
         [
             *_own_findings(tokenizer, names),
+            *(() if model is None else _pooling_findings(names, model)),
             *(() if model is None else _embedding_findings(tokenizer, names, model)),
             *(() if model is None else _config_findings(names, model)),
             *(_side_findings(tokenizer) if generates else ()),
@@ -149,6 +152,21 @@ def _ids_of(tokenizer: Any) -> set[int]:
     return set(tokenizer.get_vocab().values()) if hasattr(tokenizer, "get_vocab") else set()
 
 
+def _pooling_findings(names: _Names, model: Any) -> Iterator[Finding]:
+    decodes = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if _classifies(model) and decodes and names.pad is not None and names.pad == names.eos:
+        yield Finding(
+            "classifier_pools_before_eos",
+            f"{type(model).__name__} pools the last token whose id is not {names.pad}: of a sequence that ends with "
+            "end-of-sequence the token before it",
+            f"give padding a token of its own: {_ENSURE}",
+        )
+
+
+def _classifies(model: Any) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
 def _embedding_findings(tokenizer: Any, names: _Names, model: Any) -> Iterator[Finding]:
     embedding = _input_embedding(model)
     if embedding is None:
@@ -168,24 +186,24 @@ def _embedding_findings(tokenizer: Any, names: _Names, model: Any) -> Iterator[F
         )
     if names.pad is None or not hasattr(embedding, "padding_idx"):
         return
-    ignored = embedding.padding_idx
+    ignored, place = embedding.padding_idx, f"{_name_of(embedding, model)}.padding_idx"
     if ignored is not None and ignored == names.eos:
         yield Finding(
             "padding_idx_is_eos",
             f"padding_idx={ignored} of the input embedding is the end-of-sequence token, whose embedding never learns",
-            f"embedding.padding_idx = None, or {_ENSURE}",
+            f"{place} = None, or {_ENSURE}",
         )
     elif ignored is None and names.pad != names.eos:
         yield Finding(
             "padding_idx_missing",
             "the input embedding has no padding_idx: the row of padding is trained by whatever reaches it",
-            f"embedding.padding_idx = {names.pad}, or {_ENSURE}",
+            f"{place} = {names.pad}, or {_ENSURE}",
         )
     elif ignored is not None and ignored != names.pad:
         yield Finding(
             "padding_idx_differs",
             f"padding_idx={ignored} of the input embedding is not pad_token_id={names.pad}: another token never learns",
-            f"embedding.padding_idx = {names.pad if names.pad != names.eos else None}",
+            f"{place} = {names.pad if names.pad != names.eos else None}",
         )
 
 
@@ -194,11 +212,10 @@ def _config_findings(names: _Names, model: Any) -> Iterator[Finding]:
         code = "generation_config" if place.endswith("generation_config") else "config"
         declared = getattr(config, "pad_token_id", None)
         if names.pad is not None and declared is None:
-            classifies = "SequenceClassification" in type(model).__name__
             yield Finding(
                 f"{code}_without_pad",
                 f"{place}.pad_token_id is None, the tokenizer pads with {names.pad}"
-                + (": batches of more than one sequence cannot be classified" if classifies else ""),
+                + (": batches of more than one sequence cannot be classified" if _classifies(model) else ""),
                 f"{place}.pad_token_id = {names.pad}",
             )
         for name in ("pad", "eos", "bos"):
@@ -246,6 +263,16 @@ def _input_embedding(model: Any) -> Any:
     except (AttributeError, NotImplementedError):  # a plain module; a model of transformers without tokens
         found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         return found[0] if len(found) == 1 else None
+
+
+def _name_of(embedding: Any, model: Any) -> str:
+    """An expression that gives the embedding, with the names that a user has."""
+    if embedding is model:
+        return "model"
+    if hasattr(model, "get_input_embeddings"):
+        return "model.get_input_embeddings()"
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return f'model.get_submodule("{name}")'
 
 
 def ensure_pad_token(

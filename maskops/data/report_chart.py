@@ -15,6 +15,11 @@ _PADDING = "#e4e7eb"
 _REAL = "#2f6fb0"
 
 
+def formats() -> list[str]:
+    """Suffixes of pictures that can be drawn."""
+    return sorted(FigureCanvasAgg.get_supported_filetypes())
+
+
 def draw(report: PaddingReport, path: Path) -> None:
     """Draws a bar for each strategy: real places and padding, with the cost of its attention beside them."""
     rows = list(reversed(report.strategies))
