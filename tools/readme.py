@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.padding import EARLIER
 from maskops.backend import BACKENDS, FEATURES
 from maskops.cli.bench.gpu.report import summary, tables_of
 from tools.environment import ROOT
@@ -85,12 +86,17 @@ def padding_figures(runs: dict[str, Any], batch_size: int = 32) -> str:
     report = next(report for report in run["padded"] if report["batch_size"] == batch_size)
     rows = {row["name"]: row for row in report["strategies"]}
     random, balanced = rows["random"], rows["balanced"]
+    sizes = [report["batch_size"] for report in run["padded"]]
+    theirs = zip(sizes, run["grouped_by_transformers"], strict=True)
+    again = ", ".join(f"{fill:.1%} in batches of {size}" for size, fill in theirs if fill is not None)
     return (
         f"Of {run['documents']:,} docstrings, cut at {report['max_length']:,} tokens of {tokenizer}, padding to that "
         f"length fills {rows['fixed']['fill']:.1%} of what is computed, random batches of {batch_size} "
         f"{random['fill']:.1%}, batches grouped by length {rows['grouped']['fill']:.1%} and packed rows "
         f"{balanced['fill']:.1%}, whose attention costs {balanced['attention_flops'] / random['attention_flops']:.0%} "
-        f"of that of the random batches and the whole model {balanced['flops'] / random['flops']:.0%}.\n"
+        f"of that of the random batches and the whole model {balanced['flops'] / random['flops']:.0%}. "
+        f"Groups depend on the documents and on how they are made: the {EARLIER['grouped'][1]:.0%} once measured with "
+        f"the sampler of transformers on docstrings of other versions is not reproduced; on these it fills {again}.\n"
     )
 
 
