@@ -1,6 +1,7 @@
 """Packing: every document once, no budget exceeded, and on lengths like real ones the cost of ranks balanced."""
 
 import json
+import pickle
 import random
 from collections import Counter
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from maskops import data
 from maskops.data.bins import rank_correlation, straggler_ratios
+from maskops.data.first_fit import BestFitPlacer, FirstFitPlacer
 from maskops.data.limits import Limits
 from maskops.data.packers import Strategy, make_placer
 
@@ -163,6 +165,39 @@ def test_budgets_close_bins_and_open_the_next() -> None:
         assert [len(items) for items in packing.bins] == [3] * 200
 
 
+def test_a_tight_budget_of_work_by_brute_force() -> None:
+    """The first bin, and the fullest one, that has both the room and the work left."""
+    chance = random.Random(2)
+    lengths = [min(32, int(chance.paretovariate(0.8))) for _ in range(400)]
+    by_length = sorted(range(400), key=lambda number: -lengths[number])
+    limits = Limits(64, max_attention_work=1024)
+    for placer, order in ((FirstFitPlacer(limits, None), range(400)), (BestFitPlacer(limits, None), by_length)):
+        best = isinstance(placer, BestFitPlacer)
+        bins: list[list[int]] = []
+        for number in order:
+            rooms = [64 - sum(lengths[item] for item in items) for items in bins]
+            fitting = [
+                place
+                for place, items in enumerate(bins)
+                if rooms[place] >= lengths[number]
+                and data.attention_work([lengths[item] for item in (*items, number)]) <= 1024
+            ]
+            place = min(fitting, key=lambda place: (rooms[place] if best else 0, place), default=len(bins))
+            bins += [[]] if place == len(bins) else []
+            bins[place].append(number)
+        for number, length in enumerate(lengths):
+            assert placer.add(number, length) == []
+        assert placer.finish() == bins
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_packing_is_pickled(strategy: Strategy) -> None:
+    packing = data.pack([3, 9, 4, 1, 7], 10, strategy, ranks=2, seed=1, max_segments=2)
+    again = pickle.loads(pickle.dumps(packing))
+    assert again.bins == packing.bins
+    assert again.repack(5).bins == packing.repack(5).bins
+
+
 def test_seeds_change_the_order_and_nothing_else() -> None:
     lengths = real_lengths(500, 0)
     for strategy in STRATEGIES:
@@ -225,6 +260,9 @@ def test_the_report_by_hand() -> None:
     for part in ("mine", "fill 0.6667", "50.00%", "1.615"):
         assert part in str(report)
     assert packing.of_rank(1) == [[2], []]
+    held = data.pack([1] * 40, 4, ranks=2, buffer=0.75).report()
+    assert (held.buffer, held.buffer_share) == (30, 0.75)
+    assert "buffer of 30 documents (75.0%)" in str(held)
     assert packing.report(ranks=1).steps == 4
 
 
@@ -284,6 +322,17 @@ def test_errors_name_the_argument_and_the_fix() -> None:
         data.pack([1], 1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_segments=0"):
         data.pack([1], 2, max_segments=0)
+    for value in (True, torch.tensor([True])):
+        with pytest.raises(TypeError, match=r"lengths\[0\] is True: expected a length"):
+            data.pack([value] if value is True else value, 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"ranks is True: expected an integer"):
+        data.pack([1], 2, ranks=True)
+    with pytest.raises(TypeError, match=r"seed is 'a': expected an integer"):
+        data.pack([1], 2, seed="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"seed=-1: expected 0 or more"):
+        data.pack([1], 2, seed=-1)
+    with pytest.raises(TypeError, match=r"buffer is 'a': expected a share"):
+        data.pack([1], 2, buffer="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"buffer=0: expected a share"):
         data.pack([1], 2, buffer=0)
     with pytest.raises(ValueError, match="rank=2: this packing has 2 ranks"):

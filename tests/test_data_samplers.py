@@ -1,7 +1,10 @@
 """Batch samplers: every document once, ranks alike and with as many batches, resumable, in three libraries."""
 
 import functools
+import json
 import random
+import sys
+import types
 from collections import Counter
 from itertools import chain, pairwise
 from typing import Any
@@ -103,8 +106,55 @@ def test_epochs_differ_and_resume(kind: str) -> None:
     again.load_state_dict(first.state_dict())
     again.set_epoch(0)
     assert list(again) == epochs[0]
-    with pytest.raises(ValueError, match="state of seed 0, this sampler has seed=1"):
+    with pytest.raises(ValueError, match="the state was saved with seed=0, here it is 1"):
         sampler(kind, seed=1).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_of_other_batches_is_refused(kind: str) -> None:
+    state = json.loads(json.dumps(sampler(kind, rank=0, world_size=1).state_dict()))
+    sampler(kind).load_state_dict(state)
+    others = {
+        "world_size=1, here it is 2": sampler(kind, rank=0, world_size=2, packed_for=2 if kind == "packing" else 1),
+        "last='repeat', here it is 'drop'": sampler(kind, last="drop"),
+        "checksum of the": sampler(kind, [*LENGTHS[1:], LENGTHS[0]]),
+        "sampler='[A-Za-z]*', here": sampler("bucket" if kind != "bucket" else "packing"),
+    }
+    for message, other in others.items():
+        name = "ranks=1" if message.startswith("world") else message
+        with pytest.raises(ValueError, match=f"the state was saved with .*({message}|{name})"):
+            other.load_state_dict(state)
+    with pytest.raises(ValueError, match="not one of this class"):
+        sampler(kind).load_state_dict({"epoch": 0, "position": 0})
+
+
+def test_iterators_have_their_own_positions() -> None:
+    one = sampler("bucket")
+    whole = list(one)
+    first, second = iter(one), iter(one)
+    mixed = [(next(first), next(second)) for _ in range(5)]
+    assert [batch for batch, _ in mixed] == [batch for _, batch in mixed] == whole[:5]
+    assert list(first) == whole[5:]
+    next(second)
+    assert one.state_dict()["position"] == 6
+    one.load_state_dict(one.state_dict())
+    assert len(one) == len(whole) == 6 + len(list(one))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_rank_is_refused_where_accelerate_deals(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def processes(count: int) -> None:
+        state = types.SimpleNamespace(PartialState=types.SimpleNamespace(_shared_state={"num_processes": count}))
+        monkeypatch.setitem(sys.modules, "accelerate.state", state)  # type: ignore[arg-type]
+
+    processes(2)
+    with pytest.raises(ValueError, match=r"rank: accelerate runs 2 processes.* rank=0, world_size=1 and ranks=2"):
+        sampler(kind)
+    assert len(sampler(kind, rank=0, world_size=1)) > 0
+    with pytest.raises(ValueError, match="rank: accelerate runs 2 processes"):
+        data.StreamingPacker([], 8)
+    processes(1)
+    assert sampler(kind).world_size == 1
 
 
 def test_an_iteration_that_was_left_begins_anew() -> None:
@@ -183,6 +233,42 @@ def test_pieces_are_cut_and_joined() -> None:
         data.PieceDataset([{"input_ids": [1], "labels": [1]}, [2]], isolate=False).__getitems__([0, 1])
 
 
+def test_pieces_cut_masks_and_floats_as_they_are() -> None:
+    documents = [
+        {
+            "input_ids": list(range(7)),
+            "completion_mask": torch.arange(7) > 4,
+            "assistant_masks": [True] * 3 + [False] * 4,
+            "weights": [0.5 * place for place in range(7)],
+        }
+    ]
+    packing = data.pack([7], 4, "chunks", seed=None)
+    items = [item for items in packing.bins for item in data.PieceDataset(documents).__getitems__(items)]
+    assert items[1]["input_ids"].tolist() == [4, 5, 6]
+    assert torch.equal(items[1]["completion_mask"], torch.tensor([False, True, True]))
+    assert [items[1]["assistant_masks"], items[1]["weights"]] == [[False] * 3, [2.0, 2.5, 3.0]]
+    del items[0]["weights"], items[1]["weights"]
+    batch = data.PackedCollator()(items)
+    assert isinstance(batch, data.PackedBatch) and batch.labels is not None
+    assert batch.labels.tolist() == [-100] * 7
+    joined = data.PieceDataset(documents, isolate=False).__getitems__(packing.bins[1])
+    assert joined[0]["completion_mask"].dtype == torch.bool
+    assert joined[0]["weights"].tolist() == [2.0, 2.5, 3.0]
+
+
+def test_pieces_know_whether_they_are_joined() -> None:
+    for isolate in (True, False):
+        packing = data.pack([3, 3], 4, "chunks", seed=None, isolate=isolate)
+        loader = DataLoader(
+            data.PieceDataset([[1] * 3, [2] * 3]),
+            batch_sampler=data.PackingSampler(packing),
+            collate_fn=data.PackedCollator(),
+        )
+        assert [batch.lengths.tolist() for batch in loader] == ([[3, 1], [2]] if isolate else [[4], [2]])
+    with pytest.raises(ValueError, match="positions='continue': packed with isolate=False"):
+        data.PieceDataset([[1] * 3, [2] * 3], positions="continue").__getitems__(packing.bins[0])
+
+
 @functools.cache
 def token_documents() -> data.Documents:
     return data.prepare([[number % 50] * length for number, length in enumerate(LENGTHS)])
@@ -239,6 +325,7 @@ def test_accelerator_prepare_in_one_process() -> None:
         collate_fn=data.PaddedCollator(pad_token_id=0),
     )
     prepared = accelerate.Accelerator(cpu=True).prepare(loader)
+    assert accelerate.state.PartialState._shared_state["num_processes"] == 1  # what the default rank looks at
     assert len(prepared) == len(loader)
     assert sum(int(batch.lengths.sum()) for batch in prepared) == sum(LENGTHS)
 
@@ -306,3 +393,5 @@ def test_errors_name_the_argument() -> None:
         data.PackingSampler(packing, between_epochs="mix")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="documents=0"):
         data.LengthBucketSampler([1], 0)
+    with pytest.raises(TypeError, match=r"seed is 1\.5"):
+        data.LengthBucketSampler([1], 1, seed=1.5)  # type: ignore[arg-type]

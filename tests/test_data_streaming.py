@@ -1,6 +1,7 @@
 """Packing of streams: each document once, a bounded buffer, ranks in step, and a state to go on from."""
 
 import io
+import json
 import random
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -32,7 +33,7 @@ def tokens(batch: list[Any]) -> list[list[int]]:
     strategy=st.sampled_from(STRATEGIES),
     world=st.integers(1, 3),
     share=st.integers(1, 2),
-    buffer_size=st.integers(1, 20),
+    buffer_size=st.integers(12, 20),
     max_segments=st.none() | st.integers(1, 5),
 )
 def test_ranks_share_a_stream(
@@ -105,15 +106,41 @@ def test_resumes_in_the_middle(strategy: Strategy, kind: type[Source]) -> None:
         file = io.BytesIO()
         torch.save(first.state_dict(), file)
         file.seek(0)
-        again = packer()
-        again.load_state_dict(torch.load(file, weights_only=False))
-        assert head + [tokens(batch) for batch in again] == whole
+        for state in (torch.load(file, weights_only=True), json.loads(json.dumps(first.state_dict()))):
+            again = packer()
+            again.load_state_dict(state)
+            assert head + [tokens(batch) for batch in again] == whole
         if kind is Source:
             assert [tokens(batch) for batch in again] == whole
     with pytest.raises(ValueError, match="the state was saved with seed=3, here it is 4"):
         data.StreamingPacker(
             documents, 40, buffer_size=16, strategy=strategy, ranks=4, rank=1, world_size=2, seed=4
         ).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_small_buffer_leaves_no_rank_without_documents(ranks: int) -> None:
+    packer = data.StreamingPacker([[1]] * 100, 8, buffer_size=2 * ranks, ranks=ranks, rank=0, world_size=1)
+    assert sum(map(len, packer)) == 100 + packer.repeated
+    assert packer.repeated < 8 * ranks
+    with pytest.raises(ValueError, match=f"buffer_size=1: strategy 'balanced' needs {2 * ranks} or more"):
+        data.StreamingPacker([[1]] * 100, 8, buffer_size=1, ranks=ranks, rank=0, world_size=1)
+
+
+def test_chunks_are_joined_without_isolation() -> None:
+    documents = [{"input_ids": [number] * 5, "weight": [0.5] * 5, "name": "x"} for number in range(3)]
+    packer = data.StreamingPacker(documents, 8, strategy="chunks", isolate=False)
+    bins = list(packer)
+    assert [[item["input_ids"].tolist() for item in items] for items in bins] == [
+        [[0] * 5 + [1] * 3],
+        [[1] * 2 + [2] * 5],
+    ]
+    assert bins[0][0]["weight"].tolist() == [0.5] * 8 and set(bins[0][0]) == {"input_ids", "weight"}
+    state = json.loads(json.dumps(packer.state_dict()))
+    with pytest.raises(ValueError, match="the state was saved with isolate=False, here it is True"):
+        data.StreamingPacker(documents, 8, strategy="chunks").load_state_dict(state)
+    with pytest.raises(ValueError, match=r"isolate=False: .* only 'chunks'"):
+        data.StreamingPacker(documents, 8, isolate=False)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -160,5 +187,13 @@ def test_errors_name_the_argument() -> None:
         data.StreamingPacker([], 8, buffer_size=0)
     with pytest.raises(ValueError, match="ranks=3: expected a multiple of world_size=2"):
         data.StreamingPacker([], 8, ranks=3, rank=0, world_size=2)
+    with pytest.raises(ValueError, match=r"document 1 of the stream: a document has the fields \['text'\]: expected"):
+        list(data.StreamingPacker([[1], {"text": "x"}], 8))
+    with pytest.raises(TypeError, match=r"document 0 of the stream: a document is int: expected token ids"):
+        list(data.StreamingPacker([1, 2], 8))
+    with pytest.raises(TypeError, match=r"document 0 of the stream: length is 1.5: expected an integer"):
+        list(data.StreamingPacker([[1]], 8, length=lambda document: 1.5))  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="seed is 'a'"):
+        data.StreamingPacker([], 8, seed="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_workers=2: each worker would pack the whole stream"):
         list(DataLoader(data.StreamingPacker([[1]], 8), batch_size=None, num_workers=2))

@@ -1,4 +1,4 @@
-"""DistributedDataParallel and fully_shard (FSDP2) over two processes on gloo."""
+"""DistributedDataParallel, fully_shard (FSDP2) and samplers over two processes on gloo."""
 
 import os
 import subprocess
@@ -34,4 +34,10 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
             worker.kill()
     for worker, (output, errors) in zip(workers, results, strict=True):
         assert worker.returncode == 0, errors
-        assert output.splitlines() == ["ddp plain same", "ddp ignored same", "fsdp plain same", "fsdp ignored same"]
+        assert output.splitlines() == [
+            "samplers same",
+            "ddp plain same",
+            "ddp ignored same",
+            "fsdp plain same",
+            "fsdp ignored same",
+        ]

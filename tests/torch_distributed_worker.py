@@ -2,7 +2,9 @@
 
 import copy
 import datetime
+import random
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import maskops
-from maskops import masks
+from maskops import data, masks
 
 WORLD, VOCABULARY, WIDTH = 2, 11, 8
 
@@ -83,6 +85,31 @@ def check(rank: int, wrap: str, ignored: bool) -> None:
         torch.testing.assert_close(full(parameter.grad), expected.grad, rtol=1e-5, atol=1e-6, msg=f"{wrap} {name}")
 
 
+def check_samplers(rank: int) -> None:
+    """Left to themselves, samplers take their rank from torch.distributed: each document once, ranks in step."""
+    chance = random.Random(0)
+    lengths = [chance.randint(1, 60) for _ in range(101)]
+    loaders: dict[str, Any] = {
+        "packing": data.PackingSampler(data.pack(lengths, 64, ranks=WORLD), last="drop"),
+        "buckets": data.LengthBucketSampler(lengths, 4, last="drop"),
+        "budget": data.TokenBudgetSampler(lengths, 128, last="drop"),
+        "stream": data.StreamingPacker(list(range(101)), 64, buffer_size=20, length=lengths.__getitem__),
+    }
+    for name, loader in loaders.items():
+        assert (loader.rank, loader.world_size) == (rank, WORLD), name
+        mine = list(loader)
+        dealt: list[Any] = [None] * WORLD
+        changed: list[int] = [0] * WORLD
+        dist.all_gather_object(dealt, mine)
+        dist.all_gather_object(changed, loader.repeated if name == "stream" else -loader.dropped)
+        assert len({len(batches) for batches in dealt}) == 1, name
+        seen = [document for batches in dealt for batch in batches for document in batch]
+        if name == "stream":
+            assert len(seen) == len(lengths) + sum(changed) and len(set(seen)) == len(lengths), name
+        else:  # what is dropped is counted over all ranks
+            assert len(seen) == len(set(seen)) == len(lengths) + changed[0], name
+
+
 def main() -> None:
     rank, file = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -90,6 +117,8 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60)
     )
+    check_samplers(rank)
+    print("samplers same", flush=True)
     for wrap in ("ddp", "fsdp"):
         for ignored in (False, True):
             check(rank, wrap, ignored)

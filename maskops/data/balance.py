@@ -170,12 +170,13 @@ class BalancedPlacer:
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on: plain numbers."""
+        version, internal, gauss = self._chance.getstate()
         return {
-            "waiting": list(self._waiting),
+            "waiting": list(map(list, self._waiting)),
             "round": self._round,
             "tokens": self._tokens,
             "steps": self._steps,
-            "chance": self._chance.getstate(),
+            "chance": [version, list(internal), gauss],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -5,24 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from maskops.data.cost import ModelShape, attention_work, flops
 from maskops.data.lengths import check_count
 
 
 class Piece(NamedTuple):
-    """Tokens ``start`` to ``stop`` of a document: what a chunk of fixed size holds of it."""
+    """Tokens ``start`` to ``stop`` of a document: what a chunk of fixed size holds of it.
+
+    ``isolate`` says whether it is a sequence of its own, or one with the other pieces of its bin.
+    """
 
     document: int
     start: int
     stop: int
+    isolate: bool = True
 
 
 Item = int | Piece
 """What a bin holds: the number of a whole document, or a piece of one."""
 
 Bin = list[Item]
+
+
+def plain(item: Item) -> int | list[int | bool]:
+    """An item as JSON and ``torch.load(weights_only=True)`` keep it."""
+    return list(item) if isinstance(item, Piece) else item
+
+
+def from_plain(item: int | Sequence[Any]) -> Item:
+    """The way back."""
+    return item if isinstance(item, int) else Piece(*item)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class PackingReport:
             ones are spread over the epoch, 1 or -1 for a curriculum.
         max_segments: Sequences in the fullest bin.
         buffer: Documents that were held at a time.
+        buffer_share: The same, as a share of all documents; 0 for none.
         seconds: Time it took.
     """
 
@@ -64,6 +79,7 @@ class PackingReport:
     length_correlation: float
     max_segments: int
     buffer: int
+    buffer_share: float
     seconds: float
 
     def to_dict(self) -> dict[str, str | int | float]:
@@ -76,7 +92,8 @@ class PackingReport:
             f" of {self.ranks}; fill {self.fill:.4f}, padding {self.padding_waste:.2%}; straggler ratio of attention "
             f"{self.attention_straggler:.3f} (worst step {self.attention_straggler_worst:.2f}), of all operations "
             f"{self.flops_straggler:.3f}; correlation of length with step {self.length_correlation:+.3f}; at most "
-            f"{self.max_segments} sequences in a bin; buffer of {self.buffer} documents; {self.seconds:.2f} s"
+            f"{self.max_segments} sequences in a bin; buffer of {self.buffer} documents ({self.buffer_share:.1%}); "
+            f"{self.seconds:.2f} s"
         )
 
 
@@ -106,7 +123,7 @@ class Packing:
     seed: int | None = None
     buffer: int = 0
     seconds: float = 0.0
-    _again: Callable[[int | None], Packing] | None = field(default=None, repr=False, compare=False)
+    _again: Callable[..., Packing] | None = field(default=None, repr=False, compare=False)
 
     @property
     def steps(self) -> int:
@@ -140,7 +157,7 @@ class Packing:
         """
         if self._again is None:
             raise ValueError("repack: this Packing was not made by data.pack; its arguments are not known")
-        return self._again(seed)
+        return self._again(seed=seed)
 
     def report(self, ranks: int | None = None, shape: ModelShape | None = None) -> PackingReport:
         """What the packing wastes, over the bins that hold a document.
@@ -176,6 +193,7 @@ class Packing:
             length_correlation=rank_correlation([length for length, _ in placed], [step for _, step in placed]),
             max_segments=max(map(len, segments), default=0),
             buffer=self.buffer,
+            buffer_share=self.buffer / len(self.lengths) if self.lengths else 0.0,
             seconds=self.seconds,
         )
 

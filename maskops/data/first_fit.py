@@ -7,9 +7,10 @@ is closed when more documents are held than that; without one, when all document
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from heapq import heappop, heappush
 from typing import Any
 
-from maskops.data.bins import Item, Piece
+from maskops.data.bins import Item, Piece, from_plain, plain
 from maskops.data.limits import Limits
 
 
@@ -39,17 +40,11 @@ class _RoomTree:
                 break
             self.largest[node] = largest
 
-    def first(self, room: int, start: int = 0) -> int | None:
-        """The first bin from ``start`` on with at least this room."""
-        if start >= self.leaves:
+    def first(self, room: int) -> int | None:
+        """The first bin with at least this room."""
+        node = 1
+        if self.largest[node] < room:
             return None
-        node = start + self.leaves
-        while self.largest[node] < room:
-            while node & 1:  # a right child: go up to where a range to the right is left
-                node //= 2
-            if node == 0:
-                return None
-            node += 1
         while node < self.leaves:
             node *= 2
             if self.largest[node] < room:
@@ -77,20 +72,16 @@ class FirstFitPlacer:
 
     def add(self, number: int, length: int) -> list[list[Item]]:
         """Takes a document; returns the bins that were closed for it."""
-        square = length * length
         place = self._tree.first(length)
-        while place is not None and self._work[place] + square > self.limits.work:
-            place = self._tree.first(length, place + 1)
         if place is None:
             place = self._opened
             self._opened += 1
             self._bins[place], self._work[place], self._room[place] = [], 0, self.limits.capacity
         self._bins[place].append(number)
-        self._work[place] += square
+        self._work[place] += length * length
         self._room[place] -= length
         self._held += 1
-        full = len(self._bins[place]) >= self.limits.segments
-        self._tree[place] = -1 if full else self._room[place]
+        self._tree[place] = self._longest(place)
         closed = []
         while self.buffer is not None and self._held > self.buffer:
             closed.append(self._close(min(self._bins, key=self._room.__getitem__)))
@@ -118,6 +109,12 @@ class FirstFitPlacer:
         self._held = sum(map(len, self._bins.values()))
         self._number_anew()
 
+    def _longest(self, place: int) -> int:
+        """The longest document that a bin takes; -1 if it takes none."""
+        if len(self._bins[place]) >= self.limits.segments:
+            return -1
+        return min(self._room[place], self.limits.longest(self._work[place]))
+
     def _close(self, place: int) -> list[Item]:
         items = self._bins.pop(place)
         del self._work[place], self._room[place]
@@ -133,8 +130,8 @@ class FirstFitPlacer:
         self._room = {new: self._room[place] for new, place in enumerate(old)}
         self._opened = len(old)
         self._tree = _RoomTree()
-        for place, items in self._bins.items():
-            self._tree[place] = -1 if len(items) >= self.limits.segments else self._room[place]
+        for place in self._bins:
+            self._tree[place] = self._longest(place)
 
 
 class BestFitPlacer:
@@ -170,7 +167,7 @@ class BestFitPlacer:
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on: plain numbers."""
-        return {"waiting": list(self._waiting)}
+        return {"waiting": list(map(list, self._waiting))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where ``state_dict`` was called."""
@@ -181,11 +178,11 @@ class BestFitPlacer:
         bins: list[list[tuple[int, int]]] = []
         work: list[int] = []
         rooms: list[tuple[int, int]] = []  # of the bins that may take more, ascending
+        later: list[tuple[int, int, int]] = []  # bins with more room than work: minus the longest they take, room, bin
         for length, number in sorted(self._waiting, key=lambda document: document[0], reverse=True):
-            square = length * length
+            while later and length <= -later[0][0]:
+                insort(rooms, heappop(later)[1:])
             at = bisect_left(rooms, (length, -1))
-            while at < len(rooms) and work[rooms[at][1]] + square > limits.work:
-                at += 1
             if at < len(rooms):
                 room, place = rooms.pop(at)
             else:
@@ -193,9 +190,13 @@ class BestFitPlacer:
                 bins.append([])
                 work.append(0)
             bins[place].append((length, number))
-            work[place] += square
+            work[place] += length * length
             if len(bins[place]) < limits.segments:
-                insort(rooms, (room - length, place))
+                longest = limits.longest(work[place])
+                if longest < min(length, room - length):
+                    heappush(later, (-longest, room - length, place))
+                else:
+                    insort(rooms, (room - length, place))
         return bins
 
 
@@ -205,10 +206,12 @@ class ChunkPlacer:
     Args:
         limits: budgets of a bin; one that is reached closes a bin early. Attention work has none here, because pieces
             are cut where tokens end.
+        isolate: what pieces say about themselves.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, isolate: bool = True) -> None:
         self.limits = limits
+        self.isolate = isolate
         self._items: list[Item] = []
         self._used = 0
 
@@ -218,7 +221,7 @@ class ChunkPlacer:
         start = 0
         while True:
             stop = min(length, start + self.limits.capacity - self._used)
-            self._items.append(Piece(number, start, stop))
+            self._items.append(Piece(number, start, stop, self.isolate))
             self._used += stop - start
             if self._used == self.limits.capacity or len(self._items) >= self.limits.segments:
                 closed += self.finish()
@@ -234,9 +237,9 @@ class ChunkPlacer:
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on: plain numbers."""
-        return {"items": list(self._items), "used": self._used}
+        return {"items": [plain(item) for item in self._items], "used": self._used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where ``state_dict`` was called."""
-        self._items = [Piece(*item) if isinstance(item, (tuple, list)) else item for item in state["items"]]
+        self._items = [from_plain(item) for item in state["items"]]
         self._used = state["used"]

@@ -31,7 +31,7 @@ def read_lengths(lengths: Lengths, name: str = "lengths") -> list[int]:
     result = []
     for number, value in enumerate(values):
         try:
-            length = operator.index(value)
+            length = _integer(value)
         except TypeError:
             raise TypeError(
                 f"{name}[{number}] is {value!r}: expected a length in tokens, an integer; of token lists give "
@@ -46,9 +46,16 @@ def read_lengths(lengths: Lengths, name: str = "lengths") -> list[int]:
 def check_count(name: str, value: object, least: int = 1) -> int:
     """An integer of at least ``least``, or an error that names the argument."""
     try:
-        count = operator.index(value)  # type: ignore[arg-type]  # what it refuses is what is checked
+        count = _integer(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}: expected an integer") from None
     if count < least:
         raise ValueError(f"{name}={count}: expected {least} or more")
     return count
+
+
+def _integer(value: Any) -> int:
+    """Python's integer; TypeError for others, and for booleans, which would count as 0 and 1."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)

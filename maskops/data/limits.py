@@ -42,6 +42,11 @@ class Limits:
         """Attention work of a bin; without a budget, that of one document of the whole capacity, which is the most."""
         return self.capacity**2 if self.max_attention_work is None else self.max_attention_work
 
+    def longest(self, work: int) -> int:
+        """The longest document that a bin of this work takes, if it has the room."""
+        # Without a budget room is what ends: the squares of lengths within a capacity are less than its square.
+        return self.capacity if self.max_attention_work is None else isqrt(self.work - work)
+
     @property
     def largest(self) -> int:
         """The longest document that a bin takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from typing import Any, Literal, Protocol, get_args
@@ -77,10 +78,12 @@ def pack(
     started = time.perf_counter()
     sizes = read_lengths(lengths)
     check_count("ranks", ranks)
+    if seed is not None:
+        seed = check_count("seed", seed, least=0)
+    if isinstance(buffer, bool) or not isinstance(buffer, (int, float)):
+        raise TypeError(f"buffer is {buffer!r}: expected a share of the documents, a number")
     if not 0 < buffer <= 1:
         raise ValueError(f"buffer={buffer}: expected a share of the documents, more than 0 and at most 1")
-    if not isolate and strategy != "chunks":
-        raise ValueError(f"isolate=False: documents of strategy {strategy!r} are sequences; only 'chunks' joins them")
     limits = Limits(capacity, max_segments, max_attention_work)
     if strategy != "chunks":
         check_fit(sizes, limits)
@@ -91,8 +94,8 @@ def pack(
     held = len(sizes)
     if strategy == "balanced":
         least = -(-STEPS_HELD * ranks * capacity * len(sizes) // max(1, sum(sizes)))
-        held = min(len(sizes), max(int(buffer * len(sizes)), least, 2 * ranks))
-    placer = make_placer(strategy, limits, ranks=ranks, buffer=held, seed=chance.getrandbits(32))
+        held = min(len(sizes), max(int(buffer * len(sizes)), least, least_held(ranks)))
+    placer = make_placer(strategy, limits, ranks=ranks, buffer=held, seed=chance.getrandbits(32), isolate=isolate)
     bins: list[Bin] = []
     for number in order:
         bins += placer.add(number, sizes[number])
@@ -101,19 +104,18 @@ def pack(
         chance.shuffle(bins)  # the first bins have seen all short documents, or hold the longest
     bins += [[] for _ in range(-len(bins) % ranks)]
 
-    def again(seed: int | None) -> Packing:
-        return pack(
-            sizes,
-            capacity,
-            strategy,
-            ranks=ranks,
-            seed=seed,
-            max_segments=max_segments,
-            max_attention_work=max_attention_work,
-            buffer=buffer,
-            isolate=isolate,
-        )
-
+    # A partial of a function of this module, and not a closure, so that a packing can be pickled.
+    again = functools.partial(
+        pack,
+        sizes,
+        capacity,
+        strategy,
+        ranks=ranks,
+        max_segments=max_segments,
+        max_attention_work=max_attention_work,
+        buffer=buffer,
+        isolate=isolate,
+    )
     return Packing(
         bins=bins,
         lengths=sizes,
@@ -128,12 +130,21 @@ def pack(
     )
 
 
-def make_placer(strategy: Strategy, limits: Limits, *, ranks: int, buffer: int, seed: int) -> Placer:
+def least_held(ranks: int) -> int:
+    """Documents that the buffer of the balanced strategy needs: with fewer, ranks of a step would stay without."""
+    return 2 * ranks
+
+
+def make_placer(
+    strategy: Strategy, limits: Limits, *, ranks: int, buffer: int, seed: int, isolate: bool = True
+) -> Placer:
     """The placer of a strategy, which holds at most ``buffer`` documents.
 
     Raises:
-        ValueError: a strategy that does not exist, or a budget that it does not know.
+        ValueError: a strategy that does not exist, or a budget or an ``isolate`` that it does not know.
     """
+    if not isolate and strategy != "chunks":
+        raise ValueError(f"isolate=False: documents of strategy {strategy!r} are sequences; only 'chunks' joins them")
     if strategy == "balanced":
         return BalancedPlacer(limits, ranks, buffer, seed)
     if strategy == "first_fit":
@@ -143,7 +154,7 @@ def make_placer(strategy: Strategy, limits: Limits, *, ranks: int, buffer: int, 
     if strategy == "chunks":
         if limits.max_attention_work is not None:
             raise ValueError("max_attention_work: strategy 'chunks' cuts by tokens alone; leave it out")
-        return ChunkPlacer(limits)
+        return ChunkPlacer(limits, isolate)
     raise ValueError(f"strategy={strategy!r}: expected one of {', '.join(map(repr, get_args(Strategy)))}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,8 +14,19 @@ from maskops.data.sharding import check_word
 
 
 def tokens_of(document: Any) -> int:
-    """Tokens of a document: of a mapping those of its ``input_ids``."""
-    return len(document["input_ids"] if isinstance(document, Mapping) else document)
+    """Tokens of a document: of a mapping those of its ``input_ids``.
+
+    Raises:
+        TypeError: what has no length.
+        ValueError: a mapping without ``input_ids``.
+    """
+    if isinstance(document, Mapping):
+        if "input_ids" not in document:
+            raise ValueError(f"a document has the fields {sorted(document)}: expected 'input_ids' among them")
+        document = document["input_ids"]
+    if not hasattr(document, "__len__"):
+        raise TypeError(f"a document is {type(document).__name__}: expected token ids, or a mapping with 'input_ids'")
+    return len(document)
 
 
 def cut(document: Any, piece: Piece) -> dict[str, Any]:
@@ -23,7 +34,7 @@ def cut(document: Any, piece: Piece) -> dict[str, Any]:
 
     Args:
         document: a mapping with ``input_ids``, or token ids.
-        piece: which tokens.
+        piece: which tokens. Other fields with an element for each of them, of whatever type, are cut likewise.
 
     Raises:
         IndexError: a piece that is not inside the document.
@@ -34,9 +45,11 @@ def cut(document: Any, piece: Piece) -> dict[str, Any]:
         raise IndexError(f"documents[{piece.document}] has {length} tokens, the piece is {piece.start} to {piece.stop}")
     for name, value in item.items():
         if _is_aligned(value, length):
+            if name in ("input_ids", "labels"):
+                value = token_ids(f"documents[{piece.document}][{name!r}]", value)
+            part = value[piece.start : piece.stop]
             # A copy: what a worker sends takes its whole buffer along.
-            tokens = token_ids(f"documents[{piece.document}][{name!r}]", value)
-            item[name] = tokens[piece.start : piece.stop].clone()
+            item[name] = part.clone() if isinstance(part, Tensor) else part
     if piece.start:
         item["first_position"] = 0
     return item
@@ -53,14 +66,15 @@ class PieceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         positions: "restart": a piece's positions begin at 0; "continue": at its place in the document
             (``first_position``).
         isolate: whether pieces stay sequences of their own. If not, a batch of them is one item: the classical packing,
-            in which documents see what stands before them. Fields that are not one for each token are left out.
+            in which documents see what stands before them. Fields that are not one for each token are left out. None:
+            as they were packed, ``data.pack(..., isolate=...)``.
     """
 
     def __init__(
-        self, documents: Any, *, positions: Literal["restart", "continue"] = "restart", isolate: bool = True
+        self, documents: Any, *, positions: Literal["restart", "continue"] = "restart", isolate: bool | None = None
     ) -> None:
         check_word("positions", positions, Literal["restart", "continue"])
-        if positions == "continue" and not isolate:
+        if positions == "continue" and isolate is False:
             raise ValueError("positions='continue': with isolate=False a bin is one sequence, whose positions run on")
         self.documents = documents
         self.positions = positions
@@ -74,9 +88,8 @@ class PieceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         document = self.documents[number]
         piece = index if isinstance(index, Piece) else Piece(number, 0, tokens_of(document))
         item = cut(document, piece)
-        if not self.isolate:
-            length = piece.stop - piece.start
-            return {name: value for name, value in item.items() if _is_aligned(value, length)}
+        if not self._isolates(index):
+            return aligned_fields(item)
         if self.positions == "continue":
             first = document.get("first_position", 0) if isinstance(document, Mapping) else 0
             item["first_position"] = int(first) + piece.start
@@ -85,19 +98,48 @@ class PieceDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitems__(self, indices: list[Item]) -> list[dict[str, Any]]:
         """The items of a batch, as DataLoader asks for them: joined to one without ``isolate``."""
         items = [self[index] for index in indices]
-        if self.isolate or not items:
-            return items
-        fields = set(items[0])
-        for index, item in zip(indices, items, strict=True):
-            if set(item) != fields:
-                raise ValueError(
-                    f"item {index} has the fields {sorted(item)}, item {indices[0]} {sorted(fields)}: documents that "
-                    "are joined need the same ones"
-                )
-        return [{name: torch.cat([item[name] for item in items]) for name in items[0]}]
+        return items if all(map(self._isolates, indices)) else [join(indices, items)]
+
+    def _isolates(self, index: Item) -> bool:
+        if self.isolate is not None:
+            return self.isolate
+        isolate = index.isolate if isinstance(index, Piece) else True
+        if not isolate and self.positions == "continue":
+            raise ValueError("positions='continue': packed with isolate=False, a bin is one sequence; leave it out")
+        return isolate
+
+
+def aligned_fields(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a piece that have an element for each token: the ones that can be joined."""
+    length = tokens_of(item)
+    return {name: value for name, value in item.items() if _is_aligned(value, length)}
+
+
+def join(indices: Sequence[object], items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pieces, of `aligned_fields`, as one sequence; errors call them by their indices.
+
+    Raises:
+        ValueError: pieces with other fields than the first.
+    """
+    fields = set(items[0])
+    for index, item in zip(indices, items, strict=True):
+        if set(item) != fields:
+            raise ValueError(
+                f"item {index} has the fields {sorted(item)}, item {indices[0]} {sorted(fields)}: documents that "
+                "are joined need the same ones"
+            )
+    return {name: torch.cat(_tensors([item[name] for item in items])) for name in items[0]}
+
+
+def _tensors(values: list[Any]) -> list[Tensor]:
+    """Lists and arrays become tensors; empty ones, whose type nobody knows, stay out unless all are."""
+    return [torch.as_tensor(value) for value in values if len(value)] or [torch.as_tensor(values[0])]
 
 
 def _is_aligned(value: object, length: int) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 1 and value.shape[0] == length
-    return not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__") and len(value) == length
+    sliced = (
+        hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (str, bytes, Mapping))
+    )
+    return sliced and len(value) == length  # type: ignore[arg-type]  # it has a length

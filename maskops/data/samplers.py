@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from maskops.data.bins import Bin, Packing
+from maskops.data.bins import Bin, Packing, Piece
 from maskops.data.lengths import Lengths, check_count, read_lengths
-from maskops.data.sharding import Last, RankedBatches, chance_of, check_word
+from maskops.data.sharding import Last, RankedBatches, chance_of, check_word, checksum
 
 Between = Literal["reorder", "repack", "same"]
 Counted = Literal["padded", "packed"]
@@ -19,7 +19,8 @@ class PackingSampler(RankedBatches):
 
     Args:
         packing: what `data.pack` gave, packed for ``ranks`` that are a multiple of ``world_size``, or for one.
-        rank: of this process; torch.distributed's by default, 0 without it.
+        rank: of this process; torch.distributed's by default, 0 without it. With a DataLoader that accelerate or
+            Trainer deals out, give ``rank=0, world_size=1``; see `RankedBatches`.
         world_size: number of processes; likewise.
         seed: of the order of steps in later epochs.
         between_epochs: "reorder": the same bins, steps in another order (the number of batches stays); "repack":
@@ -45,6 +46,7 @@ class PackingSampler(RankedBatches):
         super().__init__(packing.ranks if packing.ranks > 1 else None, rank, world_size, seed, last)
         self.packing = packing
         self.between_epochs = between_epochs
+        self._bins_checksum: int | None = None
 
     def plan(self, epoch: int) -> list[Bin]:
         """The bins of the packing, in the order of the epoch; the first epoch's is the packing's own."""
@@ -58,6 +60,13 @@ class PackingSampler(RankedBatches):
         chance_of(self.seed, epoch).shuffle(steps)
         return [items for step in steps + last for items in step]
 
+    def _decisive(self) -> dict[str, Any]:
+        if self._bins_checksum is None:
+            self._bins_checksum = checksum(
+                tuple(item) if isinstance(item, Piece) else item for items in self.packing.bins for item in (*items, -1)
+            )
+        return {"between_epochs": self.between_epochs, "checksum of the bins": self._bins_checksum}
+
 
 class LengthBucketSampler(RankedBatches):
     """Batches of a fixed number of documents of similar length.
@@ -70,7 +79,8 @@ class LengthBucketSampler(RankedBatches):
         documents: of a batch; the last one may have fewer.
         mega_batch: steps of a mega-batch: the more, the less padding and the less random.
         ranks: batches computed side by side; ``world_size`` by default.
-        rank: of this process; torch.distributed's by default, 0 without it.
+        rank: of this process; torch.distributed's by default, 0 without it. With a DataLoader that accelerate or
+            Trainer deals out, give ``rank=0, world_size=1`` and their number as ``ranks``; see `RankedBatches`.
         world_size: number of processes; likewise.
         seed: with the epoch, decides the order.
         last: where the last step has too few batches: "repeat" batches of the front, or "drop" the step.
@@ -90,6 +100,7 @@ class LengthBucketSampler(RankedBatches):
     ) -> None:
         super().__init__(ranks, rank, world_size, seed, last)
         self.lengths = read_lengths(lengths)
+        self._lengths_checksum = checksum(self.lengths)
         self.documents = check_count("documents", documents)
         self.mega_batch = check_count("mega_batch", mega_batch)
 
@@ -99,6 +110,13 @@ class LengthBucketSampler(RankedBatches):
         megas = _mega_batches(self.lengths, count * self.ranks * self.mega_batch, self.seed, epoch)
         batches = [[mega[start : start + count] for start in range(0, len(mega), count)] for mega in megas]
         return _steps_in_random_order(batches, self.ranks, self.seed, epoch)
+
+    def _decisive(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "mega_batch": self.mega_batch,
+            "checksum of the lengths": self._lengths_checksum,
+        }
 
 
 class TokenBudgetSampler(RankedBatches):
@@ -111,7 +129,8 @@ class TokenBudgetSampler(RankedBatches):
         max_documents: of a batch, at most.
         mega_batch: steps of a mega-batch, about; see `LengthBucketSampler`.
         ranks: batches computed side by side; ``world_size`` by default.
-        rank: of this process; torch.distributed's by default, 0 without it.
+        rank: of this process; torch.distributed's by default, 0 without it. With a DataLoader that accelerate or
+            Trainer deals out, give ``rank=0, world_size=1`` and their number as ``ranks``; see `RankedBatches`.
         world_size: number of processes; likewise.
         seed: with the epoch, decides the order. The number of batches varies a little from epoch to epoch.
         last: where the last step has too few batches: "repeat" batches of the front, or "drop" the step.
@@ -136,6 +155,7 @@ class TokenBudgetSampler(RankedBatches):
     ) -> None:
         super().__init__(ranks, rank, world_size, seed, last)
         self.lengths = read_lengths(lengths)
+        self._lengths_checksum = checksum(self.lengths)
         self.max_tokens = check_count("max_tokens", max_tokens)
         check_word("counted", counted, Counted)
         self.counted = counted
@@ -154,6 +174,15 @@ class TokenBudgetSampler(RankedBatches):
         documents = max(1, a_batch) * self.ranks * self.mega_batch
         megas = _mega_batches(self.lengths, documents, self.seed, epoch)
         return _steps_in_random_order([self._cut(mega) for mega in megas], self.ranks, self.seed, epoch)
+
+    def _decisive(self) -> dict[str, Any]:
+        return {
+            "max_tokens": self.max_tokens,
+            "counted": self.counted,
+            "max_documents": self.max_documents,
+            "mega_batch": self.mega_batch,
+            "checksum of the lengths": self._lengths_checksum,
+        }
 
     def _cut(self, documents: list[int]) -> list[list[int]]:
         batches: list[list[int]] = []

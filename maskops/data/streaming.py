@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from maskops.data.bins import Bin, Item, Piece
+from maskops.data.bins import Bin, Item, Piece, from_plain, plain
 from maskops.data.lengths import check_count
 from maskops.data.limits import Limits
-from maskops.data.packers import Strategy, make_placer
-from maskops.data.pieces import cut, tokens_of
-from maskops.data.sharding import rank_and_world
+from maskops.data.packers import Strategy, least_held, make_placer
+from maskops.data.pieces import aligned_fields, cut, join, tokens_of
+from maskops.data.sharding import check_state, rank_and_world
 
 
 class StreamingPacker(IterableDataset[list[Any]]):
@@ -25,6 +25,10 @@ class StreamingPacker(IterableDataset[list[Any]]):
     other, and all have the same number of steps. Give it to a DataLoader with ``batch_size=None`` and a collator as
     ``collate_fn``. Several workers would each read the whole stream; at most one is allowed.
 
+    To go on after an interruption, save ``state_dict`` in the process that iterates: with ``num_workers=1`` that is the
+    worker, whose place this process does not know, and ``state_dict`` here would say that nothing was read. Use
+    ``num_workers=0``, or torchdata's StatefulDataLoader, which asks the worker.
+
     In the last step some ranks may have no documents. They get the bin of another rank again, counted in ``repeated``,
     so that no rank waits for them.
 
@@ -33,15 +37,19 @@ class StreamingPacker(IterableDataset[list[Any]]):
             read from its beginning and what had been read is skipped; one that has ``state_dict`` and
             ``load_state_dict`` itself is asked instead.
         capacity: tokens of a bin.
-        buffer_size: documents that are held at most, before they are in a bin. "balanced" needs those of three steps
-            or more for full bins, and more where documents have a heavy tail.
+        buffer_size: documents that are held at most, before they are in a bin. "balanced" needs twice ``ranks``, those
+            of three steps or more for full bins, and more where documents have a heavy tail.
         strategy: as for `data.pack`. "chunks" cuts documents, and yields mappings of their pieces.
         ranks: bins of a step; ``world_size`` by default, or a multiple of it.
-        rank: of this process; torch.distributed's by default, 0 without it.
+        rank: of this process; torch.distributed's by default, 0 without it. accelerate and Trainer deal batches of a
+            stream out again: do not let accelerate prepare its DataLoader, and give
+            ``rank=accelerator.process_index, world_size=accelerator.num_processes``.
         world_size: number of processes; likewise.
         seed: of the order in which steps leave the buffer. The order of documents is the stream's.
         max_segments: documents of a bin, at most.
         max_attention_work: sum of squared lengths of a bin, at most; not for "chunks".
+        isolate: whether documents that share a bin are sequences of their own. Without it, which only "chunks" allows,
+            a bin is one mapping with the fields that have an element for each token.
         length: tells the tokens of a document; by default what ``len`` says.
 
     Raises:
@@ -61,6 +69,7 @@ class StreamingPacker(IterableDataset[list[Any]]):
         seed: int = 0,
         max_segments: int | None = None,
         max_attention_work: int | None = None,
+        isolate: bool = True,
         length: Callable[[Any], int] = tokens_of,
     ) -> None:
         self.documents = documents
@@ -71,20 +80,28 @@ class StreamingPacker(IterableDataset[list[Any]]):
         self.ranks = self.world_size if ranks is None else check_count("ranks", ranks)
         if self.ranks % self.world_size:
             raise ValueError(f"ranks={self.ranks}: expected a multiple of world_size={self.world_size}")
-        self.seed = seed
+        if strategy == "balanced" and self.buffer_size < least_held(self.ranks):
+            raise ValueError(
+                f"buffer_size={buffer_size}: strategy 'balanced' needs {least_held(self.ranks)} or more for "
+                f"ranks={self.ranks}, or ranks would stay without documents; for full bins those of three steps"
+            )
+        self.seed = check_count("seed", seed, least=0)
+        self.isolate = isolate
         self.length = length
         self._loaded: dict[str, Any] | None = None
         self._begin()
 
     def _begin(self) -> None:
         seed = random.Random(self.seed).getrandbits(32)
-        self._placer = make_placer(self.strategy, self.limits, ranks=self.ranks, buffer=self.buffer_size, seed=seed)
+        self._placer = make_placer(
+            self.strategy, self.limits, ranks=self.ranks, buffer=self.buffer_size, seed=seed, isolate=self.isolate
+        )
         self._read = 0
         self._finished = False
         self._held: dict[int, Any] = {}  # documents that are not in a bin of a whole step, by number
         self._left: dict[int, int] = {}  # their tokens that are not
         self._bins: list[Bin] = []  # of the step that is not whole
-        self._ready: list[list[Any]] = []  # this rank's, not yet yielded
+        self._ready: list[list[tuple[Item, Any]]] = []  # this rank's, with their documents, not yet yielded
         self._repeated = 0
 
     @property
@@ -106,21 +123,24 @@ class StreamingPacker(IterableDataset[list[Any]]):
         self._loaded = None
         while True:
             while self._ready:
-                yield self._ready.pop(0)
+                yield self._documents(self._ready.pop(0))
             if self._finished:
                 return
             self._fill(source)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration stands, with the documents that are held. A rank's own: save one for each."""
+        """Where the iteration stands, with the documents that are held. A rank's own: save one for each.
+
+        Plain lists and numbers beside the documents, which are saved as they came: JSON keeps those that are lists,
+        ``torch.load(weights_only=True)`` tensors as well. In the process of a DataLoader's worker; see the class.
+        """
         state = {
             "placer": self._placer.state_dict(),
             "read": self._read,
             "finished": self._finished,
-            "held": dict(self._held),
-            "left": dict(self._left),
-            "bins": [list(items) for items in self._bins],
-            "ready": [list(documents) for documents in self._ready],
+            "held": [[number, self._left[number], document] for number, document in self._held.items()],
+            "bins": [[plain(item) for item in items] for items in self._bins],
+            "ready": [[[plain(item), document] for item, document in items] for items in self._ready],
             "repeated": self._repeated,
             "arguments": self._arguments(),
         }
@@ -134,15 +154,14 @@ class StreamingPacker(IterableDataset[list[Any]]):
         Raises:
             ValueError: a state of other arguments, whose bins would be others.
         """
-        for name, value in self._arguments().items():
-            if state["arguments"][name] != value:
-                raise ValueError(f"the state was saved with {name}={state['arguments'][name]}, here it is {value}")
+        check_state(state.get("arguments"), self._arguments())
         self._begin()
         self._placer.load_state_dict(state["placer"])
         self._read, self._finished, self._repeated = state["read"], state["finished"], state["repeated"]
-        self._held, self._left = dict(state["held"]), dict(state["left"])
-        self._bins = [list(items) for items in state["bins"]]
-        self._ready = [list(documents) for documents in state["ready"]]
+        self._held = {number: document for number, _, document in state["held"]}
+        self._left = {number: tokens for number, tokens, _ in state["held"]}
+        self._bins = [[from_plain(item) for item in items] for items in state["bins"]]
+        self._ready = [[(from_plain(item), document) for item, document in items] for items in state["ready"]]
         self._loaded = state
 
     def _arguments(self) -> dict[str, Any]:
@@ -156,6 +175,7 @@ class StreamingPacker(IterableDataset[list[Any]]):
             "rank": self.rank,
             "world_size": self.world_size,
             "seed": self.seed,
+            "isolate": self.isolate,
         }
 
     def _source(self) -> Iterator[Any]:
@@ -169,7 +189,7 @@ class StreamingPacker(IterableDataset[list[Any]]):
     def _fill(self, source: Iterator[Any]) -> None:
         """Reads until this rank has a bin, or to the end."""
         for document in source:
-            number, length = self._read, self.length(document)
+            number, length = self._read, self._length_of(document)
             if self.strategy != "chunks":
                 self.limits.check(number, length)
             self._held[number], self._left[number] = document, length
@@ -192,15 +212,29 @@ class StreamingPacker(IterableDataset[list[Any]]):
                 if not items:
                     items = used[place % len(used)]
                     self._repeated += len(items)
-                self._ready.append([self._document(item) for item in items])
+                self._ready.append([(item, self._held[_number(item)]) for item in items])
             for item in (item for items in step for item in items):
                 self._let_go(item)
 
-    def _document(self, item: Item) -> Any:
-        return cut(self._held[item.document], item) if isinstance(item, Piece) else self._held[item]
+    def _documents(self, items: list[tuple[Item, Any]]) -> list[Any]:
+        pieces = [cut(document, item) if isinstance(item, Piece) else document for item, document in items]
+        if self.isolate:
+            return pieces
+        return [join([item for item, _ in items], [aligned_fields(piece) for piece in pieces])]
+
+    def _length_of(self, document: Any) -> int:
+        try:
+            return check_count("length", self.length(document), least=0)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"document {self._read} of the stream: {error}") from error
 
     def _let_go(self, item: Item) -> None:
-        number, tokens = (item.document, item.stop - item.start) if isinstance(item, Piece) else (item, None)
-        self._left[number] -= self._left[number] if tokens is None else tokens
+        number = _number(item)
+        self._left[number] -= item.stop - item.start if isinstance(item, Piece) else self._left[number]
         if not self._left[number]:
             del self._held[number], self._left[number]
+
+
+def _number(item: Item) -> int:
+    return item.document if isinstance(item, Piece) else item
