@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskops import data
+from maskops.data import balance
 from maskops.data.bins import rank_correlation, straggler_ratios
 from maskops.data.first_fit import BestFitPlacer, FirstFitPlacer
 from maskops.data.limits import Limits
@@ -190,6 +191,22 @@ def test_a_tight_budget_of_work_by_brute_force() -> None:
         assert placer.finish() == bins
 
 
+def test_steps_whose_work_is_used_up_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one rank a step that is asked for a seat has one: asking those without is what made tight budgets slow."""
+    asked: list[bool] = []
+    seats = balance._Step.seats
+
+    def counted(step: Any, convoy: Any) -> list[int] | None:
+        found = seats(step, convoy)
+        asked.append(found is not None)
+        return found
+
+    monkeypatch.setattr(balance._Step, "seats", counted)
+    packing = data.pack(real_lengths(1_000, 0, 1024), 2048, max_attention_work=1024**2, max_segments=30)
+    assert numbers(packing) == list(range(1_000))
+    assert asked and all(asked)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_packing_is_pickled(strategy: Strategy) -> None:
     packing = data.pack([3, 9, 4, 1, 7], 10, strategy, ranks=2, seed=1, max_segments=2)
@@ -324,7 +341,7 @@ def test_errors_name_the_argument_and_the_fix() -> None:
         data.pack([1], 2, max_segments=0)
     for value in (True, torch.tensor([True])):
         with pytest.raises(TypeError, match=r"lengths\[0\] is True: expected a length"):
-            data.pack([value] if value is True else value, 2)  # type: ignore[arg-type]
+            data.pack([value] if value is True else value, 2)
     with pytest.raises(TypeError, match=r"ranks is True: expected an integer"):
         data.pack([1], 2, ranks=True)
     with pytest.raises(TypeError, match=r"seed is 'a': expected an integer"):

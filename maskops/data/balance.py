@@ -53,7 +53,7 @@ _length = itemgetter(0)
 class _Step:
     """Bins of a step while they are filled."""
 
-    __slots__ = ("arrived", "bins", "limits", "room", "total", "work")
+    __slots__ = ("arrived", "bins", "limits", "longest", "room", "total", "work")
 
     def __init__(self, ranks: int, limits: Limits) -> None:
         self.limits = limits
@@ -62,14 +62,13 @@ class _Step:
         self.room = [limits.capacity] * ranks
         self.total = limits.capacity * ranks
         self.arrived = 1 << 62  # of its oldest document
+        self.longest = limits.largest  # document that any bin takes; kept by ``board``
 
     def seats(self, convoy: list[Waiting]) -> list[int] | None:
         """Which bin takes which of a convoy, longest first: the longest where least work is, if there is room for all,
         else where most room is. None where they do not fit.
         """
         limits, room, work = self.limits, self.room, self.work
-        if max(room) < convoy[0][0] or len(self.bins[0]) >= limits.segments:
-            return None
         for criterion, descending in ((work, False), (room, True)):
             order = sorted(range(len(room)), key=criterion.__getitem__, reverse=descending)
             for place, (length, _, _) in zip(order, convoy, strict=True):
@@ -82,6 +81,13 @@ class _Step:
     def board(self, convoy: list[Waiting], seats: list[int]) -> None:
         for place, document in zip(seats, convoy, strict=True):
             self.add(place, document)
+        limits = self.limits
+        if len(self.bins[0]) >= limits.segments:
+            self.longest = -1
+        elif limits.max_attention_work is None:
+            self.longest = max(self.room)
+        else:
+            self.longest = max(map(min, self.room, map(limits.longest, self.work)))
 
     def add(self, place: int, document: Waiting) -> None:
         length, _, arrived = document
@@ -253,9 +259,9 @@ class BalancedPlacer:
         for number, convoy in enumerate(convoys[:large] + small):
             best: _Step | None = None
             seats: list[int] | None = None
-            size = sum(map(_length, convoy))
+            size, longest = sum(map(_length, convoy)), convoy[0][0]
             for step in steps:
-                if step.total < size or (best is not None and step.total >= best.total):
+                if step.longest < longest or step.total < size or (best is not None and step.total >= best.total):
                     continue
                 found = step.seats(convoy)
                 if found is not None:

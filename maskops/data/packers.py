@@ -57,6 +57,12 @@ def pack(
     - "chunks": the stream of all documents cut every ``capacity`` tokens. Documents of any length; prepare them with
       an EOS (``data.prepare(..., eos=...)``), which is what ends a document in the stream. Bins hold `Piece`s.
 
+    Where the bounds of "balanced" end: with fewer than some 60 steps the buffer is more than 5 % of the documents, and
+    the fewer steps, the less full are the bins and the less random is the order: of 20,000 docstrings, 2048 tokens in a
+    bin, 64 ranks have 12 steps, a fill of 0.964, a buffer of 26 % and a correlation of length with step of 0.1. A
+    ``max_segments`` or ``max_attention_work`` that binds leaves bins less full, too, with every strategy: 0.91 of the
+    same cut at 1024, for one rank and a work of 1024**2. ``Packing.report`` tells all of it.
+
     Args:
         lengths: tokens of each document: a list, a tensor or an array of integers, zeros allowed.
         capacity: tokens of a bin.
