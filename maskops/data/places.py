@@ -42,7 +42,7 @@ def padded_places(lengths: Tensor, width: int, side: str) -> tuple[Tensor, Tenso
     """For each cell of a padded batch (n_sequences, width): place of its token in the sequence, and whether it is real.
 
     Args:
-        lengths: integers (n_sequences,).
+        lengths: int32 or int64 (n_sequences,).
         width: columns.
         side: where the padding stands, ``"right"`` or ``"left"``.
 
@@ -51,7 +51,7 @@ def padded_places(lengths: Tensor, width: int, side: str) -> tuple[Tensor, Tenso
     """
     check_side(side)
     column = torch.arange(width, device=lengths.device)
-    sizes = lengths.to(torch.int64).unsqueeze(1)  # a difference of narrow unsigned lengths would wrap
+    sizes = lengths.unsqueeze(1)
     if side == "right":
         return column.expand(lengths.shape[0], width), column < sizes
     place = column - (width - sizes)

@@ -9,6 +9,7 @@ RNN = ("tests/test_data_rnn.py",)
 
 LABELS = "maskops/data/labels.py"
 PLACES = "maskops/data/places.py"
+FIT = "maskops/data/fit.py"
 PACKED = "maskops/data/packed_batch.py"
 PADDED = "maskops/data/padded_batch.py"
 PREPARE = "maskops/data/tokens.py"
@@ -40,7 +41,11 @@ MUTATIONS = (
     Mutation("data: left padding on the right", PLACES, 'if side == "right":', 'if side != "":', BATCHES),
     Mutation("data: packed from the right of left padding", PLACES, 'if side == "left":', 'if side == "":', BATCHES),
     Mutation(
-        "data: narrow lengths wrap", PLACES, "lengths.to(torch.int64).unsqueeze(1)", "lengths.unsqueeze(1)", BATCHES
+        "data: narrow integers wrap",
+        PLACES,
+        "if isinstance(tensor, Tensor) and tensor.dtype in _NARROW:",
+        "if False:",
+        BATCHES,
     ),
     Mutation("data: padding at position 0", PLACES, "max(0, position_start - 1)", "0", BATCHES),
     Mutation("data: positions restart", PLACES, "if first_positions is not None:", "if False:", BATCHES),
@@ -55,11 +60,25 @@ MUTATIONS = (
     Mutation(
         "data: the tail is not covered",
         PACKED,
-        "covered = covered if tail else self.cu_seqlens",
-        "covered = self.cu_seqlens",
+        "if self.has_room:",
+        "if False:",
         BATCHES,
     ),
-    Mutation("data: longest without the tail", PACKED, "max(self.max_seqlen, tail)", "self.max_seqlen", BATCHES),
+    Mutation(
+        "data: shapes depend on the tail",
+        PACKED,
+        "if self.has_room:",
+        "if self.has_room and int(self.lengths.sum()) < self.total:",
+        BATCHES,
+    ),
+    Mutation(
+        "data: longest without the tail",
+        PACKED,
+        "(0, 1), value=self.total), self.total",
+        "(0, 1), value=self.total), self.max_seqlen",
+        BATCHES,
+    ),
+    Mutation("data: the sequence before the first misfit", FIT, "if end > rows", "if end >= rows", BATCHES),
     Mutation("data: rows that see nothing", PACKED, "additive(allowed | alone", "additive(allowed", BATCHES),
     Mutation("data: segments from 0", PACKED, "return self.sequence_ids + 1", "return self.sequence_ids", BATCHES),
     Mutation("data: labels of padding", PADDED, "filled(targets, IGNORE_INDEX)", "filled(targets, 0)", BATCHES),
@@ -78,6 +97,9 @@ MUTATIONS = (
         "body_labels[:room], eos_label=unlearnt",
         "body_labels[:room]",
         TOKENS,
+    ),
+    Mutation(
+        "data: labels depend on what was cut", PREPARE, "labels is not None or cuts_ends", "labels is not None", TOKENS
     ),
     Mutation("data: truncated a token early", PREPARE, "document.body.shape[0] - room", "room", TOKENS),
     Mutation(
@@ -104,6 +126,7 @@ MUTATIONS = (
         "item.first_position if place else 0",
         COLLATORS,
     ),
+    Mutation("data: token types are lost", COLLATE, "if bool(types.any()):", "if False:", COLLATORS),
     Mutation("data: shortest first", RECURRENT, "descending=True, stable=True", "stable=True", RNN),
     Mutation(
         "data: states in the order of lengths",
