@@ -129,7 +129,11 @@ def _has_triton() -> bool:
 
 @functools.cache
 def _capability_reason(device: int) -> str | None:
-    """Of each device: a machine may have cards of several generations."""
+    """Of one device, asked of the current one: a choice of backends knows a call's type of device, not which it is.
+
+    Where a machine has cards of several generations, a call on tensors of another card than the current one is chosen
+    by what the current one can.
+    """
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"its kernels need compute capability 8.0, this device has {major}.{minor}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 import maskops
 from maskops import backend as backends
-from maskops import masks
+from maskops import extension, masks
 from tests.served import DEVICE
 from tests.test_decode import FEATURES, LENGTHS, assert_within_budget, attend, make_cache, queries
+from tools import emulation
 
 NAME = "cuda"
 pytestmark = pytest.mark.devices
@@ -87,6 +89,27 @@ def test_the_same_bits_in_any_company() -> None:
     alone = maskops.decode_attention(q[chosen], *cache.contiguous(), lengths[chosen], batch_index=chosen, **keywords)
     for x, y, z in zip(whole, pages, alone, strict=True):
         assert torch.equal(x, y) and torch.equal(x[chosen], z)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "q_len", "splits"),
+    [
+        pytest.param(4, 2, 1, 32, id="few heads"),
+        pytest.param(64, 64, 1, 8, id="blocks enough without"),
+        pytest.param(128, 2, 8, 4, id="many rows"),
+    ],
+)
+def test_parts_of_the_result_are_bounded(heads: int, kv_heads: int, q_len: int, splits: int) -> None:
+    """However long the cache: a sequence has no more splits than fill a device, nor parts of more than 4096 rows."""
+    if not extension.cuda_is_emulated():
+        pytest.skip("the emulation of CUDA is not loaded")
+    largest = ctypes.CDLL(str(emulation.library())).maskops_emulated_largest_allocation
+    largest.restype = ctypes.c_int64
+    k, v = torch.zeros(2, kv_heads, 8192, 4), torch.zeros(2, kv_heads, 8192, 16)
+    q, lengths = queries(2, heads, q_len, 4), torch.tensor([3, 70])
+    largest()
+    maskops.decode_attention(q, k, v, lengths, backend=NAME)
+    assert largest() == splits * 2 * heads * q_len * 16
 
 
 def test_masks_with_holes() -> None:

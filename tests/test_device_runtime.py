@@ -1,4 +1,4 @@
-"""csrc/cuda/device.cu on a machine with several GPUs, which is played: what it asks, and what it says."""
+"""csrc/cuda/device.cu and shared_memory.h on a machine with several GPUs, which is played: what they ask and say."""
 
 from __future__ import annotations
 
@@ -25,12 +25,21 @@ torch: from device 0 to 1
 stream 41
 torch: back to device 0
 maskops: reading a device: no such device
+nothing is left for the next launch
 maskops: out of memory: clearing memory: no
+nothing is left for the next launch
+maskops: out of memory: asking for shared memory: no
+kernel 1 on device 1: 190 bytes
+kernel 1 on device 2: 290 bytes
+kernel 2 on device 1: 180 bytes
 """
 
 
 def test_several_devices(tmp_path: Path) -> None:
-    """Each has its own answer, read once; only a device that is not the current one is made so, and by torch."""
+    """Each has its own answer, read once; only a device that is not the current one is made so, and by torch.
+
+    An error that was told is not told again, and a kernel asks for shared memory once on each device.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")

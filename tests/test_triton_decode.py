@@ -7,7 +7,7 @@ import torch
 
 import maskops
 from maskops import masks
-from maskops.ops.decode.triton_kernels import forward
+from maskops.ops.decode.triton_kernels import append, forward
 from tests.test_decode import FEATURES, LENGTHS, assert_within_budget, attend, make_cache, queries
 
 
@@ -174,3 +174,13 @@ def test_operators_refuse_what_does_not_fit() -> None:
         append(cache, cache.clone(), new[..., :3], new, lengths, absent, absent)
     with pytest.raises(ValueError, match="must not be expanded"):
         append(cache[:1].expand(2, 2, 9, 8), cache.clone(), new, new, lengths, absent, absent)
+
+
+def test_no_grid_is_too_long_for_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million keys at once: only the first dimension of a grid has more than 65535 programs."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(append, "launch", lambda kernel, grid, *arguments, **keywords: grids.append(grid))
+    cache, new = torch.zeros(1, 2, 2**20 + 1, 1), torch.ones(1, 2, 2**20 + 1, 1)
+    maskops.append_kv(cache, cache.clone(), new, new, torch.tensor([0]), backend="triton")
+    assert len(grids) == 1
+    assert math.prod(grids[0]) == 2 * (2**16 + 1) and max(grids[0][1:], default=1) < 2**16

@@ -10,6 +10,7 @@ import triton.language as tl
 
 import maskops
 from maskops.ops import triton_language
+from maskops.ops.attention.triton_kernels.backward_scores import terms_of
 from maskops.ops.triton_language import dot, launch
 
 
@@ -26,6 +27,28 @@ def test_products(dtype: torch.dtype) -> None:
     out = torch.empty(16, 16)
     launch(_product, (1,), out, (a, b, out), num_warps=4, num_stages=1, SIDE=16)
     torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def _terms(TERMS, FOUND, term_stride, HAS_ALL: tl.constexpr):
+    index = tl.arange(0, 16)
+    terms = terms_of(TERMS, index, term_stride, HAS_ALL, HAS_ALL)
+    tl.store(FOUND + index, terms.lse)
+    tl.store(FOUND + 16 + index, terms.delta)
+    tl.store(FOUND + 32 + index, terms.log2_sum)
+    tl.store(FOUND + 48 + index, terms.share)
+
+
+def test_terms_far_apart(tmp_path: Path) -> None:
+    """A term is as far from the next as rows and heads are many: in 32 bits the third one would lie elsewhere."""
+    stride = 2**30 + 16
+    content = torch.arange(64.0).view(4, 16)
+    far = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * stride + 16).as_strided((4, 16), (stride, 1))
+    far.copy_(content)
+    found = torch.empty(4, 16)
+    launch(_terms, (1,), far, (far, found, stride), num_warps=1, num_stages=1, HAS_ALL=True)
+    (tmp_path / "sparse").unlink()
+    assert torch.equal(found, content)
 
 
 def test_only_products_know_of_the_interpreter() -> None:

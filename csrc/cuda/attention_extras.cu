@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(THREADS) bias_kernel(DeviceAttentionBackward p
         const auto left = static_cast<int32_t>(shape.q_len) - begin;
         const RowTile tile{batch, head, begin, left < ROWS ? left : ROWS};
         RowState row = read_row(call, tile);
-        const RowGradient of_row = read_gradient(p, row);
+        const AttentionRowGradient of_row = read_gradient(p, row);
         for (int64_t key_at = key_tile; key_at < last_key_tile; key_at++) {
           const auto base = static_cast<int32_t>(key_at * KEYS), first = base + part * PART;
           __syncthreads();

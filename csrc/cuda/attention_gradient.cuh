@@ -9,7 +9,7 @@
 namespace maskops {
 
 // What a thread knows of its row beyond RowState.
-struct RowGradient {
+struct AttentionRowGradient {
   float maximum, log_sum, delta, share;
 };
 
@@ -18,7 +18,7 @@ __device__ inline int64_t row_index(const DeviceAttention& p, const RowState& ro
 }
 
 // Rows that see nothing count as rows that are not there: whatever arrives at them, nothing of them is read.
-__device__ inline RowGradient read_gradient(const DeviceAttentionBackward& p, RowState& row) {
+__device__ inline AttentionRowGradient read_gradient(const DeviceAttentionBackward& p, RowState& row) {
   if (!row.used) return {};
   const int64_t at = row_index(p.call, row);
   row.used = p.lse[at] != -INFINITY;
@@ -34,8 +34,9 @@ struct PairGradient {
 
 // From the products of a pair that is allowed. One that a bias of -inf hides has no gradient: it is selected, never
 // multiplied by 0.
-__device__ inline PairGradient gradient_of(const DeviceAttention& p, const RowState& row, const RowGradient& of_row,
-                                           int32_t key, bool is_kept, float product, float grad_weight) {
+__device__ inline PairGradient gradient_of(const DeviceAttention& p, const RowState& row,
+                                           const AttentionRowGradient& of_row, int32_t key, bool is_kept, float product,
+                                           float grad_weight) {
   float bend;
   bool is_allowed = true;
   const float score = score_of(p, row, key, product, bend, is_allowed);

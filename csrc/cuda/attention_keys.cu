@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS) keys_kernel(DeviceAttentionBackward p
       const RowTile tile{batch, head, begin, left < ROWS ? left : ROWS};
       begin += tile.count;
       RowState row = read_row(call, tile);
-      const RowGradient of_row = read_gradient(p, row);
+      const AttentionRowGradient of_row = read_gradient(p, row);
       const uint32_t allowed = allowed_keys(call, row, first, valid);
       __syncthreads();
       if (threadIdx.x == 0) memory.seen_rows[0] = memory.seen_rows[1] = 0;

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(DeviceAttentionBackwar
   if (!find_rows(call, blockIdx.x / groups, tile)) return;
   RowState row = read_row(call, tile);
   const bool is_there = row.used;
-  const RowGradient of_row = read_gradient(p, row);
+  const AttentionRowGradient of_row = read_gradient(p, row);
   const int mine = tile_row(), part = tile_part();
   const int64_t kv_head = tile.head / (call.shape.heads / call.shape.kv_heads);
   const uint64_t rows = tile.count == ROWS ? ~uint64_t{0} : (uint64_t{1} << tile.count) - 1;

@@ -274,7 +274,8 @@ __global__ void __launch_bounds__(THREADS, EACH < 8 ? 2 : 1) decode_kernel(const
 #pragma unroll
       for (int chunk = 0; chunk < CHUNKS; chunk++) {
         const int32_t column = first_column + chunk * COLUMNS + mine;
-        if (column < shape.value_dim) p.parts[of_split * shape.value_dim + column] = sums[chunk][i];
+        // What is not stored is not read: see merge_kernel.
+        if (sum != 0.0f && column < shape.value_dim) p.parts[of_split * shape.value_dim + column] = sums[chunk][i];
       }
     } else {
       const RowEnd row_end = end_of_row(call, head, maximum, sum);
@@ -312,6 +313,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const __grid_const
       float total = 0.0f;
       for (int64_t split = 0; split < p.splits; split++) {
         const int64_t of_split = split * rows + at;
+        if (p.sums[of_split] == 0.0f) continue;  // the row saw none of these keys
         total += p.parts[of_split * shape.value_dim + column] * expf(p.maxima[of_split] - reference);
       }
       store_element(p.forward.out.data, shape.element, out + column, total * end.factor);

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "runtime.h"
+#include "shared_memory.h"
 
 #ifndef MASKOPS_EMULATION
 #include <cuda_bf16.h>
@@ -20,22 +20,6 @@
 #endif
 
 namespace maskops {
-
-// A block has 48 KiB for what it asks for and for the variables of its kernel together; more has to be allowed. What is
-// allowed stays with the kernel, for all threads of the process: so it is always all that the device has.
-constexpr size_t SHARED_BYTES_WITHOUT_ASKING = 32 << 10;
-
-inline void allow_shared_memory(const void* kernel, size_t bytes) {
-  if (bytes <= SHARED_BYTES_WITHOUT_ASKING) return;
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "reading what a kernel shares");
-  int device = 0, most = 0;
-  check_cuda(cudaGetDevice(&device), "reading the current device");
-  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "reading a device");
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  most - static_cast<int>(attributes.sharedSizeBytes)),
-             "asking for shared memory");
-}
 
 #ifndef MASKOPS_EMULATION
 

@@ -16,6 +16,7 @@ namespace maskops {
 // they are loaded, and for their stacks.
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // an error that is told here is not to be found again by the next launch
   const char* kind = error == cudaErrorMemoryAllocation ? "maskops: out of memory: " : "maskops: ";
   throw std::runtime_error(kind + std::string(what) + ": " + cudaGetErrorString(error));
 }

@@ -1,4 +1,7 @@
 // Allocations that fail when a test wants them to: stands between the bindings and torch.
+#include <algorithm>
+#include <utility>
+
 #include "../../csrc/torch_abi.h"
 
 // The bindings call the function below by the name of torch's, see tools/emulation.py.
@@ -8,16 +11,23 @@ extern "C" AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, cons
 
 namespace {
 int64_t good_allocations = -1;  // until one fails; negative: none does
-}
+int64_t largest = 0;
+}  // namespace
 
 #define MASKOPS_FOR_TESTS extern "C" __attribute__((visibility("default")))
 
 MASKOPS_FOR_TESTS void maskops_emulate_failing_allocation(int64_t after) { good_allocations = after; }
 
+// Elements of the largest allocation since this was asked before.
+MASKOPS_FOR_TESTS int64_t maskops_emulated_largest_allocation() { return std::exchange(largest, 0); }
+
 MASKOPS_FOR_TESTS AOTITorchError maskops_emulated_empty_strided(int64_t dim, const int64_t* sizes,
                                                                 const int64_t* strides, int32_t dtype,
                                                                 int32_t device_type, int32_t device_index,
                                                                 AtenTensorHandle* result) {
+  int64_t elements = 1;
+  for (int64_t i = 0; i < dim; i++) elements *= sizes[i];
+  largest = std::max(largest, elements);
   if (good_allocations < 0 || good_allocations-- > 0) {
     return aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, result);
   }

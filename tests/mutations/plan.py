@@ -198,7 +198,7 @@ MUTATIONS = (
     ),
     Mutation(
         "cuda launch: shared memory that nobody asked for",
-        "csrc/cuda/launch.h",
+        "csrc/cuda/shared_memory.h",
         "SHARED_BYTES_WITHOUT_ASKING = 32 << 10;",
         "SHARED_BYTES_WITHOUT_ASKING = 64 << 10;",
         ("tests/test_cuda_shared_memory.py",),

@@ -52,11 +52,13 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
 // Up to this many queries wait for memory, and share keys by groups of heads; more are tiles of rows.
 constexpr int64_t MOST_QUERIES = 16;
 
-// How many blocks share the keys of a sequence. The capacity alone says it: neither the rest of the batch nor a device
-// changes a bit.
-int64_t splits_of(int64_t capacity) {
-  constexpr int64_t least_keys = 256, most_splits = 32;
-  return std::clamp<int64_t>(capacity / least_keys, 1, most_splits);
+// How many blocks share the keys of a sequence: no more than fill a device with one sequence, nor than keep its parts
+// of the result few. The shape of one sequence alone says it: neither the rest of the batch nor a device changes a bit.
+int64_t splits_of(const AttentionShape& shape, int64_t capacity) {
+  constexpr int64_t least_keys = 256, most_splits = 32, most_groups = 512, most_rows = 4096;
+  const int64_t most = std::min(
+      {capacity / least_keys, most_splits, most_groups / shape.kv_heads, most_rows / (shape.heads * shape.q_len)});
+  return std::max<int64_t>(most, 1);
 }
 
 // A contiguous cache and pages are read in place.
@@ -100,7 +102,8 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q, const Tensor& k_cache
   if (shape.q_len > MOST_QUERIES) {
     attention_forward_cuda(p, call.stream());
   } else {
-    const int64_t splits = splits_of(capacity), rows = splits == 1 ? 0 : splits * batch * shape.heads * shape.q_len;
+    const int64_t splits = splits_of(shape, capacity);
+    const int64_t rows = splits == 1 ? 0 : splits * batch * shape.heads * shape.q_len;
     const Tensor parts = call.empty({rows, shape.value_dim}, DType::float32);
     const Tensor sums = call.empty({2, rows}, DType::float32);
     float* const scratch = sums.data_or_null<float>();

@@ -121,7 +121,7 @@ def grad_bias_kernel(
             starts = ()
             ends = ()
             for span in tl.static_range(N_SPANS):
-                spans_at = plan_batch * padded_rows + span * row_span_stride + row
+                spans_at = plan_batch * padded_rows + span * tl.cast(row_span_stride, tl.int64) + row
                 starts = starts + (tl.load(ROW_START + spans_at),)
                 ends = ends + (tl.load(ROW_END + spans_at),)
             rows = Rows(index=row, exists=row < q_len, starts=starts, ends=ends, is_live=is_live)

@@ -217,8 +217,9 @@ def _add_rows(
     starts = ()
     ends = ()
     for span in tl.static_range(N_SPANS):
-        starts = starts + (tl.load(ROW_START + span * row_span_stride + row),)
-        ends = ends + (tl.load(ROW_END + span * row_span_stride + row),)
+        of_span = span * tl.cast(row_span_stride, tl.int64) + row
+        starts = starts + (tl.load(ROW_START + of_span),)
+        ends = ends + (tl.load(ROW_END + of_span),)
     rows = Rows(index=row, exists=row < q_len, starts=starts, ends=ends, is_live=is_finite)
     unit = Unit(item=0, batch=batch, plan_batch=plan_batch, head=head, first_row=first_row, rows=BLOCK_M)
     extras = extras_of(

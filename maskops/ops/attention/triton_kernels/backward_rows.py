@@ -94,6 +94,7 @@ def row_terms_kernel(
     )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     terms = TERMS + batch_head * padded_rows + row
+    term_stride = tl.cast(term_stride, tl.int64)
     term = lse
     if HAS_SINKS:
         sink = tl.load(SINKS + head * sinks_head_stride)
@@ -116,7 +117,7 @@ def row_terms_kernel(
         tl.store(terms + LOG2_SUM * term_stride, tl.zeros([BLOCK_M], tl.float32))
     if (head == 0) & (batch < plan_batches):
         for span in tl.static_range(N_SPANS):
-            place = span * span_stride + batch * plan_stride + row
+            place = span * tl.cast(span_stride, tl.int64) + batch * plan_stride + row
             start = tl.load(START + place, mask=exists, other=0)
             end = tl.load(END + place, mask=exists, other=0)
             place = (span * plan_batches + batch) * padded_rows + row

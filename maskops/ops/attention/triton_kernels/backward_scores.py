@@ -63,6 +63,7 @@ def over_rows(values, TRANSPOSED: tl.constexpr):
 @triton.jit
 def terms_of(TERMS, index, term_stride, HAS_SUMS: tl.constexpr, HAS_SHARES: tl.constexpr):
     """Loads the terms of rows, all of which are there; ``TERMS`` of the batch element and head."""
+    term_stride = tl.cast(term_stride, tl.int64)
     lse = tl.load(TERMS + LSE * term_stride + index)
     delta = tl.load(TERMS + DELTA * term_stride + index)
     log2_sum, share = delta, delta

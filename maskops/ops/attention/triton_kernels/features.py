@@ -102,8 +102,9 @@ def rows_of(
     ends = ()
     is_live = exists & (offset < 0)
     for span in tl.static_range(N_SPANS):
-        start = tl.maximum(tl.load(START + span * span_stride + place, mask=exists, other=0), 0)
-        end = tl.minimum(tl.load(END + span * span_stride + place, mask=exists, other=0), k_len)
+        of_span = span * tl.cast(span_stride, tl.int64)
+        start = tl.maximum(tl.load(START + of_span + place, mask=exists, other=0), 0)
+        end = tl.minimum(tl.load(END + of_span + place, mask=exists, other=0), k_len)
         starts = starts + (start,)
         ends = ends + (end,)
         is_live = is_live | (end > start)
@@ -386,7 +387,7 @@ def extras_of(
         place = POSITIONS + unit.plan_batch.to(tl.int64) * positions_batch_stride + rows.index
         diagonal = tl.load(place, mask=rows.exists, other=0)
         first = tl.load(place + positions_stride, mask=rows.exists, other=0)
-        ordinal = tl.load(place + 2 * positions_stride, mask=rows.exists, other=-1)
+        ordinal = tl.load(place + positions_stride + positions_stride, mask=rows.exists, other=-1)
     if HAS_ALIBI:
         slope = slopes_of(
             SLOPES, ordinal, rows.exists, unit.batch, unit.head, slopes_outer, slopes_outer_stride, slopes_head_stride,

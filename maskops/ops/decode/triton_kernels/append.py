@@ -39,9 +39,11 @@ def append_kv_kernel(
     HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Writes BLOCK_N new keys and their values of one batch element and head. A place that is none is left out."""
-    batch = (tl.program_id(0) // kv_heads).to(tl.int64)
-    head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    new_key = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(new, BLOCK_N)
+    batch_head = tl.program_id(0) // blocks
+    batch = (batch_head // kv_heads).to(tl.int64)
+    head = (batch_head % kv_heads).to(tl.int64)
+    new_key = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     key = tl.load(LENGTHS + batch * lengths_stride).to(tl.int64) + new_key
     is_written = (new_key < new) & (key >= 0) & (key < capacity)
     row, slot, is_there = place_of(
@@ -100,5 +102,5 @@ def append_kv(
         "K": k, "V": v, "kv_heads": kv_heads, "new": new, "WIDTH": width, "VALUE_WIDTH": v.shape[3],
         "BLOCK": min(padded(max(width, v.shape[3])), 256), "BLOCK_N": _BLOCK_N,
     }  # fmt: skip
-    grid = (batch * kv_heads, -(-new // _BLOCK_N))
-    launch(append_kv_kernel, grid, k_cache, (), **arguments, num_warps=4, num_stages=1)
+    programs = -(-new // _BLOCK_N) * batch * kv_heads  # along the one dimension of a grid that is not short
+    launch(append_kv_kernel, (programs,), k_cache, (), **arguments, num_warps=4, num_stages=1)

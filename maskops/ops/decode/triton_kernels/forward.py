@@ -85,7 +85,7 @@ def decode_forward_kernel(
         hull_low = high
         hull_high = low
         for span in tl.static_range(N_SPANS):
-            in_plan = batch * plan_stride + span * span_stride + query
+            in_plan = batch * plan_stride + span * tl.cast(span_stride, tl.int64) + query
             start = tl.maximum(tl.load(START + in_plan, mask=exists, other=0), low)
             end = tl.minimum(tl.load(END + in_plan, mask=exists, other=0), high)
             hull_low = tl.minimum(hull_low, tl.min(tl.where(end > start, start, high), 0))
