@@ -21,7 +21,8 @@ from tests.served import AT_HOME, DEVICE
 pytestmark = pytest.mark.devices
 
 # What is interpreted or emulated runs no stream: the stand-in would only take its time.
-WORK = [(name, backend) for name, backend in smoke.WORK if backend in AT_HOME]
+# A replay draws other numbers than the next call does: dropout has no place here.
+WORK = [(name, backend) for name, backend in smoke.WORK if backend in AT_HOME and "dropout" not in name]
 
 
 class Recorded:
