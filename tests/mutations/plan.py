@@ -204,6 +204,20 @@ MUTATIONS = (
         ("tests/test_cuda_shared_memory.py",),
     ),
     Mutation(
+        "cuda devices: an error is left for the next launch",
+        "csrc/cuda/runtime.h",
+        "  static_cast<void>(cudaGetLastError());  // an error that is told",
+        "  // an error that is told",
+        ("tests/test_device_runtime.py",),
+    ),
+    Mutation(
+        "cuda launch: what one device allows counts for all",
+        "csrc/cuda/shared_memory.h",
+        "allowed.count({kernel, device}) != 0",
+        "allowed.count({kernel, 1}) != 0",
+        ("tests/test_device_runtime.py",),
+    ),
+    Mutation(
         "cuda devices: one answer for all of them",
         "csrc/cuda/device.cu",
         "if (known[index] == nullptr) {",
