@@ -28,11 +28,11 @@ MUTATIONS = (
         TESTS,
     ),
     Mutation(
-        "streaming: pieces that are joined are not",
+        "pieces: those that are joined are not",
         "maskops/data/first_fit.py",
         "Piece(number, start, stop, self.isolate)",
         "Piece(number, start, stop)",
-        ("tests/test_data_streaming.py",),
+        ("tests/test_data_samplers.py",),
     ),
     Mutation(
         "samplers: a default rank under accelerate",
