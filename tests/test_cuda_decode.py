@@ -13,7 +13,15 @@ import maskops
 from maskops import backend as backends
 from maskops import extension, masks
 from tests.served import DEVICE
-from tests.test_decode import FEATURES, LENGTHS, assert_within_budget, attend, make_cache, queries
+from tests.test_decode import (
+    FEATURES,
+    assert_within_budget,
+    attend,
+    check_feature,
+    check_shapes,
+    make_cache,
+    queries,
+)
 from tools import emulation
 
 NAME = "cuda"
@@ -32,13 +40,7 @@ def served() -> None:
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name: str, paged: bool) -> None:
-    features = FEATURES[name]
-    cache = make_cache(LENGTHS, 50, leftpad=features.leftpad)
-    q = queries(len(LENGTHS), 4, 3 if paged else 1)
-    out, lse = attend(NAME, cache, q, features, paged)
-    assert_within_budget((out, lse), cache, q, features, torch.float32)
-    empty = [b for b, n in enumerate(LENGTHS) if n <= (features.leftpad[b] if features.leftpad else 0)]
-    assert (out[empty] == 0).all() and (lse[empty] == -math.inf).all()
+    check_feature(NAME, name, paged, (3,) if paged else (1,))
 
 
 @pytest.mark.parametrize(
@@ -55,13 +57,7 @@ def test_features(name: str, paged: bool) -> None:
 )
 def test_shapes(heads: int, kv_heads: int, q_len: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     """Groups of every number of rows, more rows and more columns than a block has, prompts, odd pages."""
-    cache = make_cache([29, 3], 35, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, page_size=5, dtype=dtype)
-    q = queries(2, heads, q_len, head_dim, dtype)
-    features = FEATURES["causal"]
-    results = attend(NAME, cache, q, features, paged=True)
-    assert_within_budget(results, cache, q, features, dtype)
-    assert results[0].dtype == dtype and results[1].dtype == torch.float32
-    assert torch.equal(attend(NAME, cache, q, features, paged=False)[0], results[0])
+    check_shapes(NAME, heads, kv_heads, q_len, head_dim, value_dim, dtype)
 
 
 EDGES = [0, 1, 63, 64, 65, 256, 257, 640, 700, 1036]

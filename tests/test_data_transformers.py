@@ -107,6 +107,19 @@ def test_packed_encoders(name: str) -> None:
         torch.testing.assert_close(padded.to_packed(values), expected)
 
 
+ONE_STEP = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 1,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+"""A training step over two micro-batches, of which nothing is left but what it logged."""
+
+
 @pytest.mark.parametrize("how", ["packed, with room", "left"])
 def test_trainer_logs_the_mean_over_all_targets(how: str, tmp_path: Path) -> None:
     """One step over two micro-batches of unequal numbers of targets."""
@@ -117,14 +130,7 @@ def test_trainer_logs_the_mean_over_all_targets(how: str, tmp_path: Path) -> Non
         model=model,
         args=transformers.TrainingArguments(
             output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            max_steps=1,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
+            **ONE_STEP,
             remove_unused_columns=False,
         ),
         train_dataset=documents(),
@@ -156,14 +162,7 @@ def test_sft_trainer_logs_the_mean_over_all_targets(how: str, tmp_path: Path) ->
         model=model,
         args=trl.SFTConfig(
             output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            max_steps=1,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
+            **ONE_STEP,
             bf16=False,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},

@@ -176,20 +176,38 @@ def assert_within_budget(
         assert budget.passed, (name, budget)
 
 
+def check_feature(backend: str, name: str, paged: bool, q_lens: tuple[int, ...]) -> None:
+    """One feature over sequences of every kind of length, against the oracle; those that see nothing are 0."""
+    features = FEATURES[name]
+    cache = make_cache(LENGTHS, 50, leftpad=features.leftpad)
+    for q_len in q_lens:
+        q = queries(len(LENGTHS), 4, q_len)
+        out, lse = attend(backend, cache, q, features, paged)
+        assert_within_budget((out, lse), cache, q, features, torch.float32)
+        empty = [b for b, n in enumerate(LENGTHS) if n <= (features.leftpad[b] if features.leftpad else 0)]
+        assert (out[empty] == 0).all() and (lse[empty] == -math.inf).all()
+
+
+def check_shapes(
+    backend: str, heads: int, kv_heads: int, q_len: int, head_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    """Sizes against the oracle, and pages against a contiguous cache, bit for bit."""
+    cache = make_cache([29, 3], 35, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, page_size=5, dtype=dtype)
+    q = queries(2, heads, q_len, head_dim, dtype)
+    features = FEATURES["causal"]
+    results = attend(backend, cache, q, features, paged=True)
+    assert_within_budget(results, cache, q, features, dtype)
+    assert results[0].dtype == dtype and results[1].dtype == torch.float32
+    assert torch.equal(attend(backend, cache, q, features, paged=False)[0], results[0])
+
+
 # ---- attention over a cache ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(backend: str, name: str, paged: bool) -> None:
-    features = FEATURES[name]
-    cache = make_cache(LENGTHS, 50, leftpad=features.leftpad)
-    for q_len in (1, 3, 9):
-        q = queries(len(LENGTHS), 4, q_len)
-        out, lse = attend(backend, cache, q, features, paged)
-        assert_within_budget((out, lse), cache, q, features, torch.float32)
-        empty = [b for b, n in enumerate(LENGTHS) if n <= (features.leftpad[b] if features.leftpad else 0)]
-        assert (out[empty] == 0).all() and (lse[empty] == -math.inf).all()
+    check_feature(backend, name, paged, (1, 3, 9))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -8,19 +8,21 @@ import torch
 import maskops
 from maskops import masks
 from maskops.ops.decode.triton_kernels import append, forward
-from tests.test_decode import FEATURES, LENGTHS, assert_within_budget, attend, make_cache, queries
+from tests.test_decode import (
+    FEATURES,
+    assert_within_budget,
+    attend,
+    check_feature,
+    check_shapes,
+    make_cache,
+    queries,
+)
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name: str, paged: bool) -> None:
-    features = FEATURES[name]
-    cache = make_cache(LENGTHS, 50, leftpad=features.leftpad)
-    q = queries(len(LENGTHS), 4, 3 if paged else 1)
-    out, lse = attend("triton", cache, q, features, paged)
-    assert_within_budget((out, lse), cache, q, features, torch.float32)
-    empty = [b for b, n in enumerate(LENGTHS) if n <= (features.leftpad[b] if features.leftpad else 0)]
-    assert (out[empty] == 0).all() and (lse[empty] == -math.inf).all()
+    check_feature("triton", name, paged, (3,) if paged else (1,))
 
 
 @pytest.mark.parametrize(
@@ -36,13 +38,7 @@ def test_features(name: str, paged: bool) -> None:
 def test_shapes(
     heads: int, kv_heads: int, q_len: int, head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:  # fmt: skip
-    cache = make_cache([29, 3], 35, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, page_size=5, dtype=dtype)
-    q = queries(2, heads, q_len, head_dim, dtype)
-    features = FEATURES["causal"]
-    results = attend("triton", cache, q, features, paged=True)
-    assert_within_budget(results, cache, q, features, dtype)
-    assert results[0].dtype == dtype and results[1].dtype == torch.float32
-    assert torch.equal(attend("triton", cache, q, features, paged=False)[0], results[0])
+    check_shapes("triton", heads, kv_heads, q_len, head_dim, value_dim, dtype)
 
 
 @pytest.mark.parametrize("name", ["plain", "first tokens and window", "everything"])
