@@ -50,6 +50,7 @@ from maskops.layouts import (
     DOCUMENTS,
     CuSeqlensNames,
     Layout,
+    Sequences,
     check_shapes,
     check_values,
     first_true,
@@ -363,6 +364,55 @@ class Mask:
         """The meaning of a mask, in plain torch operations without a sync."""
         self._check_values(q_len, k_len, batch, device)
         sequences = resolve(self.layouts, batch, q_len, k_len, device)
+        whole = self._whole_mask()
+        return self._spans_of(sequences, whole, q_len, k_len, batch, device, grad, order, positions, bits)
+
+    def spans_in(
+        self,
+        sequences: Sequences,
+        q_len: int,
+        k_len: int,
+        *,
+        batch: int,
+        device: torch.device,
+        grad: bool = True,
+        order: bool | None = None,
+        positions: bool = False,
+        bits: bool | None = None,
+    ) -> RowSpans:
+        """Plan the patterns of the mask inside sequences that no layout describes; layouts of the mask are not read.
+
+        Plain torch operations on any device, without a sync.
+
+        Args:
+            sequences: the sequence of each query row, broadcastable to (batch, q_len). A sequence may begin before the
+                first key (``k_start < 0``, a cache that has dropped keys): patterns count from there.
+            q_len: query rows of one batch element.
+            k_len: keys of one batch element.
+            batch: batch elements of the plan: 1 or the batch of q.
+            device: where the tensors of ``sequences`` are.
+            grad: as in ``spans``.
+            order: as in ``spans``.
+            positions: as in ``spans``.
+            bits: as in ``spans``.
+        """
+        order, bits = is_for_devices(device, order), is_for_devices(device, bits)
+        return self._spans_of(sequences, None, q_len, k_len, batch, device, grad, order, positions, bits)
+
+    def _spans_of(
+        self,
+        sequences: Sequences,
+        whole: Tensor | None,
+        q_len: int,
+        k_len: int,
+        batch: int,
+        device: torch.device,
+        grad: bool,
+        order: bool,
+        positions: bool,
+        bits: bool,
+    ) -> RowSpans:
+        """The plan of the patterns in ``sequences``; ``whole`` is the tensor of a mask that is nothing but dense."""
         shape = (batch, q_len)
         row = torch.arange(q_len, device=device)
         inside = ((row >= sequences.q_start) & (row < sequences.q_end)).expand(shape)
@@ -394,7 +444,7 @@ class Mask:
 
         starts, ends = [], []
         for conjunct in self.conjuncts:
-            start = torch.minimum(torch.maximum(value(conjunct.start), k_start), k_end)
+            start = torch.minimum(torch.maximum(value(conjunct.start), k_start).clamp(min=0), k_end)
             end = torch.minimum(torch.maximum(value(conjunct.end), start), k_end)
             starts.append(torch.where(seeing, start, 0))
             ends.append(torch.where(seeing, end, 0))
@@ -405,7 +455,6 @@ class Mask:
             ordinal = torch.where(inside, ordinal, -1)
             where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
         if self.is_dense:
-            whole = self._whole_mask()
             exact = self._exact(start, end, k_len, key_holes) if whole is None else whole
             return registration.dense_plan(exact, batch, grad=grad, order=order, positions=where, bits=bits)
         if len(self.conjuncts) > 1:

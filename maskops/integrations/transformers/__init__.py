@@ -1,0 +1,1 @@
+"""maskops inside models of transformers; imported by ``maskops.attach`` and its kin, never by ``import maskops``."""

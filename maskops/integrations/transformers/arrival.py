@@ -1,0 +1,274 @@
+"""How the batch of a call arrives: which of its tokens are real, and which document each of them belongs to.
+
+A packed batch says where its documents lie in one of three ways, in this order of precedence: cumulative lengths
+(``cu_seq_lens_q`` and ``cu_seq_lens_k``), segments in an integer 2-D mask (1, 1, 2, 2, 0: equal values are one
+document), position ids that restart. The zeros of a 2-D mask are padding beside any of them. Everything is plain torch
+without a sync; what values must fulfil is checked where they can be read for free.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskops.checks import INTEGERS
+from maskops.integrations.transformers.calls import Call
+from maskops.layouts import first_true, values_can_be_read
+
+
+class Documents(NamedTuple):
+    """The documents of one side (queries or keys) of a batch (batch, length)."""
+
+    ids: Tensor
+    """int64 (batch, length): number of the token's document, -1 for tokens of none; equal numbers are contiguous."""
+    start: Tensor
+    """int64 (batch, length): place in the row at which the token's document begins."""
+    end: Tensor
+    """int64 (batch, length): one past the place at which it ends."""
+    cu_seqlens: Tensor | None
+    """int64 (n_documents + 1,): the offsets that ``ids`` counts by, where the caller gave them."""
+
+
+def kept_tokens(mask: Tensor | None) -> Tensor | None:
+    """bool (batch, length) of a 2-D mask: True = a real token."""
+    return None if mask is None else mask != 0
+
+
+def of_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int, name: str) -> Documents:
+    """Documents of offsets over the ``batch * length`` tokens of a batch, row after row.
+
+    Tokens past the last offset are padding; empty documents count.
+
+    Raises:
+        ValueError: offsets that do not start at 0, decrease, exceed the batch, or a document that crosses a row.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in INTEGERS:
+        raise ValueError(
+            f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: expected integers "
+            "(n_documents + 1,), cumulative lengths from 0"
+        )
+    cu_seqlens = cu_seqlens.to(torch.int64)
+    if values_can_be_read([cu_seqlens], cu_seqlens.device):
+        _check_cu_seqlens(cu_seqlens, batch, length, name)
+    device = cu_seqlens.device
+    token = torch.arange(batch * length, device=device)
+    number = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
+    last = cu_seqlens.shape[0] - 2
+    if last < 0:
+        outside = torch.full((batch, length), -1, device=device)
+        nothing = torch.zeros_like(outside)
+        return Documents(outside, nothing, nothing, cu_seqlens)
+    inside = number <= last
+    at = number.clamp(max=last)
+    row_start = torch.arange(batch, device=device)[:, None] * length
+    start = cu_seqlens[at].view(batch, length) - row_start
+    end = cu_seqlens[at + 1].view(batch, length) - row_start
+    return Documents(torch.where(inside, number, -1).view(batch, length), start, end, cu_seqlens)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int, name: str) -> None:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"{name}[0]={offsets[0]}: must be 0")
+    for i, (before, after) in enumerate(itertools.pairwise(offsets)):
+        if after < before:
+            raise ValueError(f"{name}[{i + 1}]={after} < {name}[{i}]={before}: cumulative lengths never decrease")
+        if after > before and batch > 1 and before // length != (after - 1) // length:
+            raise ValueError(
+                f"{name}: document {i} holds the tokens {before} to {after} of a batch of {batch} rows of {length} "
+                "tokens, so it crosses the end of a row: a document lies in one row"
+            )
+    if offsets[-1] > batch * length:
+        raise ValueError(f"{name}[-1]={offsets[-1]} is more than the {batch} x {length} tokens of the batch")
+
+
+def of_tokens(
+    positions: Tensor | None, segments: Tensor | None, kept: Tensor | None, *, is_continued: bool = False
+) -> Documents | None:
+    """Documents by position ids that restart and by segments, among the tokens that are kept.
+
+    A token begins a document where its segment is not that of the kept token before it, or where its position is
+    neither one more than that token's nor further on by their distance in the row (over a hole). Nothing else is read
+    from positions: a row may begin with any, and those of padding say nothing.
+
+    Args:
+        positions: integers (batch, length) or None.
+        segments: integers (batch, length), 0 = padding, or None.
+        kept: bool (batch, length) or None, True = a real token.
+        is_continued: the tokens go on behind those of a filled cache, so that a restart is an error.
+
+    Returns:
+        None where no boundary can be, or where the values can be read and there is none.
+    """
+    given = positions if positions is not None else segments
+    if given is None:
+        return None
+    batch, length = given.shape
+    device = given.device
+    place = torch.arange(length, device=device)
+    if kept is None:
+        previous = (place - 1).expand(batch, length)
+        has_previous = previous >= 0
+        kept_before = previous
+    else:
+        kept_before = torch.where(kept, place, -1).cummax(1).values
+        # Padded first, then cut: compiled code would have a size of length - 1 = 1 apart.
+        previous = torch.nn.functional.pad(kept_before, (1, 0), value=-1)[:, :-1]
+        has_previous = kept & (previous >= 0)
+    at = previous.clamp(min=0)
+    begins = torch.zeros_like(has_previous)
+    if positions is not None:
+        step = positions - positions.gather(1, at)
+        begins = begins | ((step != 1) & (step != place - previous))
+    if segments is not None:
+        begins = begins | (segments != segments.gather(1, at))
+    begins = begins & has_previous
+    first = (place == 0) if kept is None else kept & (previous < 0)
+    if values_can_be_read([given], device):
+        restart = first_true(begins)
+        if restart is None:
+            return None
+        if is_continued:
+            raise ValueError(
+                f"position_ids[{restart[0]}, {restart[1]}] restarts although the cache already holds tokens: a packed "
+                "batch cannot continue a cache; use maskops.packed_prefill to fill one from packed prompts"
+            )
+    begins = begins | first
+    number = begins.to(torch.int64).cumsum(1) - 1
+    start = torch.where(begins, place, 0).cummax(1).values
+    # Places of the next boundary, then of the last token kept before it: padding behind a document is not in it.
+    following = torch.where(begins, place, length)
+    following = torch.nn.functional.pad(following, (0, 1), value=length)[:, 1:].flip(1).cummin(1).values.flip(1)
+    if kept is None:
+        return Documents(number, start, following, None)
+    end = torch.where(following > 0, kept_before.gather(1, (following - 1).clamp(min=0)), -1) + 1
+    inside = (place < end) & (kept_before >= 0)
+    return Documents(torch.where(inside, number, -1), start, end, None)
+
+
+# ---- what a call was given -------------------------------------------------------------------------------------------
+
+
+def is_encoder_decoder(call: Call) -> bool:
+    """Whether the call belongs to an encoder-decoder, whose parts speak of two sequences."""
+    around: Call | None = call
+    while around is not None:
+        if getattr(getattr(around.module, "config", None), "is_encoder_decoder", False):
+            return True
+        around = around.parent
+    return False
+
+
+def is_decoder(call: Call) -> bool:
+    """Whether the call is that of a decoder with cross-attention."""
+    return call.tensor("encoder_hidden_states") is not None
+
+
+def _inherited(call: Call, name: str, *, any_sizes: bool) -> Tensor | None:
+    """An argument of the call, or else of the nearest call around it that has the same batch and length."""
+    own = call.sizes
+    around: Call | None = call
+    while around is not None:
+        value = around.tensor(name)
+        if value is not None and (any_sizes or around is call or own is None or around.sizes in (own, None)):
+            return value
+        around = around.parent
+    return None
+
+
+def cu_seqlens_of_call(call: Call, side: str) -> tuple[str, Tensor] | None:
+    """Name and value of the cumulative lengths of the queries (``"q"``) or keys (``"k"``) of a call's attention.
+
+    In an encoder-decoder ``cu_seq_lens_q`` speaks of the decoder and ``cu_seq_lens_k`` of the encoder; elsewhere both
+    say the same.
+    """
+    two_sides = is_encoder_decoder(call) or is_decoder(call)
+    names = (f"cu_seq_lens_{side}",) if two_sides else (f"cu_seq_lens_{side}", "cu_seq_lens_q", "cu_seq_lens_k")
+    for name in names:
+        value = _inherited(call, name, any_sizes=two_sides)
+        if value is not None:
+            return name, value
+    return None
+
+
+def text_positions(position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """Position ids as (batch, length), None where they say nothing about the order of the tokens.
+
+    ``(1, length)`` and ``(length,)`` hold for every row. Of the rows of a 3-D tensor (MRoPE) the first of four is
+    the text's; three of them are places in images.
+    """
+    if position_ids is None or position_ids.dtype not in INTEGERS:
+        return None
+    if position_ids.dim() == 3:
+        if position_ids.shape[0] != 4:
+            return None
+        position_ids = position_ids[0]
+    if position_ids.dim() == 1:
+        position_ids = position_ids[None]
+    if position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
+        return None
+    return position_ids.expand(batch, length)
+
+
+def documents_of_call(
+    call: Call, batch: int, length: int, kept: Tensor | None, *, columns: slice | Tensor, is_continued: bool
+) -> Documents | None:
+    """Documents among the ``length`` tokens that the call's self-attention computes; None for one a row.
+
+    Args:
+        call: the call of the model that makes the mask.
+        batch: rows of the batch.
+        length: tokens of a row in this call, without those of the cache.
+        kept: bool (batch, length), True = a real token, None for all.
+        columns: the columns of the call's 2-D mask that stand for these tokens.
+        is_continued: a cache already holds tokens before these.
+    """
+    side = "k" if is_encoder_decoder(call) and not is_decoder(call) else "q"
+    cu_seqlens = cu_seqlens_of_call(call, side)
+    if cu_seqlens is not None:
+        if is_continued:
+            raise ValueError(
+                f"{cu_seqlens[0]} with a cache that already holds tokens: a packed batch cannot continue a cache; use "
+                "maskops.packed_prefill to fill one from packed prompts"
+            )
+        return of_cu_seqlens(cu_seqlens[1], batch, length, cu_seqlens[0])
+    positions = None
+    if is_decoder(call):
+        positions = text_positions(_inherited(call, "decoder_position_ids", any_sizes=True), batch, length)
+    if positions is None:
+        positions = text_positions(_inherited(call, "position_ids", any_sizes=False), batch, length)
+    segments = None if kept is None else _segments(call.tensor("attention_mask"), columns)
+    if segments is not None and kept is not None and segments.shape != kept.shape:
+        segments = None
+    return of_tokens(positions, segments, kept, is_continued=is_continued)
+
+
+def documents_of_encoder(call: Call, batch: int, length: int, kept: Tensor | None) -> Documents | None:
+    """Documents among the keys of a decoder's cross-attention; None for one a row.
+
+    Args:
+        call: the call of the decoder.
+        batch: rows of the batch.
+        length: tokens of a row of the encoder.
+        kept: bool (batch, length), True = a real token, None for all.
+    """
+    cu_seqlens = cu_seqlens_of_call(call, "k")
+    if cu_seqlens is not None:
+        return of_cu_seqlens(cu_seqlens[1], batch, length, cu_seqlens[0])
+    positions, around = None, call.parent
+    while around is not None and positions is None:
+        if around.sizes == (batch, length):
+            positions = text_positions(around.tensor("position_ids"), batch, length)
+        around = around.parent
+    segments = None if kept is None else _segments(call.tensor("encoder_attention_mask"), slice(0, length))
+    return of_tokens(positions, segments, kept)
+
+
+def _segments(mask: Tensor | None, columns: slice | Tensor) -> Tensor | None:
+    """The columns of a 2-D mask of integers, whose values may number segments; None where they cannot."""
+    if mask is None or mask.dim() != 2 or mask.dtype not in INTEGERS:
+        return None
+    return mask[:, columns]

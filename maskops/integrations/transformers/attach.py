@@ -1,0 +1,218 @@
+"""``attach``: a model of transformers computes its attention with maskops until it is detached."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from maskops.integrations.transformers import calls
+from maskops.integrations.transformers.attention import attention_function
+from maskops.integrations.transformers.masking import mask_function
+
+IMPLEMENTATION = "maskops"
+
+
+class AttachError(ValueError):
+    """A model that maskops cannot serve; the message says why and what would work."""
+
+
+class Installation(NamedTuple):
+    """What the parts of ``attach`` work on, while it runs."""
+
+    model: nn.Module
+    models: tuple[PreTrainedModel, ...]
+    """Every ``PreTrainedModel`` in it, outermost first."""
+    steps: calls.Steps
+    undo: contextlib.ExitStack
+    """Callbacks that restore the model, run by ``detach`` in the reverse order, and where attach itself fails."""
+    report: Report
+
+    def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
+        """Set an instance attribute of a module until ``detach``."""
+        had, before = name in vars(module), vars(module).get(name)
+        setattr(module, name, value)
+
+        def restore() -> None:
+            if had:
+                setattr(module, name, before)
+            else:
+                delattr(module, name)
+
+        self.undo.callback(restore)
+
+
+class Report:
+    """What was attached, layer by layer.
+
+    Attributes:
+        implementation: the name under which transformers knows the attention function.
+        layers: names of the attention modules.
+        notes: what else there is to know.
+    """
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+        self.layers: list[str] = []
+        self.notes: list[str] = []
+
+    def __str__(self) -> str:
+        lines = [f"attention implementation: {self.implementation}", f"attention layers: {len(self.layers)}"]
+        return "\n".join([*lines, *(f"  {name}" for name in self.layers), *self.notes])
+
+
+class Attachment:
+    """Handle of an attached model; also a context manager that detaches it.
+
+    Attributes:
+        model: the model that was given to ``attach``.
+        report: what was attached.
+    """
+
+    def __init__(self, model: nn.Module, report: Report, undo: contextlib.ExitStack) -> None:
+        self.model = model
+        self.report = report
+        self._undo = undo
+
+    def detach(self) -> None:
+        """Restore the model exactly. Doing it twice is harmless."""
+        self._undo.close()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Attachment of {type(self.model).__name__}: {len(self.report.layers)} attention layers"
+
+
+Part = Callable[[Installation, "Options"], None]
+
+
+class Options(NamedTuple):
+    """The arguments of ``attach`` that its parts read."""
+
+    loss: bool
+    fuse_lm_head: bool
+    probe: bool
+    backend: str | None
+
+
+PARTS: tuple[Part, ...] = ()
+"""What ``attach`` installs beyond attention, in this order; each adds steps, attributes and notes to the report."""
+
+
+def attach(
+    model: nn.Module,
+    *,
+    loss: bool = True,
+    fuse_lm_head: bool = False,
+    probe: bool = True,
+    backend: str | None = None,
+) -> Attachment:
+    """Let a model of transformers compute its attention with maskops.
+
+    Every way in which a batch arrives is served: 2-D masks padded left or right, 4-D masks, position ids that restart,
+    ``cu_seq_lens_q`` and ``cu_seq_lens_k``, segments in an integer mask, several packed rows, caches, cross-attention.
+
+    Args:
+        model: a ``PreTrainedModel``, or a module that holds some.
+        loss: also replace the loss function.
+        fuse_lm_head: also fuse the language-model head with the loss.
+        probe: prove it on two random documents.
+        backend: name of a backend of maskops for the attention; None for the fastest.
+
+    Returns:
+        The handle, with ``report`` and ``detach()``; also a context manager.
+
+    Raises:
+        AttachError: a model that cannot be served, with the reason; it is left as it was.
+    """
+    models = tuple(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    if not models:
+        raise AttachError(f"attach: {type(model).__name__} is no PreTrainedModel of transformers and holds none")
+    for inner in models:
+        if any(isinstance(hook, calls.Enter) for hook in inner._forward_pre_hooks.values()):
+            raise AttachError(f"attach: {type(inner).__name__} is attached already: detach it first")
+    name = _register(backend)
+    options = Options(loss, fuse_lm_head, probe, backend)
+    with contextlib.ExitStack() as undo:
+        installation = Installation(model, models, calls.Steps(), undo, Report(name))
+        _set_implementation(installation, name)
+        for inner in models:
+            for handle in calls.install(inner, installation.steps):
+                undo.callback(handle.remove)
+            installation.set_attribute(inner, "create_masks_for_generate", keep_mask)
+        installation.report.layers.extend(
+            layer for layer, module in model.named_modules() if "attention" in type(module).__name__.lower()
+        )
+        for part in PARTS:
+            part(installation, options)
+        return Attachment(model, installation.report, undo.pop_all())
+
+
+def _register(backend: str | None) -> str:
+    """Make the functions known to transformers; the name of the implementation."""
+    name = IMPLEMENTATION if backend is None else f"{IMPLEMENTATION}.{backend}"
+    function = attention_function if backend is None else functools.partial(attention_function, backend=backend)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask_function)
+    return name
+
+
+def keep_mask(*, attention_mask: Any = None, **_: Any) -> Any:
+    """Stands for a model's ``create_masks_for_generate``, so that masks are made where the call is known."""
+    return attention_mask
+
+
+def _configs(models: tuple[PreTrainedModel, ...]) -> Iterator[Any]:
+    """Every configuration of the models, nested ones included, once."""
+    seen: set[int] = set()
+    waiting = [model.config for model in models]
+    while waiting:
+        config = waiting.pop(0)
+        if config is None or id(config) in seen:
+            continue
+        seen.add(id(config))
+        yield config
+        waiting += [getattr(config, name, None) for name in config.sub_configs]
+
+
+_attached: dict[int, tuple[Any, str | None, int]] = {}
+"""By id of a configuration: itself, its own implementation, and how many attached models share it."""
+
+
+def _set_implementation(installation: Installation, name: str) -> None:
+    for model in installation.models:
+        if not model._can_set_attn_implementation():
+            raise AttachError(
+                f"attach: {type(model).__name__} computes its attention by itself, without transformers' attention "
+                "interface: maskops would never be called"
+            )
+    for config in _configs(installation.models):
+        _, own, count = _attached.get(id(config), (config, config._attn_implementation_internal, 0))
+        if count and config._attn_implementation_internal != name:
+            raise AttachError(
+                "attach: another model with the same config object is attached with the implementation "
+                f"{config._attn_implementation_internal!r}: give this one a copy of the config, or the same backend"
+            )
+        _attached[id(config)] = (config, own, count + 1)
+        installation.undo.callback(_release, config)
+        config._attn_implementation_internal = name
+
+
+def _release(config: Any) -> None:
+    _, own, count = _attached.pop(id(config))
+    if count > 1:
+        _attached[id(config)] = (config, own, count - 1)
+    else:
+        config._attn_implementation_internal = own

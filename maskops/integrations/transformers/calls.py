@@ -1,0 +1,174 @@
+"""Running calls of attached models: which arguments the forward that is running was given, and by whom.
+
+transformers makes its masks deep inside a forward, from a fraction of what the caller said. A pre-hook on every
+``PreTrainedModel`` of an attached model therefore puts its call on a stack of the thread, a post-hook takes it off
+again; the mask function and everything else that has to know how a batch arrived reads the innermost call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+class Call:
+    """One running forward of a ``PreTrainedModel``.
+
+    Attributes:
+        module: the model that runs.
+        arguments: its arguments by name, those of ``**kwargs`` included. Change them with ``set`` and ``remove``.
+        parent: the call of the attached model around it, or None.
+        notes: what steps and the mask function keep for the time of the call, by name.
+    """
+
+    __slots__ = ("arguments", "changed", "module", "notes", "parent", "steps")
+
+    def __init__(self, module: nn.Module, arguments: dict[str, Any], parent: Call | None, steps: Steps) -> None:
+        self.module = module
+        self.arguments = arguments
+        self.parent = parent
+        self.steps = steps
+        self.notes: dict[str, Any] = {}
+        self.changed = False
+
+    def set(self, name: str, value: object) -> None:
+        """Hand another value of an argument to the forward."""
+        self.arguments[name] = value
+        self.changed = True
+
+    def remove(self, name: str) -> None:
+        """Keep an argument from the forward."""
+        if name in self.arguments:
+            del self.arguments[name]
+            self.changed = True
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The argument if it is a tensor, else None."""
+        value = self.arguments.get(name)
+        return value if isinstance(value, Tensor) else None
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        """Names of the parameters of the forward; ``**kwargs`` takes others, and most models hand them on."""
+        return _signature(self.module)[1]
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Batch and length of the ids or embeddings that the forward was given; None where it was given none."""
+        for name in ("input_ids", "inputs_embeds"):
+            value = self.tensor(name)
+            if value is not None and value.dim() >= 2:
+                return value.shape[0], value.shape[1]
+        return None
+
+
+class Steps:
+    """What an attachment does around each call; the same object for all models inside the attached one."""
+
+    def __init__(self) -> None:
+        self.before: list[Callable[[Call], None]] = []
+        """Run in order when a call begins, with the call on the stack; may change its arguments, may raise."""
+        self.after: list[Callable[[Call, Any], Any]] = []
+        """Run in order when a forward has returned; what a step returns replaces the output, None keeps it."""
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_running = _Running()
+
+
+def innermost() -> Call | None:
+    """The call that is running in this thread and not yet left, None outside of attached models."""
+    calls = _running.calls
+    return calls[-1] if calls else None
+
+
+def _drop_from(calls: list[Call], module: nn.Module) -> Call | None:
+    """Take the call of a model off the stack, and what lies above it."""
+    for index in range(len(calls) - 1, -1, -1):
+        if calls[index].module is module:
+            call = calls[index]
+            del calls[index:]
+            return call
+    return None
+
+
+_signatures: dict[type, tuple[tuple[str, ...], frozenset[str], str | None]] = {}
+
+
+def _signature(module: nn.Module) -> tuple[tuple[str, ...], frozenset[str], str | None]:
+    """Positional names, all names and the name of ``*args`` of the forward of a class, read at attach()."""
+    return _signatures[type(module)]
+
+
+def _read_signature(module: nn.Module) -> None:
+    kinds = inspect.Parameter
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)][1:]
+    names = frozenset(positional) | {p.name for p in parameters if p.kind == kinds.KEYWORD_ONLY}
+    rest = next((p.name for p in parameters if p.kind == kinds.VAR_POSITIONAL), None)
+    _signatures[type(module)] = (tuple(positional), names, rest)
+
+
+class Enter:
+    """Forward pre-hook that begins a call."""
+
+    def __init__(self, steps: Steps, positional: tuple[str, ...]) -> None:
+        self.steps = steps
+        self.positional = positional
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put the call on the stack and run the steps before it."""
+        arguments = dict(zip(self.positional, args, strict=False))
+        arguments.update(kwargs)
+        calls = _running.calls
+        _drop_from(calls, module)  # left over from a forward that was interrupted: no model runs inside itself
+        parent = calls[-1] if calls else None
+        if parent is not None and parent.steps is not self.steps:
+            parent = None
+        call = Call(module, arguments, parent, self.steps)
+        calls.append(call)
+        for step in self.steps.before:
+            step(call)
+        return (args[len(self.positional) :], call.arguments) if call.changed else None
+
+
+class Leave:
+    """Forward hook, also called when the forward raises, that ends a call."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> object:
+        """Take the call off the stack and run the steps after it."""
+        call = _drop_from(_running.calls, module)
+        if call is None or output is None:  # the forward raised, or a hook before the one that begins the call
+            return None
+        result = output
+        for step in self.steps.after:
+            changed = step(call, result)
+            result = result if changed is None else changed
+        return None if result is output else result
+
+
+def install(model: nn.Module, steps: Steps) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hook a ``PreTrainedModel``; the handles that undo it."""
+    _read_signature(model)
+    enter = Enter(steps, _signature(model)[0])
+    return [
+        # First of all hooks before the forward and last of all after it, so that the others run inside the call.
+        model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+        model.register_forward_hook(Leave(steps), always_call=True),
+    ]
