@@ -29,7 +29,6 @@ class Family:
         model: The class of transformers.
         config: The class of its configuration.
         options: What the configuration is given beside the size of the vocabulary.
-        positions: Whether `forward` takes position_ids. Where it does not, they are relative or counted from shapes.
         first_position: The position of the first token of a document.
         pad: The token in slots that hold none; RoBERTa and its kin count positions by it.
     """
@@ -39,7 +38,6 @@ class Family:
     model: str
     config: str
     options: dict[str, Any] = field(default_factory=dict)
-    positions: bool = True
     first_position: int = 0
     pad: int = 0
 
@@ -105,7 +103,7 @@ def _encoder(name: str, family: str, *, pad: int = 0, first_position: int = 0, *
 def _pair(name: str, family: str, **options: Any) -> Family:
     common = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     model = f"{family}ForConditionalGeneration"
-    return Family(name, "encoder-decoder", model, f"{family}Config", {**common, **options}, positions=False)
+    return Family(name, "encoder-decoder", model, f"{family}Config", {**common, **options})
 
 
 _MIXED = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
@@ -136,7 +134,16 @@ _BART = {
     "max_position_embeddings": 128,
     "forced_eos_token_id": None,
 }
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    # Smooth: at the kink of a ReLU a rounding error of an activation is an error of the whole gradient.
+    "feed_forward_proj": "gated-gelu",
+}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
 
 _SERVED = (
@@ -267,8 +274,8 @@ class Grid(NamedTuple):
         kept: (rows, length) int64, 1 where there is a token.
         segments: (rows, length) int64, 1, 2, ... by document in each row, 0 where there is no token.
         positions: (rows, length) int64, position ids; 0 where there is no token.
-        cu_seqlens: (n + 1,) int32 over rows * length slots; runs without a token between documents are sequences too,
-            the run after the last document is not.
+        cu_seqlens: (n + 1,) int32 over rows * length slots, where rows are filled from the left; what is left of a row,
+            be it nothing, is a sequence too, but in the last row.
         places: (tokens,) int64, the slots of the tokens in the order of the documents.
     """
 
@@ -305,10 +312,11 @@ def lay(
             ids[row_index, slots], kept[row_index, slots], segments[row_index, slots] = pieces[index], 1, segment
             positions[row_index, slots] = torch.arange(count) + (0 if starts is None else starts[index])
             places[index] = row_index * width + column + torch.arange(count)
-            bounds += [row_index * width + column, row_index * width + column + count]
             column += count
-    cu_seqlens = torch.tensor([bound for i, bound in enumerate(bounds) if i == 0 or bound != bounds[i - 1]])
-    return Grid(ids, kept, segments, positions, cu_seqlens.int(), torch.cat(places))
+            bounds.append(row_index * width + column)
+        if row_index + 1 < len(rows):
+            bounds.append((row_index + 1) * width)
+    return Grid(ids, kept, segments, positions, torch.tensor(bounds, dtype=torch.int32), torch.cat(places))
 
 
 class Batch(NamedTuple):
@@ -345,8 +353,10 @@ _TELLING: dict[str, tuple[str, ...]] = {
 
 def arrivals(name: str) -> list[str]:
     """The ways in which documents can arrive at a family."""
-    family = FAMILIES[name]
-    return [way for way, telling in _TELLING.items() if family.positions or "positions" not in telling]
+    if FAMILIES[name].kind != "encoder-decoder":
+        return list(_TELLING)
+    # Where only positions say what is padding, each padding slot is a document, which needs one on the other side.
+    return [way for way in _TELLING if not way.startswith("wrapped") and way != "rows by position_ids"]
 
 
 def _rows(way: str, count: int) -> list[list[int]]:
@@ -378,7 +388,7 @@ def _told(grid: Grid, way: str, first_position: int, prefix: str = "", cu_name: 
     if "mask" in telling or "segments" in telling:
         told[f"{prefix}attention_mask"] = grid.segments if "segments" in telling else grid.kept
     if "positions" in telling:
-        told["position_ids"] = grid.positions + first_position
+        told[f"{prefix}position_ids"] = grid.positions + first_position
     if "cu" in telling:
         told |= {f"cu_seq_lens_{side}": grid.cu_seqlens for side in cu_name}
         told |= {f"max_length_{side}": grid.cu_seqlens.diff().amax() for side in cu_name}
