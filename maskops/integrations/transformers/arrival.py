@@ -213,6 +213,19 @@ def text_positions(position_ids: Tensor | None, batch: int, length: int) -> Tens
     return position_ids.expand(batch, length)
 
 
+def given_positions(call: Call, batch: int, length: int) -> Tensor | None:
+    """Position ids (batch, length) that the caller gave for the tokens of a call, None if there are none.
+
+    The decoder of an encoder-decoder is told by ``decoder_position_ids``: ``position_ids`` are the encoder's, unless
+    the forward of the decoder takes them.
+    """
+    if is_decoder(call):
+        positions = text_positions(_inherited(call, "decoder_position_ids", any_sizes=True), batch, length)
+        if positions is not None or "position_ids" not in call.accepts:
+            return positions
+    return text_positions(_inherited(call, "position_ids", any_sizes=False), batch, length)
+
+
 def documents_of_call(
     call: Call, batch: int, length: int, kept: Tensor | None, *, columns: slice | Tensor, is_continued: bool
 ) -> Documents | None:
@@ -235,11 +248,7 @@ def documents_of_call(
                 "maskops.packed_prefill to fill one from packed prompts"
             )
         return of_cu_seqlens(cu_seqlens[1], batch, length, cu_seqlens[0])
-    positions = None
-    if is_decoder(call):
-        positions = text_positions(_inherited(call, "decoder_position_ids", any_sizes=True), batch, length)
-    if positions is None:
-        positions = text_positions(_inherited(call, "position_ids", any_sizes=False), batch, length)
+    positions = given_positions(call, batch, length)
     segments = None if kept is None else _segments(call.tensor("attention_mask"), columns)
     if segments is not None and kept is not None and segments.shape != kept.shape:
         segments = None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from maskops.integrations.transformers import calls
+from maskops.integrations.transformers import calls, positions
 from maskops.integrations.transformers.attention import attention_function
 from maskops.integrations.transformers.masking import mask_function
 
@@ -107,7 +107,7 @@ class Options(NamedTuple):
     backend: str | None
 
 
-PARTS: tuple[Part, ...] = ()
+PARTS: tuple[Part, ...] = (positions.install,)
 """What ``attach`` installs beyond attention, in this order; each adds steps, attributes and notes to the report."""
 
 

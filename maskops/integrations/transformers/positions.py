@@ -17,15 +17,18 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from maskops.integrations.transformers.arrival import documents_of_call, given_positions, kept_tokens
-from maskops.integrations.transformers.calls import Call, Steps, innermost
+from maskops.integrations.transformers.calls import Call, innermost
 from maskops.layouts import values_can_be_read
+
+if TYPE_CHECKING:
+    from maskops.integrations.transformers.attach import Installation, Options
 
 _COUNTING_TOKENS = "create_position_ids_from_input_ids"
 _NOTE = "places"
@@ -278,24 +281,12 @@ def _hook(module: nn.Module, owner: nn.Module) -> list[RemovableHandle]:
     return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
 
-def install(model: nn.Module, steps: Steps) -> list[RemovableHandle]:
-    """Tell all models inside a module the places of their tokens.
-
-    Args:
-        model: the attached module.
-        steps: its steps; one is appended.
-
-    Returns:
-        The handles that take the hooks of embeddings off again.
-    """
-    from transformers import PreTrainedModel  # noqa: PLC0415
-
-    models = {module for module in model.modules() if isinstance(module, PreTrainedModel)}
+def install(installation: Installation, options: Options) -> None:
+    """Tell all models of an attachment the places of their tokens."""
+    models: set[nn.Module] = set(installation.models)
     countings = {module: _counting(module, models) for module in models}
-    steps.before.append(_Tell(countings))
-    return [
-        handle
-        for owner, counting in countings.items()
-        for module in counting.embeddings
-        for handle in _hook(module, owner)
-    ]
+    installation.steps.before.append(_Tell(countings))
+    for owner, counting in countings.items():
+        for module in counting.embeddings:
+            for handle in _hook(module, owner):
+                installation.undo.callback(handle.remove)
