@@ -49,7 +49,7 @@ from maskops.compat import (  # noqa: E402
     scaled_dot_product_attention,
 )
 from maskops.data import PackedBatch, PaddedBatch, check_tokenizer, ensure_pad_token, padding_report  # noqa: E402
-from maskops.integrations import attach  # noqa: E402
+from maskops.integrations import attach, packed_prefill  # noqa: E402
 from maskops.ops.attention.api import attention, varlen_attention  # noqa: E402
 from maskops.ops.cross_entropy.api import CrossEntropyOutput, cross_entropy  # noqa: E402
 from maskops.ops.decode.api import append_kv, decode_attention  # noqa: E402
@@ -87,6 +87,7 @@ __all__ = [
     "masked_softmax",
     "masks",
     "merge_attention",
+    "packed_prefill",
     "pad_input",
     "padding_report",
     "replace_sdpa",

@@ -284,6 +284,8 @@ def _item_starts(first: Tensor, last: Tensor, seeing: Tensor, capacity: int) -> 
         capacity: items allowed for one batch element.
     """
     batch, q_len = first.shape
+    if q_len == 1:  # a step of generation, which should not pay for the search below
+        return torch.ones_like(seeing)
     row = torch.arange(q_len, device=first.device).expand(batch, q_len)
 
     # Segments: runs of rows whose hulls overlap from one non-empty row to the next.
@@ -357,6 +359,8 @@ def _work_list(start: Tensor, end: Tensor, seen: Tensor, is_dense: bool) -> tupl
     element = torch.arange(batch, device=start.device).unsqueeze(1).expand(batch, q_len).flatten()
 
     def over_rows(values: Tensor, start_value: int, how: str) -> Tensor:
+        if q_len == 1:
+            return values.flatten()  # each row is an item
         return row.new_full((capacity,), start_value).scatter_reduce(0, item, values.flatten(), how)
 
     columns = [

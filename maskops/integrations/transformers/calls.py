@@ -163,6 +163,12 @@ class Leave:
         return None if result is output else result
 
 
+def is_attached(module: nn.Module) -> bool:
+    """Whether a model is attached, or one inside it."""
+    hooks = (hook for inner in module.modules() for hook in inner._forward_pre_hooks.values())
+    return any(isinstance(hook, Enter) for hook in hooks)
+
+
 def install(model: nn.Module, steps: Steps) -> list[torch.utils.hooks.RemovableHandle]:
     """Hook a ``PreTrainedModel``; the handles that undo it."""
     _read_signature(model)
