@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from maskops.integrations.transformers import calls, positions
+from maskops.integrations.transformers import loss as loss_of_models
 from maskops.integrations.transformers.attention import attention_function
 from maskops.integrations.transformers.masking import mask_function
 
@@ -107,7 +108,7 @@ class Options(NamedTuple):
     backend: str | None
 
 
-PARTS: tuple[Part, ...] = (positions.install,)
+PARTS: tuple[Part, ...] = (positions.install, loss_of_models.install)
 """What ``attach`` installs beyond attention, in this order; each adds steps, attributes and notes to the report."""
 
 
