@@ -49,19 +49,29 @@ class Batch:
         return sum(self.lengths)
 
 
-def cut(lengths: Sequence[int], layout: Layout, batch_size: int) -> list[list[int]]:
+def cut(lengths: Sequence[int], layout: Layout, batch_size: int, positions: int | None = None) -> list[list[int]]:
     """Which documents share a micro-batch.
 
     Padded and packed take `batch_size` documents as they come. Bucketed sorts by length and fills each micro-batch,
     padding included, up to the mean number of tokens of a packed one: with a fixed number of documents instead, its
     batches of short documents would be needlessly small.
+
+    Args:
+        lengths: Tokens of each document.
+        layout: See above.
+        batch_size: Documents of a padded or packed batch.
+        positions: The most positions of a micro-batch, padding included, for models whose memory allows no more; a
+            document that is longer has one to itself.
     """
     order = list(range(len(lengths)))
     if layout != "bucketed":
-        return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        if positions is None:
+            return batches
+        return [part for batch in batches for part in _fitting(batch, lengths, layout, positions)]
     order.sort(key=lambda number: (-lengths[number], number))
     micro_batches = -(-len(order) // batch_size)
-    budget = -(-sum(lengths) // micro_batches)
+    budget = min(-(-sum(lengths) // micro_batches), positions or sum(lengths))
     groups: list[list[int]] = []
     for number in order:
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
@@ -71,17 +81,34 @@ def cut(lengths: Sequence[int], layout: Layout, batch_size: int) -> list[list[in
     return groups
 
 
+def _fitting(batch: Sequence[int], lengths: Sequence[int], layout: Layout, positions: int) -> list[list[int]]:
+    """A batch in as few parts as hold at most so many positions, documents in their order."""
+    parts: list[list[int]] = []
+    for number in batch:
+        grown = [*parts[-1], number] if parts else []
+        if grown and taken([grown], lengths, layout) <= positions:
+            parts[-1] = grown
+        else:
+            parts.append([number])
+    return parts
+
+
+def taken(groups: Sequence[Sequence[int]], lengths: Sequence[int], layout: Layout) -> int:
+    """Positions of these micro-batches, padding included."""
+    if layout == "packed":
+        return sum(lengths[number] for group in groups for number in group)
+    return sum(len(group) * max(lengths[number] for number in group) for group in groups)
+
+
 def fill(lengths: Sequence[int], layout: Layout, batch_size: int) -> float:
     """Share of the positions that hold a token of a document."""
-    groups = cut(lengths, layout, batch_size)
-    if layout == "packed":
-        return 1.0
-    positions = sum(len(group) * max(lengths[number] for number in group) for group in groups)
-    return sum(lengths) / positions
+    return sum(lengths) / taken(cut(lengths, layout, batch_size), lengths, layout)
 
 
-def collate(documents: Sequence[Tensor], numbers: Sequence[int], layout: Layout, device: torch.device) -> Batch:
-    """Lays the documents with these numbers out as one micro-batch."""
+def collate(
+    documents: Sequence[Tensor], numbers: Sequence[int], layout: Layout, device: torch.device, pad: int = 0
+) -> Batch:
+    """Lays the documents with these numbers out as one micro-batch; padding holds the token `pad`."""
     chosen = [documents[number] for number in numbers]
     lengths = [len(document) for document in chosen]
     shifted = [torch.cat([document[1:], document.new_tensor([IGNORED])]) for document in chosen]
@@ -92,7 +119,7 @@ def collate(documents: Sequence[Tensor], numbers: Sequence[int], layout: Layout,
     else:
         shape = (len(chosen), max(lengths))
         tokens, targets, position_ids = (
-            torch.zeros(shape, dtype=torch.int64),
+            torch.full(shape, pad),
             torch.full(shape, IGNORED),
             torch.zeros(shape, dtype=torch.int64),
         )

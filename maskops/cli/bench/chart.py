@@ -10,12 +10,12 @@ from maskops.cli.bench.report import HABIT, Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK = "#1f2933"
-_FAINT = "#9aa5b1"
-_PADDING = "#e4e7eb"
-_THEIRS = "#7b8794"
-_HABIT = "#cf8a7a"
-_OURS = ("#2f6fb0", "#0b3d6e")
+INK = "#1f2933"
+FAINT = "#9aa5b1"
+PADDING = "#e4e7eb"
+THEIRS = "#7b8794"
+HABIT_COLOUR = "#cf8a7a"
+OURS = ("#2f6fb0", "#0b3d6e")
 _BEST = "#3e4c59"
 _COLUMNS = (("attention", "attention alone"), ("loss", "cross-entropy alone"), ("step", "training step"))
 
@@ -49,7 +49,7 @@ def draw(report: Report, path: Path) -> None:
     )
     machine, settings = report.machine, report.settings
     figure.text(
-        0.012, 0.945, "Training on real text without computing the padding", fontsize=15, weight="bold", color=_INK
+        0.012, 0.945, "Training on real text without computing the padding", fontsize=15, weight="bold", color=INK
     )
     figure.text(
         0.012,
@@ -59,24 +59,25 @@ def draw(report: Report, path: Path) -> None:
         f"{report.documents['source']}, tokenizer {report.documents['tokenizer']} · "
         f"torch {machine.torch}, maskops {machine.maskops} ({machine.commit}) · medians of interleaved rounds",
         fontsize=7.5,
-        color=_THEIRS,
+        color=THEIRS,
     )
     figure.savefig(path)
 
 
-def _bare(axes: "Axes", *, keep: Sequence[str] = ()) -> None:
+def bare(axes: "Axes", *, keep: Sequence[str] = ()) -> None:
+    """Takes frame and ticks away, but for these sides of the frame."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in keep)
-        spine.set_color(_FAINT)
-    axes.tick_params(length=0, colors=_INK, labelsize=8.5)
+        spine.set_color(FAINT)
+    axes.tick_params(length=0, colors=INK, labelsize=8.5)
 
 
-def _title(axes: "Axes", text: str, note: str = "", above: float = 0.0) -> None:
+def heading(axes: "Axes", text: str, note: str = "", above: float = 0.0) -> None:
     """A heading with a note of any number of lines below it, `above` points over the axes."""
     lines = note.count("\n") + 1 if note else 0
     for words, height, size, colour, weight in (
-        (text, above + 8 + 12 * lines, 10.5, _INK, "bold"),
-        (note, above + 6, 8, _THEIRS, "normal"),
+        (text, above + 8 + 12 * lines, 10.5, INK, "bold"),
+        (note, above + 6, 8, THEIRS, "normal"),
     ):
         axes.annotate(
             words,
@@ -91,8 +92,8 @@ def _title(axes: "Axes", text: str, note: str = "", above: float = 0.0) -> None:
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    ours = iter(_OURS * len(rows))
-    return {row.name: next(ours) if row.ours else _HABIT if row.habit else _THEIRS for row in rows}
+    ours = iter(OURS * len(rows))
+    return {row.name: next(ours) if row.ours else HABIT_COLOUR if row.habit else THEIRS for row in rows}
 
 
 def _speeds(panels: "Sequence[Axes]", report: Report) -> None:
@@ -108,7 +109,7 @@ def _speeds(panels: "Sequence[Axes]", report: Report) -> None:
             if row is None:
                 continue
             speed = row.tokens_per_second
-            text = _number(speed) if speed is not None else (row.problem or "").split(":")[0]
+            text = number(speed) if speed is not None else (row.problem or "").split(":")[0]
             if speed is not None:
                 axes.barh(height, speed, color=colours[name], height=0.62)
                 text += "" if row.speedup is None else f"  {row.speedup:.2f}×"
@@ -118,25 +119,26 @@ def _speeds(panels: "Sequence[Axes]", report: Report) -> None:
                 text,
                 va="center",
                 fontsize=8.5,
-                color=_INK if speed is not None else _HABIT,
+                color=INK if speed is not None else HABIT_COLOUR,
                 weight="bold" if row.ours else "normal",
             )
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlim(0, 1.75 * longest)
         axes.set_xticks([])
         axes.set_yticks([])
-        _bare(axes, keep=("left",))
-        axes.set_title(title, loc="left", fontsize=8.5, color=_INK, pad=5)
+        bare(axes, keep=("left",))
+        axes.set_title(title, loc="left", fontsize=8.5, color=INK, pad=5)
     rows = list(reversed(report.table("step", True).rows))
     panels[0].set_yticks(range(len(rows)), [_folded(row) for row in rows])
     waste = next((waste for waste in report.waste if waste.layout.startswith("random")), None)
     filled = "" if waste is None else f"; random batches of {waste.batch_size} are {1 - waste.fill:.0%} padding"
-    _title(
+    heading(
         panels[0], "Real tokens per second, forward and backward", f"× of the best without maskops{filled}", above=14
     )
 
 
-def _number(speed: float) -> str:
+def number(speed: float) -> str:
+    """A speed in thousands."""
     return f"{speed / 1000:.1f} k" if speed < 99_950 else f"{speed / 1000:.0f} k"
 
 
@@ -154,15 +156,15 @@ def _folded(row: Row) -> str:
 def _padded_batch(axes: "Axes", lengths: Sequence[int]) -> None:
     longest = max(lengths)
     for row, length in enumerate(lengths):
-        axes.barh(row, longest, color=_PADDING, height=0.8)
+        axes.barh(row, longest, color=PADDING, height=0.8)
         axes.barh(row, length, color=_shade(row, len(lengths)), height=0.8)
     axes.invert_yaxis()
     axes.set_xlim(0, longest)
     axes.set_yticks([])
     axes.set_xticks([0, longest])
-    _bare(axes)
+    bare(axes)
     filled = sum(lengths) / (longest * len(lengths))
-    _title(axes, f"A padded batch: {1 - filled:.0%} padding")
+    heading(axes, f"A padded batch: {1 - filled:.0%} padding")
 
 
 def _spans(axes: "Axes", lengths: Sequence[int]) -> None:
@@ -171,7 +173,7 @@ def _spans(axes: "Axes", lengths: Sequence[int]) -> None:
     for row, length in enumerate(lengths):
         rows = range(first, first + length + 1)
         axes.fill_betweenx(list(rows), first, list(rows), color=_shade(row, len(lengths)), linewidth=0)
-        axes.plot([first, first], [first, first + length], color=_INK, linewidth=0.5)
+        axes.plot([first, first], [first, first + length], color=INK, linewidth=0.5)
         first += length
     pairs = sum(length * (length + 1) / 2 for length in lengths)
     padded = len(lengths) * max(lengths) ** 2
@@ -180,16 +182,16 @@ def _spans(axes: "Axes", lengths: Sequence[int]) -> None:
     axes.set_aspect("equal", anchor="W")
     axes.set_xticks([0, first])
     axes.set_yticks([0, first])
-    axes.set_xlabel("keys", fontsize=8.5, color=_INK, labelpad=-6)
-    axes.set_ylabel("query rows", fontsize=8.5, color=_INK, labelpad=-14)
-    _bare(axes, keep=("left", "bottom"))
-    _title(axes, "The same, packed: its spans")
+    axes.set_xlabel("keys", fontsize=8.5, color=INK, labelpad=-6)
+    axes.set_ylabel("query rows", fontsize=8.5, color=INK, labelpad=-14)
+    bare(axes, keep=("left", "bottom"))
+    heading(axes, "The same, packed: its spans")
     axes.annotate(
         f"{pairs / 1e3:,.0f} k pairs\ninstead of\n{padded / 1e3:,.0f} k",
         (1.0, 0.97),
         xycoords="axes fraction",
         fontsize=8.5,
-        color=_INK,
+        color=INK,
         va="top",
         ha="right",
     )
@@ -221,15 +223,15 @@ def _fill_factor(axes: "Axes", report: Report) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlim(min(fills) - 0.03, max(fills) + 0.03)
     axes.set_xticks(fills, [f"{fill:g}" for fill in fills])
-    axes.yaxis.grid(True, color=_PADDING, linewidth=0.8)
+    axes.yaxis.grid(True, color=PADDING, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel("fill factor: share of the padded batch that is text", fontsize=8.5, color=_INK)
+    axes.set_xlabel("fill factor: share of the padded batch that is text", fontsize=8.5, color=INK)
     names = [f"{rows[index].name} ({HABIT})" if rows[index].habit else rows[index].name for index in drawn]
     lines = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    axes.legend(lines, names, fontsize=8.5, frameon=False, labelcolor=_INK)
-    _bare(axes, keep=("bottom",))
+    axes.legend(lines, names, fontsize=8.5, frameon=False, labelcolor=INK)
+    bare(axes, keep=("bottom",))
     count, longest = len(report.sweep[0].lengths), max(report.sweep[0].lengths)
-    _title(
+    heading(
         axes,
         "Speed-up over the fill factor",
         f"training step, × of the best variant without maskops;\n"

@@ -19,6 +19,7 @@ from maskops.cli.bench.compilation import command as compilation
 from maskops.cli.bench.gpu import command as gpu
 from maskops.cli.bench.jobs import JOBS, Settings
 from maskops.cli.bench.measure import Row, Table, check, measure, split
+from maskops.cli.bench.models import command as models
 from maskops.cli.bench.progress import Progress
 from maskops.cli.bench.report import Report, SweepPoint, Waste, render
 from maskops.cli.bench.sweep import cut_documents, lengths_with_fill
@@ -153,6 +154,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="contests (gpu) or kernels (compile) whose name contains TEXT"
     )
+    models.add_options(parser)
     gpu.add_options(parser)
     compilation.add_options(parser)
     parser.set_defaults(run=run)
@@ -164,6 +166,10 @@ def run(options: argparse.Namespace) -> int:
         return gpu.run(options)
     if options.work == "compile":
         return compilation.run(options)
+    problem = models.refuse(options)
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return 2
     if options.huge_pages and not machine.huge_pages():
         # The allocator reads the variable once, at its first allocation: too late for this process.
         sys.stdout.flush()
@@ -182,6 +188,9 @@ def run(options: argparse.Namespace) -> int:
     # the environment variable gets that one.
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     with nullcontext() if asked else maskops.use_backend(fallback="error"):
+        if options.model is not None:
+            amount = "full" if options.full else "quick" if options.quick else "default"
+            return models.run(options, dtype, amount)
         report = execute(plan, mode=mode, device=device, dtype=dtype, seed=options.seed)
     print(render(report), end="")
     if options.json is not None:

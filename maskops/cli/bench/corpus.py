@@ -17,6 +17,7 @@ from torch import Tensor
 from maskops.cli.bench.timing import without_collector
 
 UNKNOWN = 0
+SOURCE = "docstrings of the standard library and of torch"
 _WORD = re.compile(r" ?[A-Za-z]{1,8}|[0-9]{1,3}| ?[^\w\s]+|\s+(?=\s)|\s|\w")
 
 
@@ -143,20 +144,15 @@ def read(
         ValueError: No document of at least `min_length` tokens was found.
     """
     tokenizer = find_tokenizer() if tokenizer is None else tokenizer
-    paths = source_files() if files is None else list(files)
     chance = random.Random(seed)
-    chance.shuffle(paths)
+    paths = _shuffled(source_files() if files is None else files, chance)
     deadline = time.monotonic() + seconds
-    seen: set[str] = set()
     encoded: list[list[int]] = []
     total = read_files = 0
     with without_collector():  # it takes half of the time to parse, looking for garbage among syntax trees
-        for texts in docstrings(paths):
+        for texts in _unseen(docstrings(paths)):
             read_files += 1
             for text in texts:
-                if text in seen:
-                    continue
-                seen.add(text)
                 ids = tokenizer.encode(text)
                 if len(ids) >= min_length:
                     encoded.append(ids[:max_length])
@@ -167,8 +163,58 @@ def read(
         raise ValueError(f"no docstring of at least {min_length} tokens in {len(paths)} files")
     chance.shuffle(encoded)
     documents, coverage = _cap(encoded, vocabulary)
-    origin = "docstrings of the standard library and of torch" if files is None else "docstrings of given files"
+    origin = SOURCE if files is None else "docstrings of given files"
     return Corpus(documents, tokenizer.name, vocabulary, coverage, read_files, origin)
+
+
+def read_texts(
+    *, characters: int, seed: int, seconds: float, files: Iterable[Path] | None = None
+) -> tuple[tuple[str, ...], int]:
+    """Documents as text, for tokenizers that models bring along; each once, in a seeded random order.
+
+    Args:
+        characters: How much text is enough.
+        seed: Order of the files and of the documents.
+        seconds: Upper bound on the time spent reading.
+        files: By default the standard library's and torch's.
+
+    Returns:
+        The texts, and how many files were read.
+
+    Raises:
+        ValueError: No docstring was found.
+    """
+    chance = random.Random(seed)
+    paths = _shuffled(source_files() if files is None else files, chance)
+    deadline = time.monotonic() + seconds
+    found: list[str] = []
+    total = read_files = 0
+    with without_collector():
+        for texts in _unseen(docstrings(paths)):
+            read_files += 1
+            found += texts
+            total += sum(map(len, texts))
+            if total >= characters or time.monotonic() > deadline:
+                break
+    if not found:
+        raise ValueError(f"no docstring in {len(paths)} files")
+    chance.shuffle(found)
+    return tuple(found), read_files
+
+
+def _shuffled(files: Iterable[Path], chance: random.Random) -> list[Path]:
+    paths = list(files)
+    chance.shuffle(paths)
+    return paths
+
+
+def _unseen(files: Iterable[list[str]]) -> Iterator[list[str]]:
+    """The texts of each file that no earlier one had."""
+    seen: set[str] = set()
+    for texts in files:
+        new = [text for text in dict.fromkeys(texts) if text not in seen]
+        seen.update(new)
+        yield new
 
 
 def _cap(encoded: list[list[int]], vocabulary: int) -> tuple[tuple[Tensor, ...], float]:

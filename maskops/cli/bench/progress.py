@@ -36,6 +36,10 @@ class Progress:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
 
+    def expect(self, seconds: float) -> None:
+        """Corrects the expected total, once more is known."""
+        self._total = max(seconds, 1e-9)
+
     def stage(self, label: str) -> None:
         """Names what is running now."""
         self._label = label

@@ -16,7 +16,7 @@ SCHEMA = 1
 
 HABIT = "what people do"
 
-_BUSY = 0.5
+BUSY_ABOVE = 0.5
 """Load average above which speeds say more about other programs than about this one."""
 
 
@@ -78,17 +78,17 @@ class Report:
 
     def to_json(self) -> str:
         """The report with medians and spreads beside the raw rounds."""
-        return json.dumps({"schema": SCHEMA, **_plain(self)}, indent=1) + "\n"
+        return json.dumps({"schema": SCHEMA, **to_plain(self)}, indent=1) + "\n"
 
     def write_json(self, path: Path) -> None:
         """Writes `to_json()` to a file."""
         path.write_text(self.to_json(), encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Dataclasses to dictionaries, with the properties that readers of the JSON want to have computed."""
     if isinstance(value, Row):
-        plain = {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        plain = {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
         timing = value.timing
         plain["timing"] = timing and {
             "median": timing.median,
@@ -99,11 +99,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Shares):
         return {**dataclasses.asdict(value), "ceiling": value.ceiling}
     if dataclasses.is_dataclass(value):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        return {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, (tuple, list)):
-        return [_plain(entry) for entry in value]
+        return [to_plain(entry) for entry in value]
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: to_plain(entry) for key, entry in value.items()}
     return value
 
 
@@ -113,7 +113,7 @@ def render(report: Report) -> str:
     jobs = dict.fromkeys(table.job for table in report.tables)
     blocks += [_job([table for table in report.tables if table.job == job]) for job in jobs]
     if report.shares:
-        blocks.append(_shares(report.shares))
+        blocks.append(shares_table(report.shares, "one profiled step each"))
     if report.sweep:
         blocks.append(_sweep(report.sweep))
     problems = report.problems()
@@ -175,7 +175,7 @@ def _heading(report: Report) -> str:
         ("", "against float64, 1 = plain torch's own and a few roundings; above 2 a row prints WRONG and no speed"),
         ("command", f"{machine.command} ({report.mode} run, {report.seconds:.0f} s)"),
     ]
-    if machine.load > _BUSY:
+    if machine.load > BUSY_ABOVE:
         lines.insert(1, ("BUSY", f"other programs kept {machine.load:.1f} processors busy: do not trust these speeds"))
     return "\n".join(["maskops bench text", *aligned(lines, left=2)])
 
@@ -248,7 +248,8 @@ def _summary(table: Table) -> str:
     return text
 
 
-def _shares(shares: Sequence[Shares]) -> str:
+def shares_table(shares: Sequence[Shares], measured: str) -> str:
+    """Where the time goes, a line a row; `measured` says of what."""
     rows = [["Where a training step goes", "GEMM", "attention", "loss", "rest", "free kernels"]]
     rows += [
         [
@@ -263,7 +264,7 @@ def _shares(shares: Sequence[Shares]) -> str:
     ]
     note = (
         "  rest: data movement (norms, activations, copies, gathers, optimizer) and Python; free kernels: the most\n"
-        "  that the row could gain if attention and loss took no time; one profiled step each"
+        f"  that the row could gain if attention and loss took no time; {measured}"
     )
     return "\n".join([*aligned(rows, indent=""), note])
 
