@@ -14,7 +14,7 @@ from torch import Tensor
 
 import maskops
 from maskops.backend import ENVIRONMENT_VARIABLE
-from maskops.cli.bench import batches, chart, corpus, machine, variants
+from maskops.cli.bench import batches, chart, corpus, machine, training, variants
 from maskops.cli.bench.compilation import command as compilation
 from maskops.cli.bench.gpu import command as gpu
 from maskops.cli.bench.jobs import JOBS, Settings
@@ -132,9 +132,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "work",
         nargs="?",
-        choices=["text", "gpu", "compile"],
+        choices=["text", "train", "gpu", "compile"],
         default="text",
-        help="text: real documents (default). gpu: every kernel of a device against the best peer that is installed. "
+        help="text: real documents (default), on a real model with --model. train: a small model of transformers to a "
+        "fixed loss, padded stock against packed maskops. gpu: every kernel of a device against the best peer that is "
+        "installed. "
         "compile: the device kernels, compiled for machines that are not here",
     )
     length = parser.add_mutually_exclusive_group()
@@ -188,8 +190,10 @@ def run(options: argparse.Namespace) -> int:
     # the environment variable gets that one.
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     with nullcontext() if asked else maskops.use_backend(fallback="error"):
-        if options.model is not None:
+        if options.model is not None or options.work == "train":
             amount = "full" if options.full else "quick" if options.quick else "default"
+            if options.work == "train":
+                return training.run(options, dtype, amount)
             return models.run(options, dtype, amount)
         report = execute(plan, mode=mode, device=device, dtype=dtype, seed=options.seed)
     print(render(report), end="")

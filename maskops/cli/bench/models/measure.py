@@ -110,7 +110,7 @@ def measure(
             on_stage(f"{way.name}: errors")
             row = ModelRow(way.name, way.ours, way.habit, fill=_fill(documents, way, size))
             try:
-                runners[index] = stack.enter_context(way.prepare(subject))
+                runners[index] = stack.enter_context(way.prepare(subject.model, subject.pooling))
                 found = outcome(runners[index], way, few, size, subject, gradients=truth.gradients is not None)
             except Exception as error:  # a row that says why it is empty; the others are still worth their time
                 first = (str(error).strip().splitlines() or [""])[0]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import maskops
 from maskops.cli.bench.batches import IGNORED, Batch, Layout
-from maskops.cli.bench.models.sources import Pooling, Subject, Task, first_position
+from maskops.cli.bench.models.sources import Pooling, Task, first_position
+from maskops.integrations import pool
 
 PLUG_IN = "maskops.bench.document_loop"
 """The name that transformers knows the plain torch plug-in by."""
@@ -38,7 +39,8 @@ class Way:
     Attributes:
         name: Its label.
         layout: How documents become tensors.
-        prepare: A runner for as long as the context lasts.
+        prepare: From a model and how it pools, a runner for as long as the context lasts. It shares the model's
+            weights and gradients.
         tasks: Where it is shown.
         ours: Whether it calls maskops; the best of the others is what speed-ups are measured against.
         habit: Whether it is what people do today.
@@ -46,7 +48,7 @@ class Way:
 
     name: str
     layout: Layout
-    prepare: Callable[[Subject], AbstractContextManager[Runner]]
+    prepare: Callable[[Any, Pooling], AbstractContextManager[Runner]]
     tasks: tuple[Task, ...] = ("embedding", "language")
     ours: bool = False
     habit: bool = False
@@ -64,16 +66,9 @@ def twin(model: Any, implementation: str | None) -> Any:
 def pool_padded(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
     """Embeddings from `(documents, longest, width)`, as sentence-transformers computes them."""
     if pooling == "cls":
-        return hidden[:, 0]
+        return hidden.select(1, 0)
     kept = _real(batch)[..., None].to(hidden.dtype)
     return (hidden * kept).sum(1) / kept.sum(1)
-
-
-def pool_packed(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
-    """The same from `(total, width)`."""
-    if pooling == "cls":
-        return hidden[batch.cu_seqlens[:-1].long()]
-    return torch.stack([document.mean(0) for document in hidden.split(list(batch.lengths))])
 
 
 def _real(batch: Batch) -> Tensor:
@@ -105,30 +100,58 @@ class _Stock:
         return loss
 
 
-class _Packed:
-    """All documents in one row. Rows without a target, one a document, do not reach the output layer if `gather`."""
+class _DocumentLoop:
+    """All documents in one row, with the best attention that torch has on any device: SDPA, one after the other.
 
-    def __init__(self, model: Any, pooling: Pooling, *, gather: bool, named: bool) -> None:
+    Rows without a target, one a document, do not reach the output layer. The lengths stay on the host, where whoever
+    packed the batch has them.
+    """
+
+    def __init__(self, model: Any, pooling: Pooling) -> None:
         self.model = model
         self._pooling = pooling
-        self._gather = gather
-        self._named = named
         self._first = first_position(model)
 
     def embeddings(self, batch: Batch) -> Tensor:
-        hidden = self.model(**self._inputs(batch)).last_hidden_state[0]
-        return pool_packed(hidden, batch, self._pooling)
+        _lengths[:] = batch.lengths
+        hidden = self.model(**_packed_inputs(batch, self._first)).last_hidden_state[0]
+        if self._pooling == "cls":
+            return hidden[batch.cu_seqlens[:-1].long()]
+        return torch.stack([document.mean(0) for document in hidden.split(_lengths)])
 
     def loss(self, batch: Batch, targets: int) -> Tensor:
-        shifted = batch.targets
-        kept = {}
-        if self._gather:
-            shifted, kept = shifted[batch.target_rows], {"logits_to_keep": batch.target_rows}
+        _lengths[:] = batch.lengths
+        kept = batch.targets[batch.target_rows][None]
+        out = self.model(
+            **_packed_inputs(batch, self._first),
+            logits_to_keep=batch.target_rows,
+            labels=kept,
+            shift_labels=kept,
+            num_items_in_batch=targets,
+            use_cache=False,
+        )
+        loss: Tensor = out.loss
+        return loss
+
+
+class _Attached:
+    """All documents in one row of an attached model, their offsets under the names that transformers has for them."""
+
+    def __init__(self, model: Any, pooling: Pooling) -> None:
+        self.model = model
+        self._pooling = pooling
+        self._first = first_position(model)
+
+    def embeddings(self, batch: Batch) -> Tensor:
+        hidden = self.model(**self._inputs(batch)).last_hidden_state
+        return pool(hidden, how=self._pooling, cu_seqlens=batch.cu_seqlens)
+
+    def loss(self, batch: Batch, targets: int) -> Tensor:
+        labels = batch.targets[None]
         out = self.model(
             **self._inputs(batch),
-            **kept,
-            labels=shifted[None],
-            shift_labels=shifted[None],
+            labels=labels,
+            shift_labels=labels,
             num_items_in_batch=targets,
             use_cache=False,
         )
@@ -136,30 +159,18 @@ class _Packed:
         return loss
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {
-            "input_ids": batch.tokens[None],
-            "position_ids": batch.positions[None] + self._first,
+        longest = max(batch.lengths)
+        return {
+            **_packed_inputs(batch, self._first),
+            "cu_seq_lens_q": batch.cu_seqlens,
+            "cu_seq_lens_k": batch.cu_seqlens,
+            "max_length_q": longest,
+            "max_length_k": longest,
         }
-        if self._named:
-            longest = max(batch.lengths)
-            inputs |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
-            inputs |= {"max_length_q": longest, "max_length_k": longest}
-        return inputs
 
 
-class _DocumentLoop(_Packed):
-    """Packed, with the best attention that torch has on any device: SDPA, one document after the other.
-
-    The lengths stay on the host, where whoever packed the batch has them.
-    """
-
-    def embeddings(self, batch: Batch) -> Tensor:
-        _lengths[:] = batch.lengths
-        return super().embeddings(batch)
-
-    def loss(self, batch: Batch, targets: int) -> Tensor:
-        _lengths[:] = batch.lengths
-        return super().loss(batch, targets)
+def _packed_inputs(batch: Batch, first_position: int) -> dict[str, Tensor]:
+    return {"input_ids": batch.tokens[None], "position_ids": batch.positions[None] + first_position}
 
 
 _lengths: list[int] = []
@@ -210,29 +221,29 @@ def document_loop(
 
 
 @contextmanager
-def stock(subject: Subject) -> Iterator[Runner]:
+def stock(model: Any, pooling: Pooling) -> Iterator[Runner]:
     """The model on transformers' own sdpa attention."""
-    yield _Stock(twin(subject.model, "sdpa"), subject.pooling)
+    yield _Stock(twin(model, "sdpa"), pooling)
 
 
 @contextmanager
-def plug_in(subject: Subject) -> Iterator[Runner]:
+def plug_in(model: Any, pooling: Pooling) -> Iterator[Runner]:
     """The model with the loop over documents plugged in."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PLUG_IN, document_loop)
     AttentionMaskInterface.register(PLUG_IN, _loop_mask)
-    yield _DocumentLoop(twin(subject.model, PLUG_IN), subject.pooling, gather=True, named=False)
+    yield _DocumentLoop(twin(model, PLUG_IN), pooling)
 
 
-def attached(fuse_lm_head: bool) -> Callable[[Subject], AbstractContextManager[Runner]]:
+def attached(fuse_lm_head: bool) -> Callable[[Any, Pooling], AbstractContextManager[Runner]]:
     """The model under `maskops.attach`, proven by its probe before it is timed."""
 
     @contextmanager
-    def prepare(subject: Subject) -> Iterator[Runner]:
-        model = twin(subject.model, None)
-        with maskops.attach(model, fuse_lm_head=fuse_lm_head):
-            yield _Packed(model, subject.pooling, gather=False, named=True)
+    def prepare(model: Any, pooling: Pooling) -> Iterator[Runner]:
+        served = twin(model, None)
+        with maskops.attach(served, fuse_lm_head=fuse_lm_head):
+            yield _Attached(served, pooling)
 
     return prepare
 
