@@ -17,13 +17,14 @@ def attach(
     *,
     loss: bool = True,
     fuse_lm_head: bool = False,
+    unpad: bool = False,
     probe: bool = True,
     backend: str | None = None,
 ) -> Attachment:
     """Let a model of transformers compute its attention with maskops; see ``integrations.transformers.attach``."""
     from maskops.integrations.transformers import attach as implementation
 
-    return implementation.attach(model, loss=loss, fuse_lm_head=fuse_lm_head, probe=probe, backend=backend)
+    return implementation.attach(model, loss=loss, fuse_lm_head=fuse_lm_head, unpad=unpad, probe=probe, backend=backend)
 
 
 def packed_prefill(

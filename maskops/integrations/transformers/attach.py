@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from maskops.integrations.transformers import calls, positions
+from maskops.integrations.transformers import calls, heads, positions, unpadding
 from maskops.integrations.transformers import loss as loss_of_models
 from maskops.integrations.transformers.attention import attention_function
 from maskops.integrations.transformers.masking import mask_function
@@ -104,11 +104,17 @@ class Options(NamedTuple):
 
     loss: bool
     fuse_lm_head: bool
+    unpad: bool
     probe: bool
     backend: str | None
 
 
-PARTS: tuple[Part, ...] = (positions.install, loss_of_models.install)
+PARTS: tuple[Part, ...] = (
+    heads.install,
+    unpadding.install,
+    positions.install,
+    loss_of_models.install,
+)
 """What ``attach`` installs beyond attention, in this order; each adds steps, attributes and notes to the report."""
 
 
@@ -117,6 +123,7 @@ def attach(
     *,
     loss: bool = True,
     fuse_lm_head: bool = False,
+    unpad: bool = False,
     probe: bool = True,
     backend: str | None = None,
 ) -> Attachment:
@@ -129,6 +136,7 @@ def attach(
         model: a ``PreTrainedModel``, or a module that holds some.
         loss: also replace the loss function.
         fuse_lm_head: also fuse the language-model head with the loss.
+        unpad: padded calls without a cache run packed inside the model and come back padded, 0 where there was padding.
         probe: prove it on two random documents.
         backend: name of a backend of maskops for the attention; None for the fastest.
 
@@ -145,7 +153,7 @@ def attach(
         if any(isinstance(hook, calls.Enter) for hook in inner._forward_pre_hooks.values()):
             raise AttachError(f"attach: {type(inner).__name__} is attached already: detach it first")
     name = _register(backend)
-    options = Options(loss, fuse_lm_head, probe, backend)
+    options = Options(loss, fuse_lm_head, unpad, probe, backend)
     with contextlib.ExitStack() as undo:
         installation = Installation(model, models, calls.Steps(), undo, Report(name))
         _set_implementation(installation, name)
