@@ -58,8 +58,10 @@ from maskops.ops.merge.api import merge_attention  # noqa: E402
 from maskops.ops.softmax.api import masked_softmax  # noqa: E402
 from maskops.packing import pad_input, unpad_input  # noqa: E402
 from maskops.spans import RowSpans  # noqa: E402
+from maskops.testing.leak import AuditReport, audit  # noqa: E402
 
 __all__ = [
+    "AuditReport",
     "BackendFallbackWarning",
     "CrossEntropyOutput",
     "PackedBatch",
@@ -70,6 +72,7 @@ __all__ = [
     "append_kv",
     "attach",
     "attention",
+    "audit",
     "backends",
     "check_tokenizer",
     "cross_entropy",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import maskops
-from maskops.cli import info, report, verify
+from maskops.cli import audit, info, report, verify
 from maskops.cli.bench import command as bench
 
 
@@ -14,6 +14,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m maskops", description=maskops.__doc__)
     top.add_argument("--version", action="version", version=f"maskops {maskops.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    audit.add_parser(commands)
     bench.add_parser(commands)
     info.add_parser(commands)
     report.add_parser(commands)
