@@ -455,3 +455,21 @@ def shifted_forward(self: Any, input_ids: Tensor, labels: Tensor | None = None, 
 def test_fusing_needs_the_loss() -> None:
     with pytest.raises(ValueError, match="give loss=True"):
         maskops.attach(language_model("llama"), loss=False, fuse_lm_head=True)
+
+
+def test_compiled_training_steps() -> None:
+    """One graph for the first length, one for all others; the output layer is fused in both."""
+    model = SERVED["llama"].build(num_hidden_layers=1).train()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    before = counters["stats"]["unique_graphs"]
+    with maskops.attach(model, probe=False, fuse_lm_head=True):
+        compiled = torch.compile(lambda **inputs: model(**inputs), backend="eager", fullgraph=True)
+        for length in (12, 9, 19, 14):
+            tokens = packed()["input_ids"][:, :length].clone()
+            inputs = {"input_ids": tokens, "labels": tokens.clone(), "position_ids": torch.arange(length)[None] % 7}
+            output = compiled(**inputs, use_cache=False)
+            assert output.logits is None
+            expected = model(**inputs, use_cache=False).loss
+            torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
+    assert counters["stats"]["unique_graphs"] - before == 2

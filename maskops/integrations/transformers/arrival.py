@@ -141,7 +141,9 @@ def of_tokens(
     start = torch.where(begins, place, 0).cummax(1).values
     # Places of the next boundary, then of the last token kept before it: padding behind a document is not in it.
     following = torch.where(begins, place, length)
-    following = torch.nn.functional.pad(following, (0, 1), value=length)[:, 1:].flip(1).cummin(1).values.flip(1)
+    # Padded with 0, not with the length: compiled code has the value of a padding as a constant, a graph a length.
+    following = torch.nn.functional.pad(following - length, (0, 1))[:, 1:] + length
+    following = following.flip(1).cummin(1).values.flip(1)
     if kept is None:
         return Documents(number, start, following, None)
     end = torch.where(following > 0, kept_before.gather(1, (following - 1).clamp(min=0)), -1) + 1
