@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from maskops.integrations.transformers import calls, heads, positions, unpadding
+from maskops.integrations.transformers import calls, heads, positions, refusals, unpadding
 from maskops.integrations.transformers import loss as loss_of_models
+from maskops.integrations.transformers import probe as probing
 from maskops.integrations.transformers.attention import attention_function
 from maskops.integrations.transformers.masking import mask_function
+from maskops.integrations.transformers.report import AttachError, Report
+
+__all__ = ["PARTS", "AttachError", "Attachment", "Installation", "Options", "Part", "Report", "attach"]
 
 IMPLEMENTATION = "maskops"
-
-
-class AttachError(ValueError):
-    """A model that maskops cannot serve; the message says why and what would work."""
 
 
 class Installation(NamedTuple):
@@ -28,7 +28,7 @@ class Installation(NamedTuple):
 
     model: nn.Module
     models: tuple[PreTrainedModel, ...]
-    """Every ``PreTrainedModel`` in it, outermost first."""
+    """Every ``PreTrainedModel`` in it, outermost first, but vision and audio towers, which keep their attention."""
     steps: calls.Steps
     undo: contextlib.ExitStack
     """Callbacks that restore the model, run by ``detach`` in the reverse order, and where attach itself fails."""
@@ -48,31 +48,12 @@ class Installation(NamedTuple):
         self.undo.callback(restore)
 
 
-class Report:
-    """What was attached, layer by layer.
-
-    Attributes:
-        implementation: the name under which transformers knows the attention function.
-        layers: names of the attention modules.
-        notes: what else there is to know.
-    """
-
-    def __init__(self, implementation: str) -> None:
-        self.implementation = implementation
-        self.layers: list[str] = []
-        self.notes: list[str] = []
-
-    def __str__(self) -> str:
-        lines = [f"attention implementation: {self.implementation}", f"attention layers: {len(self.layers)}"]
-        return "\n".join([*lines, *(f"  {name}" for name in self.layers), *self.notes])
-
-
 class Attachment:
     """Handle of an attached model; also a context manager that detaches it.
 
     Attributes:
         model: the model that was given to ``attach``.
-        report: what was attached.
+        report: what was attached and what was proven of it; print it.
     """
 
     def __init__(self, model: nn.Module, report: Report, undo: contextlib.ExitStack) -> None:
@@ -93,7 +74,8 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"Attachment of {type(self.model).__name__}: {len(self.report.layers)} attention layers"
+        state = "proven" if self.report.proven else "unproven"
+        return f"Attachment of {type(self.model).__name__}: {len(self.report.layers)} layers, {state}"
 
 
 Part = Callable[[Installation, "Options"], None]
@@ -137,14 +119,17 @@ def attach(
         loss: also replace the loss function.
         fuse_lm_head: also fuse the language-model head with the loss.
         unpad: padded calls without a cache run packed inside the model and come back padded, 0 where there was padding.
-        probe: prove it on two random documents.
+        probe: run two random documents through the model, one at a time with its own eager attention and together
+            with maskops, and compare layer by layer; costs some ten forwards of a few tokens. Without it, and where it
+            cannot run, the report says *unproven* and why.
         backend: name of a backend of maskops for the attention; None for the fastest.
 
     Returns:
         The handle, with ``report`` and ``detach()``; also a context manager.
 
     Raises:
-        AttachError: a model that cannot be served, with the reason; it is left as it was.
+        AttachError: a model that cannot be served or whose probe fails, with the reason and the table of the probe; it
+            is left as it was.
     """
     models = tuple(module for module in model.modules() if isinstance(module, PreTrainedModel))
     if not models:
@@ -152,21 +137,35 @@ def attach(
     for inner in models:
         if any(isinstance(hook, calls.Enter) for hook in inner._forward_pre_hooks.values()):
             raise AttachError(f"attach: {type(inner).__name__} is attached already: detach it first")
+    towers = refusals.towers(model)
+    apart = {id(module) for tower in towers.values() for module in tower.modules()}
+    served = tuple(inner for inner in models if id(inner) not in apart)
+    refusals.refuse(served)
     name = _register(backend)
     options = Options(loss, fuse_lm_head, unpad, probe, backend)
+    report = Report(type(models[0]).__name__, name)
+    report.notes += [
+        f"{name} ({type(tower).__name__}) keeps its own attention: its input is no text"
+        for name, tower in towers.items()
+    ]
+    reference = probing.reference(model, models[0], report) if probe else None
+    if not probe:
+        report.unproven = "probe=False"
     with contextlib.ExitStack() as undo:
-        installation = Installation(model, models, calls.Steps(), undo, Report(name))
+        installation = Installation(model, served, calls.Steps(), undo, report)
         _set_implementation(installation, name)
-        for inner in models:
+        for inner in served:
             for handle in calls.install(inner, installation.steps):
                 undo.callback(handle.remove)
             installation.set_attribute(inner, "create_masks_for_generate", keep_mask)
-        installation.report.layers.extend(
-            layer for layer, module in model.named_modules() if "attention" in type(module).__name__.lower()
-        )
         for part in PARTS:
             part(installation, options)
-        return Attachment(model, installation.report, undo.pop_all())
+        ways: frozenset[str] = frozenset()
+        if reference is not None:
+            probing.prove(models[0], reference, report)
+            ways = refusals.settle(report)
+        installation.steps.before[:0] = refusals.guards(models[0], report, ways)
+        return Attachment(model, report, undo.pop_all())
 
 
 def _register(backend: str | None) -> str:
@@ -184,16 +183,16 @@ def keep_mask(*, attention_mask: Any = None, **_: Any) -> Any:
 
 
 def _configs(models: tuple[PreTrainedModel, ...]) -> Iterator[Any]:
-    """Every configuration of the models, nested ones included, once."""
+    """Every configuration of the models, nested ones included but for those of towers, once."""
     seen: set[int] = set()
-    waiting = [model.config for model in models]
+    waiting: list[Any] = [model.config for model in models]
     while waiting:
         config = waiting.pop(0)
         if config is None or id(config) in seen:
             continue
         seen.add(id(config))
         yield config
-        waiting += [getattr(config, name, None) for name in config.sub_configs]
+        waiting += [getattr(config, name, None) for name in config.sub_configs if not refusals.is_of_tower(name)]
 
 
 _attached: dict[int, tuple[Any, str | None, int]] = {}
@@ -201,12 +200,6 @@ _attached: dict[int, tuple[Any, str | None, int]] = {}
 
 
 def _set_implementation(installation: Installation, name: str) -> None:
-    for model in installation.models:
-        if not model._can_set_attn_implementation():
-            raise AttachError(
-                f"attach: {type(model).__name__} computes its attention by itself, without transformers' attention "
-                "interface: maskops would never be called"
-            )
     for config in _configs(installation.models):
         _, own, count = _attached.get(id(config), (config, config._attn_implementation_internal, 0))
         if count and config._attn_implementation_internal != name:

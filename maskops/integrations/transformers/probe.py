@@ -1,0 +1,565 @@
+"""Proof of an attached model: two documents through its own eager attention one at a time, then through maskops.
+
+A probe has two halves. ``Reference`` runs before anything is attached: each document alone, with eager attention. It
+keeps the outputs of the model and, of each module in which tokens meet, what it read and what it gave. ``prove`` runs
+when maskops is attached: each way in which a batch can arrive, once as it is (the outputs of the model must agree) and
+once with every such module reading what it read in the reference, so that an error shows in the module that makes it,
+is not blurred by rounding before it, and does not spread.
+
+Attention that is nearly uniform hides what is wrong with it: a dropped softcap changes nothing where scores are near 0,
+as they are in a model that has just been initialised. Scores that are far apart hide as much, and eager attention in
+bfloat16 rounds them badly. In the second kind of run a module therefore reads its input multiplied by a factor, in the
+reference as well, that brings the spread of its scores to about 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskops.integrations.transformers.mixers import Mixer, token_mixers
+from maskops.integrations.transformers.probe_batches import (
+    PACKED,
+    Documents,
+    Side,
+    Slots,
+    Way,
+    choose_documents,
+    ways,
+    windows,
+)
+from maskops.integrations.transformers.report import (
+    NOT_TAKEN,
+    OWN_LIMIT,
+    REFUSED,
+    RIGHT,
+    WRONG,
+    ArrivalProof,
+    LayerProof,
+    Report,
+)
+
+# Errors of a token's vector relative to its length that count as rounding: a few products of the model's own in a row,
+# summed in another order. What a dropped window, sink, cap or mask changes is of the order of 1, a tenth at the least.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+_REDUCED_PRECISION = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+# Rows whose vector is far shorter than those of the others are held against a share of the others' length.
+_FLOOR = 0.1
+_WIDEST_FACTOR = 64.0  # also as a divisor
+# Of encoder-decoders and heads: what is not compared, being no result of the model.
+_NO_RESULTS = ("loss", "past_key_values", "hidden_states", "attentions")
+
+
+class _Seen(NamedTuple):
+    """One call of a module with one document: what it read, by argument, what it gave, and the side of its tokens."""
+
+    inputs: dict[str, tuple[Side, Tensor]]
+    output: Tensor
+    side: Side | None
+
+
+def unprovable(model: nn.Module, root: Any) -> str:
+    """Why a probe cannot run on a model, of which it would call `root`; or the empty text."""
+    if any(
+        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        for module in model.modules()
+    ):
+        return "it is compiled, and a probe would compile graphs of its own shapes; attach before compiling"
+    for module in model.modules():
+        bases = {base.__name__ for base in type(module).__mro__}
+        if bases & {"FullyShardedDataParallel", "FSDPModule"}:
+            return "it is sharded (FSDP): its forward needs all ranks at once; attach before sharding"
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return "it is sharded (DeepSpeed ZeRO-3): its forward needs all ranks at once"
+    if any(
+        type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor" for parameter in parameters
+    ):
+        return "its parameters are distributed tensors: its forward needs all ranks at once"
+    places = getattr(root, "hf_device_map", None) or {}
+    if any(str(place) in ("cpu", "disk") for place in places.values()) and len(set(map(str, places.values()))) > 1:
+        return "parts of it are offloaded (device_map), and running it would move them"
+    if any(parameter.is_meta for parameter in parameters):
+        return "its parameters have no values (meta device); attach again once they are loaded"
+    if not parameters:
+        return "it has no parameters"
+    inside = {id(module) for module in root.modules()}
+    outside = [m for m in model.modules() if hasattr(m, "main_input_name") and id(m) not in inside]
+    if outside:
+        return f"it holds several models ({type(root).__name__}, {type(outside[0]).__name__}); attach each by itself"
+    names = inspect.signature(root.forward).parameters
+    wanted = root.main_input_name
+    if wanted != "input_ids" or "input_ids" not in names:
+        return f"its input is {wanted}, and the probe can make up token ids only"
+    return ""
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Runs the body in eval mode without gradients and puts back what forwards may have left in the modules.
+
+    Instance attributes and buffers (also those that a forward replaces), training flags and the states of the global
+    generators are afterwards what they were before.
+    """
+    modules = list(model.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    # Buffers, hooks and the like are dictionaries among the attributes.
+    contents = [
+        {name: dict(value) for name, value in before.items() if isinstance(value, dict)} for before in attributes
+    ]
+    device = next(model.parameters()).device
+    indices = [device.index or 0] if device.type not in ("cpu", "meta") else []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(indices, device_type=device.type if indices else "cuda"))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            for module in modules:
+                module.training = False
+            yield
+        finally:
+            for module, before, named in zip(modules, attributes, contents, strict=True):
+                for name in [name for name in module.__dict__ if name not in before]:
+                    del module.__dict__[name]
+                module.__dict__.update(before)
+                for name, content in named.items():
+                    before[name].clear()
+                    before[name].update(content)
+
+
+@contextlib.contextmanager
+def own_attention(model: nn.Module) -> Iterator[None]:
+    """Runs the body with the model's own eager attention."""
+    configs: dict[int, Any] = {}
+
+    def collect(config: Any) -> None:
+        configs[id(config)] = config
+        for name in getattr(config, "sub_configs", {}):
+            if getattr(config, name, None) is not None:
+                collect(getattr(config, name))
+
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "sub_configs"):
+            collect(module.config)
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _change_inputs(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[str, Tensor], Tensor | None]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments in which each tensor of hidden states is what `change` returns for it; None keeps it."""
+
+    def changed(name: str, value: Any) -> Any:
+        hidden = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+        if not hidden or any(word in name for word in ("mask", "bias", "position")):
+            return value
+        other = change(name, value)
+        return value if other is None else other
+
+    named = [*names, *(f"argument {index}" for index in range(len(names), len(args)))]
+    return (
+        tuple(changed(name, value) for name, value in zip(named, args, strict=False)),
+        {name: changed(name, value) for name, value in kwargs.items()},
+    )
+
+
+def _first_tensor(output: object) -> Tensor | None:
+    if isinstance(output, (tuple, list)):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) else None
+
+
+def _is_weights(item: object, length: int) -> bool:
+    if not isinstance(item, Tensor) or not item.is_floating_point() or item.dim() != 4 or item.shape[2] != length:
+        return False
+    return bool((item >= 0).all()) and bool(((item.double().sum(-1) - 1).abs() < 0.1).all())
+
+
+def _score_spread(output: object, length: int) -> float | None:
+    """Standard deviation of the scores of an attention that returns its weights, None for others."""
+    # Beside the weights some return a bias of the same shape; only weights sum to 1.
+    found = [item for item in output[1:] if _is_weights(item, length)] if isinstance(output, tuple) else []
+    if not found:
+        return None
+    logarithms = found[-1].double().log()
+    allowed = logarithms.isfinite() & (logarithms > -60)
+    count = allowed.sum(-1, keepdim=True)
+    logarithms = logarithms.where(allowed, 0)
+    deviations = (logarithms - logarithms.sum(-1, keepdim=True) / count.clamp_min(1)).where(allowed & (count > 1), 0)
+    pairs = (allowed & (count > 1)).sum()
+    return math.sqrt(float(deviations.square().sum() / pairs)) if pairs else None
+
+
+class Reference:
+    """What a model makes of two documents, one at a time, with its own eager attention.
+
+    Build it before anything is attached, inside ``untouched``.
+
+    Attributes:
+        documents: the two documents.
+        outputs: of each document, what the model returned.
+        mixers: the modules in which tokens meet.
+        seen: by mixer, document and call, what it read and gave.
+        spreads: by mixer, the standard deviation of its scores in what was seen, where it returns its weights.
+        device: where the embeddings are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.device = model.get_input_embeddings().weight.device
+        self.documents: Documents = choose_documents(model, self.device)
+        self.mixers: list[Mixer] = token_mixers(model)
+        self.outputs: list[Any] = []
+        self.seen: dict[str, list[list[_Seen]]] = {mixer.name: [] for mixer in self.mixers}
+        self.spreads: dict[str, float] = {}
+        self._factors: dict[str, float] = {}
+        with own_attention(model):
+            for index in range(len(self.documents.target)):
+                self.outputs.append(self._plain_call(model, index))
+            for name, spread in self.spreads.items():
+                # Scores grow with the square of what is read: queries and keys both do.
+                self._factors[name] = min(max(spread**-0.5, 1 / _WIDEST_FACTOR), _WIDEST_FACTOR) if spread else 1.0
+            self.spreads.clear()
+            for index in range(len(self.documents.target)):
+                self._watched_call(model, index)
+
+    def _measure_spread(self, name: str, output: object, index: int) -> None:
+        tensor = _first_tensor(output)
+        if tensor is not None and self._side(tensor, index) is not None:
+            spread = _score_spread(output, tensor.shape[1])
+            if spread is not None:
+                self.spreads[name] = max(self.spreads.get(name, 0.0), spread)
+
+    def _plain_call(self, model: Any, index: int) -> Any:
+        with contextlib.ExitStack() as stack:
+            for mixer in self.mixers:
+                hook = functools.partial(self._after_plain, mixer.name, index)
+                stack.callback(mixer.module.register_forward_hook(hook).remove)
+            return model(**self.documents.alone(index))
+
+    def _after_plain(self, name: str, index: int, _: nn.Module, __: Any, output: object) -> None:
+        self._measure_spread(name, output, index)
+
+    def _watched_call(self, model: Any, index: int) -> None:
+        reading: dict[str, dict[str, tuple[Side, Tensor]]] = {}
+        with contextlib.ExitStack() as stack:
+            for mixer in self.mixers:
+                self.seen[mixer.name].append([])
+                before = functools.partial(self._before_watched, mixer.name, index, reading, _arguments(mixer.module))
+                after = functools.partial(self._after_watched, mixer.name, index, reading)
+                stack.callback(mixer.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(mixer.module.register_forward_hook(after).remove)
+            model(**self.documents.alone(index))
+
+    def _before_watched(
+        self,
+        mixer: str,
+        index: int,
+        reading: dict[str, dict[str, tuple[Side, Tensor]]],
+        names: list[str],
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        reading[mixer] = {}
+
+        def read(name: str, value: Tensor) -> Tensor | None:
+            side = self._side(value, index)
+            if side is None:
+                return None
+            reading[mixer][name] = (side, value * self._factors.get(mixer, 1.0))
+            return reading[mixer][name][1]
+
+        return _change_inputs(names, args, kwargs, read)
+
+    def _after_watched(
+        self,
+        mixer: str,
+        index: int,
+        reading: dict[str, dict[str, tuple[Side, Tensor]]],
+        _: nn.Module,
+        __: Any,
+        output: object,
+    ) -> None:
+        self._measure_spread(mixer, output, index)
+        tensor = _first_tensor(output)
+        if tensor is not None:
+            self.seen[mixer][index].append(_Seen(reading.pop(mixer), tensor.clone(), self._side(tensor, index)))
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides that the documents have."""
+        return ("target", "source") if self.documents.source else ("target",)
+
+    def _side(self, tensor: Tensor, index: int) -> Side | None:
+        """Which side's tokens lie along axis 1 of a tensor of one document; None if none do."""
+        if tensor.dim() < 2 or tensor.shape[0] != 1:
+            return None
+        return next((side for side in self.sides if tensor.shape[1] == len(self.documents.side(side)[index])), None)
+
+
+def tolerance(tensor: Tensor) -> float:
+    """What counts as rounding of a tensor, relative to the length of a token's vector."""
+    dtype = tensor.dtype
+    if dtype == torch.float32 and tensor.device.type == "cuda":
+        dtype = _REDUCED_PRECISION[torch.get_float32_matmul_precision()]
+    return _TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16])
+
+
+def row_errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Length of the difference of each row, relative to that of the expected row; infinite where it is NaN."""
+    expected = expected.reshape(len(expected), -1).double()
+    difference = found.reshape(len(found), -1).double() - expected
+    lengths = expected.norm(dim=1)
+    floor = _FLOOR * lengths.square().mean().sqrt()
+    errors = difference.norm(dim=1) / lengths.clamp_min(floor).clamp_min(1e-30)
+    finite: Tensor = errors.nan_to_num(nan=math.inf, posinf=math.inf)
+    return finite
+
+
+class _Calls:
+    """Counts which modules of a model call the attention function of a name."""
+
+    def __init__(self) -> None:
+        self.modules: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def counted(self, name: str) -> Iterator[None]:
+        """Counts while the body runs; calls of other models and threads are let through as well."""
+        from transformers import AttentionInterface
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        function = ALL_ATTENTION_FUNCTIONS[name]
+
+        def counting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.modules[id(module)] = self.modules.get(id(module), 0) + 1
+            return function(module, *args, **kwargs)
+
+        AttentionInterface.register(name, counting)
+        try:
+            yield
+        finally:
+            AttentionInterface.register(name, function)
+
+
+class _Prover:
+    """Runs the ways of arrival on an attached model and collects what they show."""
+
+    def __init__(self, model: Any, reference: Reference, name: str) -> None:
+        self.model = model
+        self.reference = reference
+        self.name = name
+        self.layers = {
+            mixer.name: LayerProof(mixer.name, type(mixer.module).__name__, recurrent=mixer.recurrent)
+            for mixer in reference.mixers
+        }
+
+    def run(self, way: Way) -> ArrivalProof:
+        """One way of arrival: the outputs as they are, then each module on what it read in the reference."""
+        try:
+            outputs = self._plain(way)
+        except Exception as error:
+            return self._raised(way, error)
+        worst, reason, bound = self._compare_outputs(outputs[-1], way.phases[-1].slots)
+        calls = _Calls()
+        with calls.counted(self.name):
+            self._watched(way)
+        for mixer in self.reference.mixers:
+            self.layers[mixer.name].called += calls.modules.get(id(mixer.module), 0)
+        verdict = WRONG if worst > bound or any(layer.wrong(way.name) for layer in self.layers.values()) else RIGHT
+        ours = any(layer.wrong(way.name) and layer.called for layer in self.layers.values())
+        # What its own attention gets as wrong is no fault of this one: positions counted over padding, say.
+        if verdict == WRONG and way.name not in PACKED and not ours and self._own_error(way) > 0.5 * max(worst, bound):
+            verdict = OWN_LIMIT
+            reason = "its own eager attention differs as much from one document at a time"
+        if verdict == WRONG and not reason:
+            reason = f"the outputs differ by {worst:.2g} of their size"
+        return ArrivalProof(verdict, worst, reason)
+
+    def _raised(self, way: Way, error: Exception) -> ArrivalProof:
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        if way.name in PACKED:
+            return ArrivalProof(REFUSED, None, reason)
+        try:
+            with own_attention(self.model):
+                self._plain(way)
+        except Exception as own:
+            if type(own) is type(error):
+                return ArrivalProof(NOT_TAKEN, None, f"also with its own attention: {reason}")
+        return ArrivalProof(WRONG, None, reason)
+
+    def _plain(self, way: Way) -> list[Any]:
+        outputs: list[Any] = []
+        for phase in way.phases:
+            outputs.append(self.model(**phase.inputs(outputs[-1] if outputs else None)))
+        return outputs
+
+    def _own_error(self, way: Way) -> float:
+        try:
+            with own_attention(self.model):
+                return self._compare_outputs(self._plain(way)[-1], way.phases[-1].slots)[0]
+        except Exception:
+            return math.inf
+
+    def _compare_outputs(self, output: Any, slots: dict[Side, Slots]) -> tuple[float, str, float]:
+        """The largest error of the model's outputs, what is wrong with their form, and what counts as rounding."""
+        worst, reason, bound = 0.0, "", 0.0
+        fields = self.reference.outputs[0]
+        for name in fields if hasattr(fields, "keys") else ():
+            expected = [output[name] for output in self.reference.outputs]
+            found = output.get(name)
+            if name in _NO_RESULTS or not isinstance(expected[0], Tensor) or not isinstance(found, Tensor):
+                continue
+            if not expected[0].is_floating_point() or expected[0].dim() < 2:
+                continue
+            sides = {self.reference._side(tensor, index) for index, tensor in enumerate(expected)}
+            side = sides.pop() if len(sides) == 1 else None
+            spots = slots[side].spots if side is not None else ()
+            if side is not None and tuple(found.shape[:2]) != (slots[side].rows, slots[side].length):
+                continue  # the encoder's states that were handed in
+            if side is None and len(found) != len(expected):
+                return math.inf, f"{name} has {len(found)} rows for {len(expected)} documents", 0.0
+            bound = max(bound, 4 * tolerance(found))
+            for index, tensor in enumerate(expected):
+                if side is None:
+                    errors = row_errors(found[index : index + 1], tensor)
+                else:
+                    row, column, first, count = spots[index]
+                    errors = row_errors(found[row, column : column + count], tensor[0, first : first + count])
+                worst = max(worst, float(errors.max() if bound < 1e-3 else errors.median()))
+        return worst, reason, bound
+
+    def _watched(self, way: Way) -> None:
+        """Each mixer reads what it read in the reference, laid out as this arrival has it, and is compared."""
+        output: Any = None
+        for phase in way.phases:
+            with contextlib.ExitStack() as stack:
+                for mixer in self.reference.mixers:
+                    seen, spread = self.reference.seen[mixer.name], self.reference.spreads.get(mixer.name, 1.0)
+                    watcher = _Watcher(seen, phase.slots, self.layers[mixer.name], way.name, max(1.0, spread))
+                    names = _arguments(mixer.module)
+                    before = mixer.module.register_forward_pre_hook(
+                        lambda _, args, kwargs, watcher=watcher, names=names: _change_inputs(
+                            names, args, kwargs, watcher.read
+                        ),
+                        with_kwargs=True,
+                    )
+                    stack.callback(before.remove)
+                    after = mixer.module.register_forward_hook(
+                        lambda _, __, output, watcher=watcher: watcher.gave(output)
+                    )
+                    stack.callback(after.remove)
+                output = self.model(**phase.inputs(output))
+
+
+class _Watcher:
+    """Of one mixer in one call of the model: hands it the reference's inputs, and compares what it gives."""
+
+    def __init__(
+        self, seen: list[list[_Seen]], slots: dict[Side, Slots], layer: LayerProof, way: str, spread: float
+    ) -> None:
+        self.seen = seen
+        self.slots = slots
+        self.layer = layer
+        self.way = way
+        self.spread = spread
+        self.call = 0
+
+    def _expected(self) -> list[_Seen]:
+        """What the reference saw of this call, a document each; empty if it saw no such call."""
+        return [calls[self.call] for calls in self.seen if self.call < len(calls)]
+
+    def read(self, name: str, value: Tensor) -> Tensor | None:
+        """The input that stands for `value`: the reference's in the slots of documents, `value` itself in others."""
+        expected = self._expected()
+        if not expected or any(name not in one.inputs for one in expected):
+            return None
+        side = expected[0].inputs[name][0]
+        slots = self.slots.get(side)
+        if slots is None or tuple(value.shape[:2]) != (slots.rows, slots.length):
+            return None
+        laid = value.clone()
+        for (row, column, first, count), one in zip(slots.spots, expected, strict=True):
+            laid[row, column : column + count] = one.inputs[name][1][0, first : first + count]
+        return laid
+
+    def gave(self, output: object) -> None:
+        """Compares the output with the reference's."""
+        self.layer.ran += 1
+        expected, tensor = self._expected(), _first_tensor(output)
+        self.call += 1
+        if not expected or tensor is None or expected[0].side is None:
+            return
+        slots = self.slots[expected[0].side]
+        if tuple(tensor.shape[:2]) != (slots.rows, slots.length):
+            return
+        self.layer.tolerance = max(self.layer.tolerance, tolerance(tensor) * self.spread)
+        for (row, column, first, count), one in zip(slots.spots, expected, strict=True):
+            errors = row_errors(tensor[row, column : column + count], one.output[0, first : first + count])
+            self.layer.errors[self.way] = max(self.layer.errors.get(self.way, 0.0), float(errors.max()))
+
+
+def reference(model: nn.Module, root: Any, report: Report) -> Reference | None:
+    """Runs the first half of a probe, before anything is attached.
+
+    Args:
+        model: what is attached.
+        root: the ``PreTrainedModel`` that the probe calls: the model itself, or the one that it wraps.
+        report: says ``unproven`` afterwards, and why, where the probe cannot run.
+
+    Returns:
+        The reference, or None where the probe cannot run.
+    """
+    report.unproven = unprovable(model, root)
+    if report.unproven:
+        return None
+    try:
+        with untouched(model):
+            return Reference(root)
+    except Exception as error:
+        report.unproven = f"it does not run on token ids alone ({type(error).__name__}: {error})".split("\n", 1)[0]
+        return None
+
+
+def prove(model: Any, reference: Reference, report: Report) -> None:
+    """Runs an attached model on the documents of a reference, and reports what it does with them, layer by layer.
+
+    Args:
+        model: the ``PreTrainedModel`` that the reference is of, attached.
+        reference: of the same model before it was attached.
+        report: is completed; its ``failures()`` say what is wrong.
+    """
+    lengths = tuple(map(len, reference.documents.target))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    report.dtype, report.device, report.lengths = str(dtype).removeprefix("torch."), str(reference.device), lengths
+    prover = _Prover(model, reference, report.implementation)
+    report.layers = list(prover.layers.values())
+    cached = getattr(reference.outputs[0], "past_key_values", None) is not None
+    with untouched(model):
+        for way in ways(model, reference.documents, reference.device, cached=cached):
+            missing = ArrivalProof(NOT_TAKEN, None, way.missing)
+            report.arrivals[way.name] = missing if way.missing else prover.run(way)
+    report.tolerance = max((layer.tolerance for layer in report.layers), default=0.0)
+    report.notes += [
+        f"a window of {window} tokens was not reached: the documents of the probe have up to {max(lengths)}"
+        for window in windows(model)
+        if window >= max(lengths)
+    ]

@@ -1,0 +1,208 @@
+"""What cannot be right: models that are not attached, and calls that an attached model does not take.
+
+Each refusal says what, why, and what works instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskops.integrations.transformers import arrival
+from maskops.integrations.transformers.calls import Call
+from maskops.integrations.transformers.mixers import Mixer, token_mixers
+from maskops.integrations.transformers.probe_batches import PACKED, PACKED_CU
+from maskops.integrations.transformers.report import REFUSED, WRONG, AttachError, Report
+
+# Names of the configurations of parts whose input is no text.
+_TOWER_CONFIG = re.compile(r"vision|visual|image|audio|speech|video|vq|codec")
+_INDEXER = re.compile(r"Indexer\b|Indexer$|TopkSelector")
+
+
+def is_of_tower(name: str) -> bool:
+    """Whether a nested configuration of this name is that of a vision or audio tower."""
+    return _TOWER_CONFIG.search(name) is not None
+
+
+def towers(model: nn.Module) -> dict[str, nn.Module]:
+    """The vision and audio towers inside a model, by name: models inside it that take neither ids nor embeddings.
+
+    Their batches are images and frames, laid out by rules of their own, so that they keep their own attention.
+    """
+    models = {name: module for name, module in model.named_modules() if hasattr(module, "main_input_name")}
+    found: dict[str, nn.Module] = {}
+    for name, inner in list(models.items())[1:]:
+        names = inspect.signature(inner.forward).parameters
+        if not any(argument.endswith(("input_ids", "inputs_embeds")) for argument in names) and not any(
+            name.startswith(f"{tower}.") for tower in found
+        ):
+            found[name] = inner
+    return found
+
+
+def _source(model: nn.Module) -> str:
+    """The file in which the class of a model is written; empty where it cannot be read."""
+    module = sys.modules.get(type(model).__module__)
+    try:
+        return inspect.getsource(module) if module is not None else ""
+    except (OSError, TypeError):
+        return ""
+
+
+def _outermost_kind(model: nn.Module, mixers: Iterable[Mixer]) -> str:
+    return next((type(mixer.module).__name__ for mixer in mixers if not mixer.recurrent), "its attention")
+
+
+def refuse(models: Iterable[Any]) -> None:
+    """Raises for models that cannot be served whatever they are called with; nothing is changed.
+
+    Args:
+        models: every ``PreTrainedModel`` of what is attached.
+
+    Raises:
+        AttachError: the model, the reason, and what works instead.
+    """
+    for model in models:
+        mixers = token_mixers(model)
+        if mixers and not model._can_set_attn_implementation():
+            raise AttachError(_never_called(model, mixers))
+        chooser = next((type(m).__name__ for m in model.modules() if _INDEXER.search(type(m).__name__)), None)
+        if chooser is not None:
+            raise AttachError(
+                f"{type(model).__name__} cannot be attached: its {chooser} chooses single keys for each query (sparse "
+                "attention), and maskops computes spans of keys. Leave it on its own implementation, 'eager' or 'sdpa'"
+            )
+
+
+def _never_called(model: nn.Module, mixers: list[Mixer]) -> str:
+    name, source = type(model).__name__, _source(model)
+    table = re.search(r"^(\w+_ATTENTION_CLASSES)\b", source, re.MULTILINE)
+    if not source:
+        why = "its source cannot be read, so that transformers does not let its attention be set"
+    elif table is not None:
+        why = (
+            f"it takes its attention from a table of its own ({table[1]}) when it is built, and never asks "
+            "transformers' attention interface, where maskops is registered"
+        )
+    elif all(mixer.recurrent for mixer in mixers):
+        why = f"it has no attention, only layers with a state ({type(mixers[0].module).__name__})"
+    else:
+        why = (
+            f"its {_outermost_kind(model, mixers)} computes attention in its own code: it accepts the name of an "
+            "implementation and never calls it, so that maskops would be attached and never run"
+        )
+    instead = "Batch it padded, with its own attention"
+    if "scaled_dot_product_attention(" in source:
+        instead += ", or load it with attn_implementation='sdpa' and run it inside maskops.replace_sdpa()"
+    return f"{name} cannot be attached: {why}. {instead}"
+
+
+def settle(report: Report) -> frozenset[str]:
+    """Decides what follows from a probe.
+
+    Where everything but packed batches is right, and no layer that maskops computes is wrong, packed batches are
+    refused: layers that carry a state along the row read the document before.
+
+    Args:
+        report: of the probe; verdicts of packed batches may become ``refused``.
+
+    Returns:
+        The ways of arrival that the attached model must refuse.
+
+    Raises:
+        AttachError: with the table, where a layer is wrong that maskops computes, or should.
+    """
+    wrong = [way for way, proof in report.arrivals.items() if proof.verdict == WRONG]
+    recurrent = [layer for layer in report.layers if layer.recurrent and layer.ran]
+    ours = [layer for layer in report.layers if not layer.recurrent and any(layer.wrong(way) for way in wrong)]
+    if ours or any(way not in PACKED for way in wrong):
+        found = "\n".join(f"- {failure}" for failure in report.failures())
+        raise AttachError(
+            f"{report.model} was not attached: the probe found results that differ from its own attention.\n{found}\n"
+            f"The model is as it was before. attach(model, probe=False) attaches it unproven.\n\n{report}",
+            report,
+        )
+    for way in wrong:
+        proof = report.arrivals[way]
+        proof.verdict = REFUSED
+        proof.reason = _recurrent_reason(recurrent) if recurrent else f"{proof.reason} (attention itself is right)"
+    if wrong:
+        report.notes.append("packed batches are refused with an error; padded ones, right or left, are right")
+    return frozenset(wrong)
+
+
+def _recurrent_reason(layers: list[Any]) -> str:
+    kinds = ", ".join(sorted({layer.kind for layer in layers}))
+    return f"{len(layers)} layers carry a state along the row, into the next document ({kinds})"
+
+
+def packed_guard(model: nn.Module, ways: frozenset[str], reason: str) -> Callable[[Call], None]:
+    """A step before each call that raises where the batch is packed in a way that is not right.
+
+    Args:
+        model: the attached model.
+        ways: the ways that are refused; batches with ``cu_seq_lens_q`` pass where that way is not among them.
+        reason: why.
+    """
+    message = (
+        f"{type(model).__name__} does not take packed batches: {reason}. Give it padded batches (attention_mask of 0 "
+        "and 1, one document a row)"
+    )
+
+    def refuse_packed(call: Call) -> None:
+        if call.parent is not None or call.sizes is None or call.sizes[1] == 1:
+            return
+        if arrival.cu_seqlens_of_call(call, "q") is not None:
+            if PACKED_CU in ways:
+                raise ValueError(message)
+            return
+        batch, length = call.sizes
+        mask = call.tensor("attention_mask")
+        mask = mask[:, -length:] if mask is not None and mask.dim() == 2 and mask.shape[1] >= length else None
+        integers = mask if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool else None
+        positions = arrival.text_positions(call.tensor("position_ids"), batch, length)
+        if torch.compiler.is_compiling():
+            documents = arrival.of_tokens(positions, integers, arrival.kept_tokens(mask))
+            if documents is not None:
+                torch._assert_async((documents.ids <= 0).all(), message)
+            return
+        # Reading them waits for a device once a call: the price of not being wrong without a word.
+        found = arrival.of_tokens(_on_cpu(positions), _on_cpu(integers), _on_cpu(arrival.kept_tokens(mask)))
+        if found is not None:
+            raise ValueError(message)
+
+    return refuse_packed
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def guards(model: nn.Module, report: Report, ways: frozenset[str]) -> list[Callable[[Call], None]]:
+    """The steps that an attached model needs so that no call goes wrong silently.
+
+    Args:
+        model: the attached model.
+        report: of the probe, or of a model that was not probed.
+        ways: what ``settle`` returned; empty for a model that was not probed.
+    """
+    if report.unproven:
+        recurrent = [mixer for mixer in token_mixers(model) if mixer.recurrent]
+        if not recurrent:
+            return []
+        kinds = ", ".join(sorted({type(mixer.module).__name__ for mixer in recurrent}))
+        reason = (
+            f"{len(recurrent)} layers carry a state along the row, into the next document ({kinds}), and no probe "
+            "showed that they stop at its end"
+        )
+        report.notes.append("packed batches are refused with an error: it has layers that carry a state along the row")
+        return [packed_guard(model, frozenset(PACKED), reason)]
+    if not ways:
+        return []
+    return [packed_guard(model, ways, next(report.arrivals[way].reason for way in PACKED if way in ways))]
