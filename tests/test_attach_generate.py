@@ -111,6 +111,24 @@ def test_a_conversation_goes_on_with_the_filled_cache(name: str, cache: str) -> 
     compare(found, Generated(*(torch.cat(tensors) for tensors in zip(*expected, strict=True))))
 
 
+def test_compiled_steps_with_a_static_cache_are_one_graph() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compilation = transformers.CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compilation._compile_all_devices = True  # else processors are left out
+    expected, module = alone("llama"), FAMILIES["llama"].build()
+    torch._dynamo.reset()
+    with maskops.attach(module, probe=False):
+        inputs = padded("llama", prompts("llama"))
+        found = generate(module, inputs, cache_implementation="static", compile_config=compilation)
+    assert len(graphs) == 1
+    compare(found, expected)
+
+
 @families("llama", "gemma2", "gpt2")
 def test_padding_holds_finite_numbers_in_every_layer(attached: Any, name: str) -> None:
     output = attached(**padded(name, prompts(name)), output_hidden_states=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -177,9 +178,16 @@ def _register(backend: str | None) -> str:
     return name
 
 
-def keep_mask(*, attention_mask: Any = None, **_: Any) -> Any:
-    """Stands for a model's ``create_masks_for_generate``, so that masks are made where the call is known."""
-    return attention_mask
+def keep_mask(*, attention_mask: Any = None, past_key_values: Any = None, **_: Any) -> Any:
+    """Stands for a model's ``create_masks_for_generate``, so that masks are made where the call is known.
+
+    A 2-D mask, which grows with each token, is filled up with padding to the length of a static cache: one shape, for
+    which compiled code has one graph.
+    """
+    if attention_mask is None or attention_mask.dim() != 2 or past_key_values is None:
+        return attention_mask
+    missing = past_key_values.get_max_length() - attention_mask.shape[1]
+    return torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
 
 def _configs(models: tuple[PreTrainedModel, ...]) -> Iterator[Any]:
