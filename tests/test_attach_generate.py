@@ -33,7 +33,7 @@ def test_left_padding(attached: Any, name: str, cache: str) -> None:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@families("t5")
+@families("t5", "bart")
 def test_encoder_decoders(attached: Any, name: str, left: bool, cache: str) -> None:
     inputs = padded(name, prompts(name), left=left)
     compare(generate(attached, inputs, cache_implementation=cache), alone(name))

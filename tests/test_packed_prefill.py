@@ -39,7 +39,7 @@ def test_generate_goes_on_from_it(name: str, chunk_size: int | None, cache: dict
 
 
 @pytest.mark.parametrize("chunk_size", [None, 8], ids=["one row", "rows"])
-@pytest.mark.parametrize("name", ["t5"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
 def test_encoder_outputs(name: str, chunk_size: int | None) -> None:
     expected = alone(name)
     with maskops.attach(model(name), probe=False):
