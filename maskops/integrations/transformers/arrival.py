@@ -169,28 +169,46 @@ def is_decoder(call: Call) -> bool:
     return call.tensor("encoder_hidden_states") is not None
 
 
-def _inherited(call: Call, name: str, *, any_sizes: bool) -> Tensor | None:
-    """An argument of the call, or else of the nearest call around it that has the same batch and length."""
-    own = call.sizes
+def _given(call: Call, name: str, sizes: tuple[int, int] | None) -> Tensor | None:
+    """An argument of the call or of one around it, if it speaks of tokens of these sizes.
+
+    A model that hands all its keywords to a part of another batch or length, as to a tower for images, means its own
+    tokens by them.
+
+    Args:
+        call: the call to begin with.
+        name: of the argument.
+        sizes: batch and length of the tokens; None where the argument says itself which part it is for.
+    """
+    found: Tensor | None = None
     around: Call | None = call
     while around is not None:
         value = around.tensor(name)
-        if value is not None and (any_sizes or around is call or own is None or around.sizes in (own, None)):
-            return value
+        if value is not None and (found is None or value is found):
+            fits = sizes is None or around.sizes is None or around.sizes == sizes
+            if not fits and value is found:
+                return None
+            if fits:
+                found = value
         around = around.parent
-    return None
+    return found
 
 
-def cu_seqlens_of_call(call: Call, side: str) -> tuple[str, Tensor] | None:
+def cu_seqlens_of_call(call: Call, side: str, sizes: tuple[int, int]) -> tuple[str, Tensor] | None:
     """Name and value of the cumulative lengths of the queries (``"q"``) or keys (``"k"``) of a call's attention.
 
     In an encoder-decoder ``cu_seq_lens_q`` speaks of the decoder and ``cu_seq_lens_k`` of the encoder; elsewhere both
     say the same.
+
+    Args:
+        call: the running call.
+        side: "q" or "k".
+        sizes: batch and length of the tokens that they would speak of.
     """
     two_sides = is_encoder_decoder(call) or is_decoder(call)
     names = (f"cu_seq_lens_{side}",) if two_sides else (f"cu_seq_lens_{side}", "cu_seq_lens_q", "cu_seq_lens_k")
     for name in names:
-        value = _inherited(call, name, any_sizes=two_sides)
+        value = _given(call, name, None if two_sides else sizes)
         if value is not None:
             return name, value
     return None
@@ -222,10 +240,10 @@ def given_positions(call: Call, batch: int, length: int) -> Tensor | None:
     the forward of the decoder takes them.
     """
     if is_decoder(call):
-        positions = text_positions(_inherited(call, "decoder_position_ids", any_sizes=True), batch, length)
-        if positions is not None or "position_ids" not in call.accepts:
+        positions = text_positions(_given(call, "decoder_position_ids", None), batch, length)
+        if positions is not None:
             return positions
-    return text_positions(_inherited(call, "position_ids", any_sizes=False), batch, length)
+    return text_positions(_given(call, "position_ids", (batch, length)), batch, length)
 
 
 def documents_of_call(
@@ -242,7 +260,7 @@ def documents_of_call(
         is_continued: a cache already holds tokens before these.
     """
     side = "k" if is_encoder_decoder(call) and not is_decoder(call) else "q"
-    cu_seqlens = cu_seqlens_of_call(call, side)
+    cu_seqlens = cu_seqlens_of_call(call, side, (batch, length))
     if cu_seqlens is not None:
         if is_continued:
             raise ValueError(
@@ -266,7 +284,7 @@ def documents_of_encoder(call: Call, batch: int, length: int, kept: Tensor | Non
         length: tokens of a row of the encoder.
         kept: bool (batch, length), True = a real token, None for all.
     """
-    cu_seqlens = cu_seqlens_of_call(call, "k")
+    cu_seqlens = cu_seqlens_of_call(call, "k", (batch, length))
     if cu_seqlens is not None:
         return of_cu_seqlens(cu_seqlens[1], batch, length, cu_seqlens[0])
     positions, around = None, call.parent

@@ -11,6 +11,7 @@ from maskops import masks
 from maskops.compat import recognise
 from maskops.masks import Mask
 from maskops.ops.attention.api import attention
+from maskops.ops.plan.registration import derive_plan
 from maskops.spans import RowSpans
 
 _REFUSED = {
@@ -78,15 +79,14 @@ def attention_function(
     if query.dtype != value.dtype or key.dtype != value.dtype:
         # Adapters and rotary embeddings in float32 leave q and k wider than v, which has the dtype of the model.
         query, key = query.to(value.dtype), key.to(value.dtype)
-    q_len, k_len = query.shape[2], key.shape[2]
     mask: RowSpans | Mask | None
     bias = position_bias
     if attention_mask is None:
-        mask = _mask_of_module(module, q_len, k_len, is_causal, sliding_window)
+        mask = _mask_of_module(module, query, key, is_causal, sliding_window, keywords)
     elif isinstance(attention_mask, RowSpans):
         mask = attention_mask
     else:
-        mask, added = _read_mask(attention_mask, query, k_len, dropout > 0)
+        mask, added = _read_mask(attention_mask, query, key.shape[2], dropout > 0)
         bias = added if bias is None else bias if added is None else bias + added
     if isinstance(mask, RowSpans) and mask.positions is None and dropout > 0:
         mask = _with_positions(mask, query.shape[0])
@@ -106,13 +106,32 @@ def attention_function(
 
 
 def _mask_of_module(
-    module: nn.Module, q_len: int, k_len: int, is_causal: bool | None, sliding_window: int | None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    keywords: dict[str, Any],
 ) -> Mask | None:
+    """The mask of a layer that was handed none: its causality, its window, and offsets of packed sequences."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if is_causal:
-        return masks.causal() if sliding_window is None else masks.sliding_window(sliding_window - 1, 0)
-    return None if sliding_window is None else masks.sliding_window(sliding_window - 1, sliding_window - 1)
+    mask = None
+    if sliding_window is not None:
+        mask = masks.sliding_window(sliding_window - 1, 0 if is_causal else sliding_window - 1)
+    elif is_causal:
+        mask = masks.causal()
+    cu_seqlens = keywords.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        return mask
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q describes one packed row, {type(module).__name__} has a batch of {query.shape[0]} and no "
+            "mask: give the rows one after the other as a batch of 1"
+        )
+    of_keys = keywords.get("cu_seq_lens_k")
+    packed = masks.documents(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens if of_keys is None else of_keys)
+    return packed if mask is None else packed & mask
 
 
 def _read_mask(
@@ -120,6 +139,12 @@ def _read_mask(
 ) -> tuple[RowSpans | Mask | None, Tensor | None]:
     """A 4-D mask as spans or a dense mask, and what is to be added to the scores."""
     batch, _, q_len, _ = query.shape
+    if mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(
+            f"attention_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: expected a plan of maskops, or bool "
+            "(True = attend) or floating (added to the scores) with four dimensions (batch|1, heads|1, q_len, k_len)"
+        )
+    # Masks of static caches may be longer than the keys that a layer hands over.
     mask = mask[:, :, :, :k_len]
     if recognise.can_be_read(mask):
         reading = recognise.read([mask], q_len, k_len, batch=batch, is_causal=False, positions=positions)
@@ -134,7 +159,19 @@ def _read_mask(
 
 def _with_positions(spans: RowSpans, batch: int) -> RowSpans:
     """A plan that was made without positions, counted as ``masks.dense`` counts: a row of the batch is a sequence."""
-    row = torch.arange(spans.q_len, device=spans.start.device) + (spans.k_len - spans.q_len)
-    element = torch.arange(batch, device=spans.start.device)[:, None]
-    row, zero, element = torch.broadcast_tensors(row, torch.zeros_like(element), element)
-    return spans._replace(positions=torch.stack((row, zero, element)).to(torch.int32))
+    device = spans.start.device
+    row = torch.arange(spans.q_len, device=device) + (spans.k_len - spans.q_len)
+    element = torch.arange(batch, device=device)[:, None]
+    positions = torch.stack(torch.broadcast_tensors(row, torch.zeros_like(element), element)).to(torch.int32)
+    start, end = (x.expand(-1, batch, -1) for x in (spans.start, spans.end))
+    return derive_plan(
+        start,
+        end,
+        spans.k_len,
+        key_holes=(spans.key_valid == 0).expand(batch, -1),
+        dense=spans.dense,
+        grad=spans.key_tiles is not None,
+        order=spans.order is not None,
+        positions=positions,
+        bits=spans.dense_bits is not None,
+    )

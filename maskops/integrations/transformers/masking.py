@@ -84,10 +84,20 @@ def mask_function(
         torch.device(device),
         config,
     )
+    return _cross_attention(call, request) if _is_cross_attention(call, request) else _self_attention(call, request)
+
+
+def _is_cross_attention(call: Call, request: _Request) -> bool:
+    """Whether a decoder asks for the mask of its cross-attention: that one looks both ways, its own only backwards."""
     states = call.tensor("encoder_hidden_states")
-    if request.is_bidirectional and states is not None and states.shape[1] == kv_length:
-        return _cross_attention(call, request)
-    return _self_attention(call, request)
+    if not request.is_bidirectional or states is None or states.shape[1] != request.k_len:
+        return False
+    if getattr(request.config, "is_causal", True) or request.local_size is not None:
+        return request.local_size is None
+    # A decoder that was told to look both ways asks for its own mask first.
+    is_second = "mask of both ways" in call.notes
+    call.notes["mask of both ways"] = True
+    return is_second
 
 
 def _dense(
@@ -106,8 +116,9 @@ def _dense(
         batch,
         q_len,
         k_len,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
+        # Annotated as int; static caches hand over tensors.
+        q_offset=q_offset,  # type: ignore[arg-type]
+        kv_offset=kv_offset,  # type: ignore[arg-type]
         mask_function=function,
         attention_mask=mask,
         allow_is_causal_skip=False,
@@ -247,7 +258,7 @@ def _is_continued(q_offset: int | Tensor) -> bool:
     """Whether a cache surely holds tokens already."""
     if isinstance(q_offset, Tensor):
         return values_can_be_read([q_offset], q_offset.device) and int(q_offset) > 0
-    return not isinstance(q_offset, torch.SymInt) and q_offset > 0
+    return not torch.compiler.is_compiling() and q_offset > 0
 
 
 def _columns(offset: int | Tensor, length: int, device: torch.device) -> slice | Tensor:
@@ -261,6 +272,8 @@ def _kept(mask: Tensor, offset: int | Tensor, length: int) -> Tensor:
     if isinstance(offset, Tensor):
         at = torch.arange(length, device=mask.device) + offset
         return mask[:, at.clamp(max=mask.shape[1] - 1)] & (at < mask.shape[1])
+    if mask.shape[1] == length and offset == 0:
+        return mask
     part = mask[:, offset : offset + length]
     return torch.nn.functional.pad(part, (0, length - part.shape[1]), value=False)
 
