@@ -107,7 +107,7 @@ class Sequences(NamedTuple):
     key_holes: Tensor | None = None
 
 
-def _hull_of_mask(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def hull_of_mask(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First and one past the last 1 of each row of a (batch, length) mask, (batch, 1) each, and the holes."""
     batch, length = mask.shape
     valid = mask != 0
@@ -176,10 +176,10 @@ def _sequences_of(layout: Layout, batch: int, q_len: int, k_len: int, device: to
     if layout.kind == "ids":
         return _sequences_of_ids(tensor, batch)
     if layout.kind == "padding_mask":
-        first, last, holes = _hull_of_mask(tensor)
+        first, last, holes = hull_of_mask(tensor)
         return Sequences(first, last, first, last, zero, holes, holes)
     if layout.kind == "key_mask":
-        first, last, holes = _hull_of_mask(tensor)
+        first, last, holes = hull_of_mask(tensor)
         return Sequences(zero, whole(q_len), first, last, zero, None, holes)
     lengths = tensor.to(torch.int64).clamp(0, k_len).unsqueeze(1)
     if layout.kind == "key_lengths":

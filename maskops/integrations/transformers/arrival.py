@@ -194,7 +194,7 @@ def _given(call: Call, name: str, sizes: tuple[int, int] | None) -> Tensor | Non
     return found
 
 
-def cu_seqlens_of_call(call: Call, side: str, sizes: tuple[int, int]) -> tuple[str, Tensor] | None:
+def cu_seqlens_of_call(call: Call, side: str, sizes: tuple[int, int] | None = None) -> tuple[str, Tensor] | None:
     """Name and value of the cumulative lengths of the queries (``"q"``) or keys (``"k"``) of a call's attention.
 
     In an encoder-decoder ``cu_seq_lens_q`` speaks of the decoder and ``cu_seq_lens_k`` of the encoder; elsewhere both
@@ -203,12 +203,12 @@ def cu_seqlens_of_call(call: Call, side: str, sizes: tuple[int, int]) -> tuple[s
     Args:
         call: the running call.
         side: "q" or "k".
-        sizes: batch and length of the tokens that they would speak of.
+        sizes: batch and length of the tokens that they would speak of; None for those of the call.
     """
     two_sides = is_encoder_decoder(call) or is_decoder(call)
     names = (f"cu_seq_lens_{side}",) if two_sides else (f"cu_seq_lens_{side}", "cu_seq_lens_q", "cu_seq_lens_k")
     for name in names:
-        value = _given(call, name, None if two_sides else sizes)
+        value = _given(call, name, None if two_sides else sizes or call.sizes)
         if value is not None:
             return name, value
     return None
@@ -241,7 +241,7 @@ def given_positions(call: Call, batch: int, length: int) -> Tensor | None:
     """
     if is_decoder(call):
         positions = text_positions(_given(call, "decoder_position_ids", None), batch, length)
-        if positions is not None:
+        if positions is not None or "position_ids" not in call.accepts:
             return positions
     return text_positions(_given(call, "position_ids", (batch, length)), batch, length)
 
@@ -251,6 +251,8 @@ def documents_of_call(
 ) -> Documents | None:
     """Documents among the ``length`` tokens that the call's self-attention computes; None for one a row.
 
+    Read once per call, whoever asks first: what steps then tell the model about its tokens changes nothing.
+
     Args:
         call: the call of the model that makes the mask.
         batch: rows of the batch.
@@ -259,6 +261,16 @@ def documents_of_call(
         columns: the columns of the call's 2-D mask that stand for these tokens.
         is_continued: a cache already holds tokens before these.
     """
+    key = f"documents of {batch} rows of {length}"
+    if key not in call.notes:
+        call.notes[key] = _read_documents(call, batch, length, kept, columns, is_continued)
+    found: Documents | None = call.notes[key]
+    return found
+
+
+def _read_documents(
+    call: Call, batch: int, length: int, kept: Tensor | None, columns: slice | Tensor, is_continued: bool
+) -> Documents | None:
     side = "k" if is_encoder_decoder(call) and not is_decoder(call) else "q"
     cu_seqlens = cu_seqlens_of_call(call, side, (batch, length))
     if cu_seqlens is not None:

@@ -21,7 +21,7 @@ from maskops import backend as backends
 from maskops import masks
 from maskops.integrations.transformers import arrival
 from maskops.integrations.transformers.calls import Call, innermost
-from maskops.layouts import Sequences, values_can_be_read
+from maskops.layouts import Sequences, hull_of_mask, values_can_be_read
 from maskops.masks import Mask
 from maskops.spans import RowSpans
 
@@ -223,7 +223,14 @@ def _self_attention(call: Call, request: _Request) -> RowSpans:
         kept = _kept(request.mask, request.q_offset, request.q_len)
     documents = None
     if request.q_len != 1 or is_fresh:
-        documents = _documents(call, request, kept, columns)
+        documents = arrival.documents_of_call(
+            call,
+            request.batch,
+            request.q_len,
+            kept,
+            columns=columns,
+            is_continued=_is_continued(request.q_offset),
+        )
     if is_fresh and (request.mask is None or request.mask.shape[1] == request.k_len):
         if documents is not None:
             pattern = masks.documents(documents.ids) & pattern
@@ -240,18 +247,6 @@ def _self_attention(call: Call, request: _Request) -> RowSpans:
     ):
         return _spans(call, pattern, request)
     return _spans_in_cache(call, pattern, request, documents, kept)
-
-
-def _documents(call: Call, request: _Request, kept: Tensor | None, columns: slice | Tensor) -> arrival.Documents | None:
-    """Documents of the queries, read once per call whatever number of masks it makes."""
-    sizes = (request.batch, request.q_len)
-    key = f"documents of {sizes}"
-    if key not in call.notes:
-        call.notes[key] = arrival.documents_of_call(
-            call, *sizes, kept, columns=columns, is_continued=_is_continued(request.q_offset)
-        )
-    found: arrival.Documents | None = call.notes[key]
-    return found
 
 
 def _is_continued(q_offset: int | Tensor) -> bool:
@@ -316,15 +311,7 @@ def _spans_in_cache(
     element = torch.arange(batch, device=device)[:, None]
     ordinal = element if documents is None else _ordinals(documents)
     sequences = Sequences(q_start, end - delta, start, end, ordinal, row_holes, key_holes)
-    return pattern.spans_in(
-        sequences,
-        q_len,
-        k_len,
-        batch=batch,
-        device=device,
-        grad=_needs_key_tiles(device),
-        positions=positions,
-    )
+    return _spans_in(call, pattern, request, sequences, batch)
 
 
 def _ordinals(documents: arrival.Documents) -> Tensor:
@@ -349,9 +336,11 @@ def _cross_attention(call: Call, request: _Request) -> RowSpans:
     )
     keys = arrival.documents_of_encoder(call, request.batch, request.k_len, request.mask)
     if documents is None and keys is None:
-        if request.mask is not None:
-            pattern = masks.key_padding(request.mask) & pattern
-        return _spans(call, pattern, request)
+        if kept is None or (values_can_be_read([kept], request.device) and bool(kept.all())):
+            if request.mask is not None:
+                pattern = masks.key_padding(request.mask) & pattern
+            return _spans(call, pattern, request)
+        return _spans_of_padded(call, pattern, request, kept)
     if documents is None or keys is None or (documents.cu_seqlens is None) != (keys.cu_seqlens is None):
         raise ValueError(
             "cross-attention: only one of decoder and encoder is packed, or each in another way: say where the "
@@ -369,15 +358,18 @@ def _cross_attention(call: Call, request: _Request) -> RowSpans:
         outside,
         None if request.mask is None else ~request.mask,
     )
-    return pattern.spans_in(
-        sequences,
-        request.q_len,
-        request.k_len,
-        batch=request.batch,
-        device=request.device,
-        grad=_needs_key_tiles(request.device),
-        positions=_counts_positions(call),
-    )
+    return _spans_in(call, pattern, request, sequences, request.batch)
+
+
+def _spans_of_padded(call: Call, pattern: Mask, request: _Request, kept: Tensor) -> RowSpans:
+    """The plan of padded rows against padded keys: rows of padding see nothing, and nothing is computed for them."""
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=request.device)
+    start, end, holes = zero, zero + request.k_len, None
+    if request.mask is not None:
+        start, end, holes = hull_of_mask(request.mask)
+    element = torch.arange(request.batch, device=request.device)[:, None]
+    sequences = Sequences(zero, zero + request.q_len, start, end, element, ~kept, holes)
+    return _spans_in(call, pattern, request, sequences, request.batch)
 
 
 def _keys_of_documents(
@@ -418,6 +410,18 @@ def _spans(call: Call, mask: Mask, request: _Request) -> RowSpans:
         request.q_len,
         request.k_len,
         batch=request.batch,
+        device=request.device,
+        grad=_needs_key_tiles(request.device),
+        positions=_counts_positions(call),
+    )
+
+
+def _spans_in(call: Call, pattern: Mask, request: _Request, sequences: Sequences, batch: int) -> RowSpans:
+    return pattern.spans_in(
+        sequences,
+        request.q_len,
+        request.k_len,
+        batch=batch,
         device=request.device,
         grad=_needs_key_tiles(request.device),
         positions=_counts_positions(call),
