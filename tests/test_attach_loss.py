@@ -457,6 +457,7 @@ def test_fusing_needs_the_loss() -> None:
         maskops.attach(language_model("llama"), loss=False, fuse_lm_head=True)
 
 
+@pytest.mark.grid  # seconds of tracing
 def test_compiled_training_steps() -> None:
     """One graph for the first length, one for all others; the output layer is fused in both."""
     model = SERVED["llama"].build(num_hidden_layers=1).train()
