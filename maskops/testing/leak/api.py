@@ -145,12 +145,13 @@ def _all_arrivals(
     sequences: list[Tensor],
     names: Sequence[str] | None,
 ) -> Iterable[BatchAudit]:
-    taken = taken_by(runner.model, is_causal=True)
+    taken = taken_by(runner.model)
     device = _device(runner.model)
     # Other lengths than those of the encoder, so that no mask fits both by chance.
     decoder = [replacement.drawn(max(1, len(item) - 2)) for item in sequences] if taken.has_decoder else None
     is_causal = settings.is_causal if settings.is_causal is not None else _is_causal(runner, replacement, sequences)
-    taken = taken_by(runner.model, is_causal)
+    has_cache = taken.has_decoder or _keeps_cache(runner, sequences)
+    taken = taken_by(runner.model, is_causal, has_cache)
     for name, arrival in arrivals_of(taken, sequences, decoder, names):
         if isinstance(arrival, str):
             yield BatchAudit(name, refused=arrival)
@@ -181,12 +182,21 @@ def _is_causal(runner: Runner, replacement: Replacement, sequences: list[Tensor]
     return bool(change <= 32 * torch.finfo(before.values.dtype).eps * before.scale)
 
 
+def _keeps_cache(runner: Runner, sequences: list[Tensor]) -> bool:
+    """Whether the model returns keys and values when it is asked to."""
+    inputs = {"input_ids": sequences[0].unsqueeze(0).to(_device(runner.model)), "use_cache": True}
+    try:
+        return getattr(runner.raw(inputs), "past_key_values", None) is not None
+    except REFUSALS:
+        return False
+
+
 def _given(batch: Any, documents: Tensor | Mapping[str, Tensor] | None, tokens: str | None, model: Any) -> Arrival:
     if isinstance(batch, Mapping):
         return Arrival("batch", dict(batch), streams_of(batch, documents, tokens))
     if documents is not None:
         raise ValueError(f"documents: a {type(batch).__name__} knows its documents, leave it out")
-    taken: Taken = taken_by(model, is_causal=True)
+    taken: Taken = taken_by(model)
     if isinstance(batch, PackedBatch):
         ids = batch.sequence_ids.cpu().unsqueeze(0)
         use_cache = False if "use_cache" in taken.names else None

@@ -39,7 +39,7 @@ class Taken:
         others: whether it takes any keyword.
         has_decoder: whether it is an encoder with a decoder.
         position_start: the position id of a document's first token.
-        has_cache: whether it may keep keys for later tokens, which encoders do not.
+        has_cache: whether it keeps keys for later tokens, which encoders do not, though some take ``use_cache``.
         pad: the id of padding.
         pattern: who sees whom inside a document, where the caller makes the mask.
     """
@@ -62,7 +62,7 @@ class Taken:
         return {"use_cache": False} if "use_cache" in self.names and self.has_cache else {}
 
 
-def taken_by(model: object, is_causal: bool) -> Taken:
+def taken_by(model: object, is_causal: bool = True, has_cache: bool = True) -> Taken:
     """Looks at the signature of a model's forward, below the wrappers of other libraries, and at its config."""
     inner: Any = model
     for _ in range(8):  # wrappers lie in one another: compiled, distributed, adapters
@@ -84,7 +84,7 @@ def taken_by(model: object, is_causal: bool) -> Taken:
         others=any(p.kind is p.VAR_KEYWORD for p in parameters),
         has_decoder=bool(getattr(config, "is_encoder_decoder", False)),
         position_start=_position_start(inner),
-        has_cache=is_causal,
+        has_cache=has_cache,
         pad=padding if isinstance(padding, int) and padding >= 0 else 0,
         pattern=causal() if is_causal else full(),
     )

@@ -2,8 +2,8 @@
 
 Two runs with hooks: the batch, and the batch with one document changed. In the second each layer is given what it was
 given in the first at the places of the document that should not notice. A layer whose output there is another then
-lets the leak in itself, whatever those before it do. Inside it the innermost module whose inputs are the same there and
-whose output is not is the one to look at.
+lets the leak in itself, whatever those before it do; so do the parts of a layer that are a list themselves. Inside it
+the innermost module whose inputs are the same there and whose output is not is the one to look at.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ class _Event:
         below = [name for child in self.children for name in child.innermost()]
         yield from below or ([self.name] if self.enters else [])
 
+    def largest(self) -> float:
+        """The largest change of an output where the leak enters, here or below."""
+        return max([self.change if self.enters else 0.0, *(child.largest() for child in self.children)])
+
 
 class _Watch:
     """Hooks on every module but the model itself."""
@@ -108,13 +112,14 @@ class _Watch:
         self.events: list[_Event] = []
         self._watched = watched
         self._whole = whole
-        self._layers = _layers(model)
+        self._members = _members(model)
+        self._layers = {name for name in self._members if not any(_is_inside(name, other) for other in self._members)}
         self._modules = [(name, module) for name, module in model.named_modules() if name]
         self._stack: list[_Event] = []
         self._calls: dict[str, int] = {}
         self._inputs: dict[tuple[str, int], list[Tensor]] = {}
         self._outputs: dict[tuple[str, int], list[Tensor]] = {}
-        self._restored: dict[tuple[str, int], Tensor] = {}
+        self._restored: dict[tuple[str, int, int | str], Tensor] = {}
         self._is_second = False
 
     def run(self, first: Callable[[], Any], second: Callable[[], Any]) -> None:
@@ -136,7 +141,7 @@ class _Watch:
             call = self._calls[name] = self._calls.get(name, 0) + 1
             parent = self._stack[-1] if self._stack else None
             changed = None
-            if name in self._layers:
+            if name in self._members:
                 changed = self._keep_or_restore((name, call), args, kwargs)
                 args, kwargs = (args, kwargs) if changed is None else changed
             given = [value for value in _tensors((args, kwargs)) if value.is_floating_point()]
@@ -169,23 +174,22 @@ class _Watch:
         return hook
 
     def _keep_or_restore(self, key: tuple[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keeps a layer's hidden states in the first run, and returns its arguments with them in the second."""
-        entries: list[tuple[Any, Any]] = [*enumerate(args), *kwargs.items()]
-        place = next((at for at, value in entries if self._whole.index(value, key[0]) is not None), None)
-        if place is None:
-            return None
-        value = args[place] if isinstance(place, int) else kwargs[place]
+        """Keeps what a layer is given for each token in the first run, and returns its arguments with it in the second.
+
+        Beside hidden states that is what an encoder hands to the layers of its decoder.
+        """
+        entries: dict[int | str, Any] = dict(enumerate(args))
+        entries.update(kwargs)
+        for place, value in entries.items():
+            if not self._is_second:
+                kept = self._whole.rows(value, key[0])
+                if kept is not None:
+                    self._restored[(*key, place)] = kept
+            elif (*key, place) in self._restored:
+                entries[place] = self._whole.replaced(value, self._restored[(*key, place)], key[0])
         if not self._is_second:
-            kept = self._whole.rows(value, key[0])
-            if kept is not None:
-                self._restored[key] = kept
             return None
-        if key not in self._restored:
-            return None
-        value = self._whole.replaced(value, self._restored[key], key[0])
-        if isinstance(place, int):
-            return (*args[:place], value, *args[place + 1 :]), kwargs
-        return args, {**kwargs, place: value}
+        return tuple(entries[number] for number in range(len(args))), {name: entries[name] for name in kwargs}
 
     def report(self) -> tuple[LayerLeak, ...]:
         """The layers in the order in which they ran, and what leaks outside of them."""
@@ -194,10 +198,8 @@ class _Watch:
     def _reported(self, events: list[_Event]) -> Iterator[LayerLeak]:
         for event in events:
             if event.name in self._layers:
-                leaks = event.enters
-                yield LayerLeak(
-                    event.name, event.change if leaks else 0.0, leaks, tuple(dict.fromkeys(event.innermost()))
-                )
+                culprits = tuple(dict.fromkeys(event.innermost()))
+                yield LayerLeak(event.name, event.largest() if culprits else 0.0, bool(culprits), culprits)
                 continue
             below = list(self._reported(event.children))
             yield from below
@@ -228,13 +230,18 @@ def find_layers(
     return watch.report()
 
 
-def _layers(model: nn.Module) -> set[str]:
-    """Names of the members of lists of modules, the outermost where lists lie in one another."""
-    names: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and name:
-            names.update(f"{name}.{child}" for child, _ in module.named_children())
-    return {name for name in names if not any(name.startswith(f"{outer}.") for outer in names if outer != name)}
+def _members(model: nn.Module) -> set[str]:
+    """Names of the members of lists of modules."""
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for child, _ in module.named_children()
+    }
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return name.startswith(f"{other}.")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -147,7 +147,9 @@ class Measurement:
         if self._settings.tolerance is not None:
             self._tolerance = self._tolerance_alone = self._settings.tolerance
             return
-        eps = torch.finfo(coarsest_dtype(self._runner.model, self._base.values)).eps
+        # Models in float64 have norms and softmax that compute in float32.
+        single = torch.finfo(torch.float32).eps
+        eps = max(single, torch.finfo(coarsest_dtype(self._runner.model, self._base.values)).eps)
         unit = eps * self._scale
         # Leaks are looked for between batches of one shape, where rounding is the same but for kernels that group
         # tokens by what they hold. What a leak adds to the noise of another composition is kept out by the bounds.

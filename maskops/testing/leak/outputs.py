@@ -91,6 +91,10 @@ class Runner:
 
     def __call__(self, inputs: Mapping[str, Any], stream: Stream) -> Output:
         """The output, aligned with a stream."""
+        return self._aligned(self.raw(inputs), stream)
+
+    def raw(self, inputs: Mapping[str, Any]) -> Any:
+        """What the model returns."""
         # Caches and other objects are written to by a call; tensors are not. Losses are not looked at.
         entries = {
             name: value if isinstance(value, (Tensor, int, float, str, type(None))) else deepcopy(value)
@@ -100,8 +104,7 @@ class Runner:
         self.calls += 1
         torch.manual_seed(self._seed)
         with torch.no_grad():
-            result = self.model(**entries) if self._call is None else self._call(self.model, entries)
-        return self._aligned(result, stream)
+            return self.model(**entries) if self._call is None else self._call(self.model, entries)
 
     def _aligned(self, result: Any, stream: Stream) -> Output:
         name, values = _main_tensor(result)
