@@ -100,6 +100,13 @@ def _extremum(pick: str, bounds: tuple[Bound, ...]) -> Bound:
     return Extremum(pick, tuple(sorted(kept, key=_sort_key)))
 
 
+def counts_from_first(bound: Bound) -> bool:
+    """Whether a bound moves with the first key of the sequence, other than by being clipped to it."""
+    if isinstance(bound, Extremum):
+        return any(counts_from_first(part) for part in bound.parts)
+    return bound.kind not in ("first", "last", "diag")
+
+
 @_cached
 def intersection(left: Conjuncts, right: Conjuncts) -> Conjuncts:
     """Keys that both unions of spans allow."""

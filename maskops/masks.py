@@ -40,6 +40,7 @@ from maskops.bounds import (
     Conjuncts,
     Extremum,
     Term,
+    counts_from_first,
     intersection,
     renumbered,
     span_program,
@@ -137,6 +138,11 @@ class Mask:
     def n_spans(self) -> int:
         """Spans per query row of the plan."""
         return 1 if self.is_dense else len(self.conjuncts)
+
+    @property
+    def counts_from_first(self) -> bool:
+        """Whether what a row sees depends on where its sequence begins, even if that is before all that it may see."""
+        return any(counts_from_first(bound) for part in self.conjuncts for bound in (part.start, part.end))
 
     @property
     def is_dense(self) -> bool:

@@ -129,6 +129,34 @@ def test_compiled_steps_with_a_static_cache_are_one_graph() -> None:
     compare(found, expected)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "llama4"])
+def test_a_step_in_which_a_row_is_padding(name: str, cache: str) -> None:
+    module = model(name)
+    inputs = padded(name, prompts(name))
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    step = {
+        "input_ids": torch.full((4, 1), 7),
+        "position_ids": positions[:, -1:] + 1,
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+    }
+    step["attention_mask"][0, -1] = 0
+
+    def logits() -> torch.Tensor:
+        empty = {
+            "dynamic": lambda: transformers.DynamicCache(config=module.config),
+            "static": lambda: transformers.StaticCache(config=module.config, max_cache_len=20),
+        }[cache]()
+        with torch.no_grad():
+            filled = module(**inputs, position_ids=positions, past_key_values=empty, use_cache=True).past_key_values
+            return module(**step, past_key_values=filled, use_cache=True).logits
+
+    expected = logits()
+    with maskops.attach(module, probe=False):
+        found = logits()
+    assert (found - expected).abs().amax() <= 1e-5
+
+
 @families("llama", "gemma2", "gpt2")
 def test_padding_holds_finite_numbers_in_every_layer(attached: Any, name: str) -> None:
     output = attached(**padded(name, prompts(name)), output_hidden_states=True)

@@ -246,7 +246,7 @@ def _self_attention(call: Call, request: _Request) -> RowSpans:
         and has_origin
     ):
         return _spans(call, pattern, request)
-    return _spans_in_cache(call, pattern, request, documents, kept)
+    return _spans_of_step(call, pattern, request) or _spans_in_cache(call, pattern, request, documents, kept)
 
 
 def _is_continued(q_offset: int | Tensor) -> bool:
@@ -271,6 +271,28 @@ def _kept(mask: Tensor, offset: int | Tensor, length: int) -> Tensor:
         return mask
     part = mask[:, offset : offset + length]
     return torch.nn.functional.pad(part, (0, length - part.shape[1]), value=False)
+
+
+def _spans_of_step(call: Call, pattern: Mask, request: _Request) -> RowSpans | None:
+    """The plan where each row of the batch has one query, which stands in the slot of the last key that it may see.
+
+    That a layout of keys can say, and its plan costs a fraction of one from sequences: generation makes one a token.
+    None where offsets cannot be read, or where they or the mask say something else.
+    """
+    offsets = [x for x in (request.q_offset, request.kv_offset) if isinstance(x, Tensor)]
+    operands = offsets if request.mask is None else [*offsets, request.mask]
+    if request.q_len != 1 or request.is_bidirectional or not values_can_be_read(operands, request.device):
+        return None
+    at, first = int(request.q_offset) - int(request.kv_offset), int(request.kv_offset)
+    if not 0 <= at < request.k_len or (first > 0 and pattern.counts_from_first):
+        return None
+    if request.mask is None:
+        return _spans(call, masks.key_padding(at + 1) & pattern, request)
+    kept = _kept(request.mask, first, at + 1)
+    if not kept[:, at].all():
+        return None
+    kept = torch.nn.functional.pad(kept, (0, request.k_len - at - 1), value=False)
+    return _spans(call, masks.key_padding(kept) & pattern, request)
 
 
 def _spans_in_cache(
