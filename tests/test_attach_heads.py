@@ -181,16 +181,47 @@ def test_labels_of_another_number_of_documents_are_refused():
         assert model(**packed(parts), labels=LABELS).logits.shape == (4, 3)  # and the next call is served
 
 
-def test_padded_and_single_calls_are_left_to_the_head():
-    model, parts = classifier("llama"), documents("llama")
-    logits, loss, _ = alone("llama")
-    with maskops.attach(model, probe=False), torch.no_grad():
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *PAIRS])
+def test_padding_on_either_side(name):
+    logits, loss, expected = alone(name)
+    model, parts = classifier(name), documents(name)
+    with maskops.attach(model, probe=False):
         for way in ("padded right", "padded left"):
-            output = model(**arrive(way, "llama", parts), labels=LABELS)
+            with torch.set_grad_enabled(way == "padded left"):
+                output = model(**arrive(way, name, parts), labels=LABELS)
             torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=0)
             torch.testing.assert_close(output.loss, loss, atol=1e-5, rtol=0)
+        assert_same_gradients(gradients(model, output.loss), expected)
+
+
+def test_single_documents_are_left_to_the_head():
+    model, parts = classifier("llama"), documents("llama")
+    with maskops.attach(model, probe=False), torch.no_grad():
         one = model(input_ids=parts[0].tokens[None], position_ids=torch.arange(5)[None])
-        torch.testing.assert_close(one.logits, logits[:1], atol=1e-5, rtol=0)
+        all_kept = model(input_ids=parts[0].tokens[None], attention_mask=torch.ones(1, 5, dtype=torch.int64))
+    torch.testing.assert_close(one.logits, alone("llama")[0][:1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(all_kept.logits, one.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["roberta", "llama"])
+def test_a_packed_batch_brings_its_labels(name):
+    """With room for more sequences and tokens: sequences that are not there have a row and no part in the loss."""
+    logits, loss, _ = alone(name)
+    model, parts = classifier(name), documents(name)
+    batch = maskops.PackedBatch.from_sequences(
+        [part.tokens for part in parts],
+        sequence_labels=LABELS,
+        capacity=24,
+        max_sequences=6,
+        position_start=zoo.FAMILIES[name].first_position,
+    )
+    inputs = batch.transformers_inputs(labels="sequences", use_cache=None if name == "roberta" else False)
+    with maskops.attach(model) as attachment, torch.no_grad():
+        output = model(**inputs)
+        assert any(f"one output or label a document in {type(model).__name__}" in x for x in attachment.report.notes)
+    torch.testing.assert_close(output.logits[:4], logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.loss, loss, atol=1e-5, rtol=0)
+    assert output.logits.shape == (6, 3)
 
 
 @pytest.mark.parametrize("name, head", [("bert", "Bert"), ("roberta", "Roberta"), ("bert", "Albert")])
@@ -202,7 +233,7 @@ def test_poolers_give_one_row_for_each_document(name, head):
     direction = torch.linspace(-1, 1, expected.numel()).view_as(expected)
     wanted = gradients(model, (expected * direction).sum())
     with maskops.attach(model, probe=False):
-        for way in ("packed by cu", "rows by segments"):
+        for way in ("packed by cu", "rows by segments", "padded left"):
             output = model(**zoo.arrive(way, name, parts).inputs)
             torch.testing.assert_close(output.pooler_output, expected, atol=1e-5, rtol=0)
             assert_same_gradients(gradients(model, (output.pooler_output * direction).sum()), wanted)

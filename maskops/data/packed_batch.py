@@ -325,12 +325,13 @@ class PackedBatch(Batch):
                 and ``shift_labels``, which wins where a loss knows it and makes Trainer's count of targets exact;
                 ``"aligned"``: labels as they are, for token classification and masked language models;
                 ``"sequences"``: ``sequence_labels``, for models that know which sequences there are, and so only by
-                name: those of transformers see one row; None: none.
+                name: classifiers of transformers do once ``maskops.attach`` has been called on them; None: none.
             cu_seqlens: also ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32), ``max_length_q`` and ``max_length_k`` (int).
                 Places after the last sequence are one more sequence there, because kernels leave rows unwritten that
                 no sequence covers. With ``has_room`` that sequence is always there, without a token if need be, and
                 the longest length is given as ``total``, which bounds it: shapes and numbers are the same for every
-                batch.
+                batch. With ``labels="sequences"`` it is left out, because what gives one output a sequence would
+                give it one too.
             seq_idx: also ``seq_idx``, int32 (1, total), which state-space layers read.
             attention_mask: ``"dense"``: also a 4-D mask (1, 1, total, total), which every layer takes as it is, also
                 those that would look through a window. Places after the last sequence see themselves.
@@ -353,8 +354,8 @@ class PackedBatch(Batch):
         if labels in ("causal", "aligned") and self.sequence_labels is not None:
             raise ValueError(
                 f"labels={labels!r}, and the batch has sequence_labels: a classifier of transformers takes the packed "
-                f"row for one sequence, not for {self.n_sequences}. Use data.PaddedCollator, or pool by cu_seqlens and "
-                "ask for the labels with labels='sequences'"
+                f"row for one sequence, not for {self.n_sequences}. Use data.PaddedCollator, or maskops.attach(model), "
+                "with which it does not, and ask for the labels with labels='sequences'"
             )
         row: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         ids = self.sequence_ids
@@ -371,7 +372,7 @@ class PackedBatch(Batch):
             inputs["labels"] = self.sequence_labels
         if cu_seqlens:
             covered, longest = self.cu_seqlens, self.max_seqlen
-            if self.has_room:
+            if self.has_room and labels != "sequences":
                 covered, longest = torch.nn.functional.pad(covered, (0, 1), value=self.total), self.total
             inputs.update(cu_seq_lens_q=covered, cu_seq_lens_k=covered, max_length_q=longest, max_length_k=longest)
         if use_cache is not None:

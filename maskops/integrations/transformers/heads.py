@@ -1,6 +1,6 @@
 """Heads that give one output a document: classifiers, poolers and question answering on packed rows.
 
-A head of transformers takes a row for one document. For a packed call
+A head of transformers takes a row for one document, which begins in the first column. For a packed call
 
 - a classifier (``*ForSequenceClassification``) sees a row for each document, while the model inside it runs the packed
   row as it came: only the last hidden states are laid out anew, so that the first token, the last one, the last that
@@ -8,6 +8,8 @@ A head of transformers takes a row for one document. For a packed call
 - a pooler (``pooler_output``) is handed the first tokens of all documents;
 - question answering stays token by token; places of answers are (n_documents,), counted inside each document;
 - multiple choice is refused.
+
+Classifiers and poolers also find the first token of rows that are padded on the left.
 
 Cumulative lengths tell from their shape how many documents there are, and documents without a token keep their row.
 Position ids and segments are read for it, which waits for a device. Without ``max_length_q`` as an integer so is the
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from maskops.integrations.transformers.arrival import is_encoder_decoder
 from maskops.integrations.transformers.calls import Call, innermost
-from maskops.integrations.transformers.tokens import Tokens, taken, tokens_of_call
+from maskops.integrations.transformers.tokens import Tokens, taken, tokens_of_call, tokens_of_rows
 from maskops.layouts import values_can_be_read
 from maskops.ops.cross_entropy.api import cross_entropy
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 _TOLD_BY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Keywords that speak of the packed row, and of nothing in the rows that a classifier sees."""
-_OF_ROWS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """What the model inside a classifier is given as it came, whatever the head was given."""
 
 
@@ -42,6 +44,10 @@ def install(installation: Installation, _: Options) -> None:
     """A part of ``attach``; its steps come before those that place tokens, which then see the packed call."""
     installation.steps.before.append(_before)
     installation.steps.after.append(_after)
+    kinds = ("ForSequenceClassification", "ForQuestionAnswering")
+    names = sorted({type(model).__name__ for model in installation.models if any(_is_a(model, kind) for kind in kinds)})
+    if names:
+        installation.report.notes.append(f"packed rows: one output or label a document in {', '.join(names)}")
     for model in installation.models:
         pooler = getattr(model, "pooler", None)
         if isinstance(pooler, nn.Module):
@@ -91,13 +97,17 @@ def _before(call: Call) -> None:
         return
     if is_encoder_decoder(call) and call.tensor("cu_seq_lens_k") is None and call.tensor("cu_seq_lens_q") is not None:
         call.set("cu_seq_lens_k", call.tensor("cu_seq_lens_q"))
-    tokens = tokens_of_call(call)
+    tokens, bound = tokens_of_call(call), call.arguments.get("max_length_q")
+    if tokens is None and is_classifier and call.arguments.get("past_key_values") is None:
+        tokens = tokens_of_rows(call)
+        bound = None if tokens is None else tokens.length
     if tokens is None:
         return
+    width = tokens.width(bound)
     if _derives_decoder_ids(call):
-        _set_decoder_ids(call, tokens)
+        _set_decoder_ids(call, tokens, width)
     if is_classifier:
-        _classify(call, tokens)
+        _classify(call, tokens, width)
     elif answers:
         for name in ("start_positions", "end_positions"):
             value = call.tensor(name)
@@ -135,19 +145,18 @@ def _check_labels(name: str, labels: Tensor, tokens: Tokens) -> None:
         )
 
 
-def _classify(call: Call, tokens: Tokens) -> None:
+def _classify(call: Call, tokens: Tokens, width: int) -> None:
     """Give the head a row for each document, and keep the packed arguments for the model inside it."""
     labels = call.tensor("labels")
     if labels is not None:
         _check_labels("labels", labels, tokens)
-    width = tokens.width(call.arguments.get("max_length_q"))
     index = tokens.rows_with_ends(width)
     real = index < tokens.batch * tokens.length
     # Heads divide by the length of a mask: documents without a token count their 0 as one.
     is_empty = tokens.lengths.unsqueeze(1) == 0
     real = real | (is_empty & (torch.arange(width, device=real.device) == 0))
     arguments = call.arguments
-    packed = {name: arguments.get(name) for name in _OF_ROWS}
+    packed = {name: arguments.get(name) for name in _LAID_OUT}
     packed |= {name: arguments[name] for name in _TOLD_BY if name in arguments}
     config: Any = call.module.config
     config = config.get_text_config()
@@ -162,6 +171,8 @@ def _classify(call: Call, tokens: Tokens) -> None:
     if embeds is not None:
         call.set("inputs_embeds", embeds.new_zeros(()).expand(tokens.number, width, embeds.shape[-1]))
     call.set("attention_mask", real.to(torch.int64))
+    if "position_ids" in arguments:
+        call.set("position_ids", None)
     for name in _TOLD_BY:
         call.remove(name)
     call.notes["classification"] = _Classification(tokens, _ends_everywhere(index, tokens), packed)
@@ -242,7 +253,7 @@ class _FirstTokens:
         call = innermost()
         if call is None or call.module is not self.model or not args or not isinstance(args[0], Tensor):
             return None
-        tokens = tokens_of_call(call)
+        tokens = tokens_of_call(call) or tokens_of_rows(call)
         if tokens is None:
             return None
         hidden: Tensor | None = args[0]
@@ -302,12 +313,12 @@ def _derives_decoder_ids(call: Call) -> bool:
     )
 
 
-def _set_decoder_ids(call: Call, tokens: Tokens) -> None:
+def _set_decoder_ids(call: Call, tokens: Tokens, width: int) -> None:
     """The ids of the decoder: those of each document, shifted as the model shifts those of a row."""
     ids = call.arguments["input_ids"]
     config: Any = call.module.config
     pad = config.pad_token_id or 0
-    rows = taken(ids, tokens.rows(tokens.width(call.arguments.get("max_length_q"))), pad)
+    rows = taken(ids, tokens.rows(width), pad)
     shift = getattr(sys.modules[type(call.module).__module__], "shift_tokens_right", None)
     if shift is not None:
         shifted = shift(rows, *(pad, config.decoder_start_token_id)[: len(inspect.signature(shift).parameters) - 1])

@@ -101,6 +101,17 @@ def tokens_of_call(call: Call) -> Tokens | None:
     return found
 
 
+def tokens_of_rows(call: Call) -> Tokens | None:
+    """A document a row, of a call whose 2-D mask has, or on a device may have, padding; else None. Reads nothing."""
+    kept = kept_of_call(call)
+    if kept is None or (values_can_be_read([kept], kept.device) and bool(kept.all())):
+        return None
+    batch, length = kept.shape
+    row = torch.arange(batch, device=kept.device).unsqueeze(1)
+    ids = torch.where(kept, row, batch).flatten()
+    return Tokens(ids, (kept.cumsum(1) - 1).flatten(), kept.sum(1), batch, batch, length)
+
+
 def _find(call: Call, batch: int, length: int) -> Tokens | None:
     kept = kept_of_call(call)
     documents = documents_of_call(call, batch, length, kept, columns=slice(0, length), is_continued=False)
