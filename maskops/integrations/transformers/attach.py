@@ -141,7 +141,7 @@ def attach(
     towers = refusals.towers(model)
     apart = {id(module) for tower in towers.values() for module in tower.modules()}
     served = tuple(inner for inner in models if id(inner) not in apart)
-    refusals.refuse(served)
+    refusals.refuse(model, served)
     name = _register(backend)
     options = Options(loss, fuse_lm_head, unpad, probe, backend)
     report = Report(type(models[0]).__name__, name)

@@ -16,7 +16,9 @@ _RECURRENT = re.compile(
 )
 _RECURRENT_PARAMETERS = ("A_log", "dt_bias", "time_decay", "recurrent_gate_weight")
 # Parts of mixers, and what stands around them, have the word in their names as well.
-_NEITHER = re.compile(r"Norm|Rotary|Mlp|MLP|Expert|Embedding|Indexer|DecoderLayer|EncoderLayer|Model$|For[A-Z]")
+_NEITHER = re.compile(
+    r"(Norm|NormGated|Rotary\w*|Mlp|MLP|Experts?|Embeddings?|Indexer|DecoderLayer|EncoderLayer|Model)$|For[A-Z]\w*$"
+)
 
 
 class Mixer(NamedTuple):
@@ -65,7 +67,9 @@ def token_mixers(model: nn.Module) -> list[Mixer]:
     modules = dict(model.named_modules())
     recurrent = {name for name, module in modules.items() if _is_recurrent(module)}
     attention = {name for name, module in modules.items() if name not in recurrent and _is_attention(module)}
-    around_attention = {outer for name in attention for outer in _above(name)}
-    recurrent = {name for name in recurrent - around_attention if not recurrent.intersection(_above(name))}
-    attention -= around_attention
+    attention -= {outer for name in attention for outer in _above(name)}
+    # Around attention: a layer that holds both. Inside attention: convolutions of its queries and keys.
+    recurrent -= {outer for name in attention for outer in _above(name)}
+    carrying = {outer for name in recurrent for outer in _above(name) if outer in attention}
+    recurrent = {name for name in recurrent | carrying if not (recurrent | carrying).intersection(_above(name))}
     return [Mixer(name, module, name in recurrent) for name, module in modules.items() if name in recurrent | attention]

@@ -52,9 +52,14 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, to
 _REDUCED_PRECISION = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
 # Rows whose vector is far shorter than those of the others are held against a share of the others' length.
 _FLOOR = 0.1
+_OUTPUT_FACTOR = 4.0  # outputs went through all layers
 _WIDEST_FACTOR = 64.0  # also as a divisor
 # Of encoder-decoders and heads: what is not compared, being no result of the model.
 _NO_RESULTS = ("loss", "past_key_values", "hidden_states", "attentions")
+
+
+Results = dict[str, list[Tensor]]
+"""Of each output, by name, what it says of each document: its tokens (length, ...), or one row (1, ...)."""
 
 
 class _Seen(NamedTuple):
@@ -305,6 +310,29 @@ class Reference:
             self.seen[mixer][index].append(_Seen(reading.pop(mixer), tensor.clone(), self._side(tensor, index)))
 
     @property
+    def fields(self) -> dict[str, Side | None]:
+        """The outputs that are compared, and whose tokens they tell of; None for one row a document."""
+        found: dict[str, Side | None] = {}
+        for name, tensor in self.outputs[0].items() if hasattr(self.outputs[0], "items") else ():
+            if name in _NO_RESULTS or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                continue
+            sides = {self._side(output[name], index) for index, output in enumerate(self.outputs)}
+            if tensor.dim() >= 2 and len(sides) == 1:
+                found[name] = sides.pop()
+        return found
+
+    def results(self, slots: dict[Side, Slots]) -> Results:
+        """What the outputs say of each document, of those tokens that lie in `slots`."""
+        results: Results = {}
+        for name, side in self.fields.items():
+            spots = slots[side].spots if side is not None else ()
+            results[name] = [
+                output[name] if side is None else output[name][0, spots[index].first :][: spots[index].length]
+                for index, output in enumerate(self.outputs)
+            ]
+        return results
+
+    @property
     def sides(self) -> tuple[Side, ...]:
         """The sides that the documents have."""
         return ("target", "source") if self.documents.source else ("target",)
@@ -335,29 +363,39 @@ def row_errors(found: Tensor, expected: Tensor) -> Tensor:
     return finite
 
 
-class _Calls:
-    """Counts which modules of a model call the attention function of a name."""
+def _compare(found: Results, expected: Results) -> tuple[float, str, float]:
+    """The largest error of results, which one it is and how large, and what counts as rounding."""
+    worst, reason, bound = 0.0, "", 0.0
+    for name in found.keys() & expected.keys():
+        bound = max(bound, _OUTPUT_FACTOR * tolerance(found[name][0]))
+    for name in found:
+        for rows, expected_rows in zip(found[name], expected.get(name, []), strict=False):
+            errors = row_errors(rows, expected_rows)
+            # Rounding in low precision may send a token to other experts, so that single rows differ at will.
+            error = float(errors.max() if bound < 1e-3 else errors.median())
+            if error > worst:
+                worst, reason = error, f"{name} differs by {error:.2g} of its size"
+    return worst, reason if worst > bound else "", bound
 
-    def __init__(self) -> None:
-        self.modules: dict[int, int] = {}
 
-    @contextlib.contextmanager
-    def counted(self, name: str) -> Iterator[None]:
-        """Counts while the body runs; calls of other models and threads are let through as well."""
-        from transformers import AttentionInterface
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+@contextlib.contextmanager
+def _callers(name: str) -> Iterator[set[int]]:
+    """The ids of the modules that call the attention function of a name while the body runs."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        function = ALL_ATTENTION_FUNCTIONS[name]
+    function, modules = ALL_ATTENTION_FUNCTIONS[name], set[int]()
 
-        def counting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.modules[id(module)] = self.modules.get(id(module), 0) + 1
-            return function(module, *args, **kwargs)
+    def noting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        modules.add(id(module))
+        return function(module, *args, **kwargs)
 
-        AttentionInterface.register(name, counting)
-        try:
-            yield
-        finally:
-            AttentionInterface.register(name, function)
+    # Other models and threads that call it meanwhile are let through.
+    AttentionInterface.register(name, noting)
+    try:
+        yield modules
+    finally:
+        AttentionInterface.register(name, function)
 
 
 class _Prover:
@@ -374,28 +412,39 @@ class _Prover:
 
     def run(self, way: Way) -> ArrivalProof:
         """One way of arrival: the outputs as they are, then each module on what it read in the reference."""
+        slots = way.phases[-1].slots
         try:
-            outputs = self._plain(way)
+            output = self._plain(way)
         except Exception as error:
             return self._raised(way, error)
-        worst, reason, bound = self._compare_outputs(outputs[-1], way.phases[-1].slots)
-        calls = _Calls()
-        with calls.counted(self.name):
-            self._watched(way)
-        for mixer in self.reference.mixers:
-            self.layers[mixer.name].called += calls.modules.get(id(mixer.module), 0)
-        verdict = WRONG if worst > bound or any(layer.wrong(way.name) for layer in self.layers.values()) else RIGHT
-        ours = any(layer.wrong(way.name) and layer.called for layer in self.layers.values())
-        # What its own attention gets as wrong is no fault of this one: positions counted over padding, say.
-        if verdict == WRONG and way.name not in PACKED and not ours and self._own_error(way) > 0.5 * max(worst, bound):
-            verdict = OWN_LIMIT
-            reason = "its own eager attention differs as much from one document at a time"
-        if verdict == WRONG and not reason:
-            reason = f"the outputs differ by {worst:.2g} of their size"
-        return ArrivalProof(verdict, worst, reason)
+        found, missing = self._results(output, slots)
+        worst, reason, bound = _compare(found, self.reference.results(slots))
+        if missing:
+            worst, reason = math.inf, missing
+        self._watched(way)
+        wrong = [layer for layer in self.layers.values() if layer.wrong(way.name)]
+        if worst <= bound and not wrong:
+            return ArrivalProof(RIGHT, worst)
+        if way.name not in PACKED and self._is_own(way, found, worst, not any(layer.called for layer in wrong)):
+            return ArrivalProof(OWN_LIMIT, worst, f"{reason or 'a layer differs'}, as with its own attention")
+        return ArrivalProof(WRONG, worst, reason or "layers differ, if not the outputs")
+
+    def _is_own(self, way: Way, found: Results, worst: float, elsewhere: bool) -> bool:
+        """Whether the model's own attention gives the same, or, if what is wrong is `elsewhere`, something as wrong."""
+        slots = way.phases[-1].slots
+        try:
+            with own_attention(self.model):
+                own, _ = self._results(self._plain(way), slots)
+        except Exception:
+            return False
+        difference, _, bound = _compare(found, own)
+        error, _, own_bound = _compare(own, self.reference.results(slots))
+        return error > own_bound and (difference <= bound or (elsewhere and error > 0.5 * worst))
 
     def _raised(self, way: Way, error: Exception) -> ArrivalProof:
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        if "RowSpans" in reason:
+            reason = f"its code computes with attention masks, and maskops hands it spans instead ({reason})"
         if way.name in PACKED:
             return ArrivalProof(REFUSED, None, reason)
         try:
@@ -406,104 +455,99 @@ class _Prover:
                 return ArrivalProof(NOT_TAKEN, None, f"also with its own attention: {reason}")
         return ArrivalProof(WRONG, None, reason)
 
-    def _plain(self, way: Way) -> list[Any]:
-        outputs: list[Any] = []
+    def _plain(self, way: Way) -> Any:
+        output: Any = None
         for phase in way.phases:
-            outputs.append(self.model(**phase.inputs(outputs[-1] if outputs else None)))
-        return outputs
+            output = self.model(**phase.inputs(output))
+        return output
 
-    def _own_error(self, way: Way) -> float:
-        try:
-            with own_attention(self.model):
-                return self._compare_outputs(self._plain(way)[-1], way.phases[-1].slots)[0]
-        except Exception:
-            return math.inf
-
-    def _compare_outputs(self, output: Any, slots: dict[Side, Slots]) -> tuple[float, str, float]:
-        """The largest error of the model's outputs, what is wrong with their form, and what counts as rounding."""
-        worst, reason, bound = 0.0, "", 0.0
-        fields = self.reference.outputs[0]
-        for name in fields if hasattr(fields, "keys") else ():
-            expected = [output[name] for output in self.reference.outputs]
-            found = output.get(name)
-            if name in _NO_RESULTS or not isinstance(expected[0], Tensor) or not isinstance(found, Tensor):
-                continue
-            if not expected[0].is_floating_point() or expected[0].dim() < 2:
-                continue
-            sides = {self.reference._side(tensor, index) for index, tensor in enumerate(expected)}
-            side = sides.pop() if len(sides) == 1 else None
-            spots = slots[side].spots if side is not None else ()
-            if side is not None and tuple(found.shape[:2]) != (slots[side].rows, slots[side].length):
-                continue  # the encoder's states that were handed in
-            if side is None and len(found) != len(expected):
-                return math.inf, f"{name} has {len(found)} rows for {len(expected)} documents", 0.0
-            bound = max(bound, 4 * tolerance(found))
-            for index, tensor in enumerate(expected):
-                if side is None:
-                    errors = row_errors(found[index : index + 1], tensor)
-                else:
-                    row, column, first, count = spots[index]
-                    errors = row_errors(found[row, column : column + count], tensor[0, first : first + count])
-                worst = max(worst, float(errors.max() if bound < 1e-3 else errors.median()))
-        return worst, reason, bound
+    def _results(self, output: Any, slots: dict[Side, Slots]) -> tuple[Results, str]:
+        """What an output has of each document, and what it lacks."""
+        found: Results = {}
+        for name, side in self.reference.fields.items():
+            tensor = output.get(name)
+            if side is not None and isinstance(tensor, Tensor):
+                spots = slots[side].spots
+                if tuple(tensor.shape[:2]) == (slots[side].rows, slots[side].length):
+                    found[name] = [tensor[row, column : column + length] for row, column, _, length in spots]
+            elif isinstance(tensor, Tensor):
+                count = len(self.reference.outputs)
+                if len(tensor) != count:
+                    return found, f"{name} has {len(tensor)} row{'s' * (len(tensor) > 1)} for {count} documents"
+                found[name] = list(tensor.split(1))
+        return found, "" if found else f"its output has no {' or '.join(self.reference.fields)} of the batch's shape"
 
     def _watched(self, way: Way) -> None:
         """Each mixer reads what it read in the reference, laid out as this arrival has it, and is compared."""
         output: Any = None
         for phase in way.phases:
             with contextlib.ExitStack() as stack:
+                callers = stack.enter_context(_callers(self.name))
                 for mixer in self.reference.mixers:
-                    seen, spread = self.reference.seen[mixer.name], self.reference.spreads.get(mixer.name, 1.0)
-                    watcher = _Watcher(seen, phase.slots, self.layers[mixer.name], way.name, max(1.0, spread))
-                    names = _arguments(mixer.module)
-                    before = mixer.module.register_forward_pre_hook(
-                        lambda _, args, kwargs, watcher=watcher, names=names: _change_inputs(
-                            names, args, kwargs, watcher.read
-                        ),
-                        with_kwargs=True,
-                    )
-                    stack.callback(before.remove)
-                    after = mixer.module.register_forward_hook(
-                        lambda _, __, output, watcher=watcher: watcher.gave(output)
-                    )
-                    stack.callback(after.remove)
+                    watcher = _Watcher(mixer, self.reference, phase.slots, self.layers[mixer.name], way.name, callers)
+                    stack.callback(mixer.module.register_forward_pre_hook(watcher.before, with_kwargs=True).remove)
+                    stack.callback(mixer.module.register_forward_hook(watcher.after).remove)
                 output = self.model(**phase.inputs(output))
+                self._add_strangers(callers)
+
+    def _add_strangers(self, callers: set[int]) -> None:
+        """Modules that called maskops although nothing about them says that they are attention: not compared."""
+        for name, module in self.model.named_modules() if callers else ():
+            if id(module) in callers:
+                layer = self.layers.setdefault(name, LayerProof(name, type(module).__name__))
+                layer.ran, layer.called = layer.ran + 1, layer.called + 1
 
 
 class _Watcher:
     """Of one mixer in one call of the model: hands it the reference's inputs, and compares what it gives."""
 
     def __init__(
-        self, seen: list[list[_Seen]], slots: dict[Side, Slots], layer: LayerProof, way: str, spread: float
+        self,
+        mixer: Mixer,
+        reference: Reference,
+        slots: dict[Side, Slots],
+        layer: LayerProof,
+        way: str,
+        callers: set[int],
     ) -> None:
-        self.seen = seen
+        self.names = _arguments(mixer.module)
+        self.seen = reference.seen[mixer.name]
+        self.spread = max(1.0, reference.spreads.get(mixer.name, 1.0))
         self.slots = slots
         self.layer = layer
         self.way = way
-        self.spread = spread
+        self.callers = callers
         self.call = 0
 
     def _expected(self) -> list[_Seen]:
         """What the reference saw of this call, a document each; empty if it saw no such call."""
-        return [calls[self.call] for calls in self.seen if self.call < len(calls)]
+        if any(self.call >= len(calls) for calls in self.seen):
+            return []
+        return [calls[self.call] for calls in self.seen]
 
-    def read(self, name: str, value: Tensor) -> Tensor | None:
-        """The input that stands for `value`: the reference's in the slots of documents, `value` itself in others."""
+    def before(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: what was read in the reference, in the slots of the documents."""
+        return _change_inputs(self.names, args, kwargs, self._laid)
+
+    def _laid(self, name: str, value: Tensor) -> Tensor | None:
         expected = self._expected()
         if not expected or any(name not in one.inputs for one in expected):
             return None
-        side = expected[0].inputs[name][0]
-        slots = self.slots.get(side)
+        slots = self.slots.get(expected[0].inputs[name][0])
         if slots is None or tuple(value.shape[:2]) != (slots.rows, slots.length):
             return None
         laid = value.clone()
-        for (row, column, first, count), one in zip(slots.spots, expected, strict=True):
-            laid[row, column : column + count] = one.inputs[name][1][0, first : first + count]
+        for (row, column, first, length), one in zip(slots.spots, expected, strict=True):
+            laid[row, column : column + length] = one.inputs[name][1][0, first : first + length]
         return laid
 
-    def gave(self, output: object) -> None:
-        """Compares the output with the reference's."""
+    def after(self, module: nn.Module, _: Any, output: object) -> None:
+        """Forward hook: compares the output with the reference's."""
         self.layer.ran += 1
+        self.layer.called += id(module) in self.callers
+        self.callers.discard(id(module))
         expected, tensor = self._expected(), _first_tensor(output)
         self.call += 1
         if not expected or tensor is None or expected[0].side is None:
@@ -512,8 +556,8 @@ class _Watcher:
         if tuple(tensor.shape[:2]) != (slots.rows, slots.length):
             return
         self.layer.tolerance = max(self.layer.tolerance, tolerance(tensor) * self.spread)
-        for (row, column, first, count), one in zip(slots.spots, expected, strict=True):
-            errors = row_errors(tensor[row, column : column + count], one.output[0, first : first + count])
+        for (row, column, first, length), one in zip(slots.spots, expected, strict=True):
+            errors = row_errors(tensor[row, column : column + length], one.output[0, first : first + length])
             self.layer.errors[self.way] = max(self.layer.errors.get(self.way, 0.0), float(errors.max()))
 
 
@@ -551,12 +595,12 @@ def prove(model: Any, reference: Reference, report: Report) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     report.dtype, report.device, report.lengths = str(dtype).removeprefix("torch."), str(reference.device), lengths
     prover = _Prover(model, reference, report.implementation)
-    report.layers = list(prover.layers.values())
     cached = getattr(reference.outputs[0], "past_key_values", None) is not None
     with untouched(model):
         for way in ways(model, reference.documents, reference.device, cached=cached):
             missing = ArrivalProof(NOT_TAKEN, None, way.missing)
             report.arrivals[way.name] = missing if way.missing else prover.run(way)
+    report.layers = list(prover.layers.values())
     report.tolerance = max((layer.tolerance for layer in report.layers), default=0.0)
     report.notes += [
         f"a window of {window} tokens was not reached: the documents of the probe have up to {max(lengths)}"

@@ -38,69 +38,78 @@ def towers(model: nn.Module) -> dict[str, nn.Module]:
     models = {name: module for name, module in model.named_modules() if hasattr(module, "main_input_name")}
     found: dict[str, nn.Module] = {}
     for name, inner in list(models.items())[1:]:
-        names = inspect.signature(inner.forward).parameters
-        if not any(argument.endswith(("input_ids", "inputs_embeds")) for argument in names) and not any(
-            name.startswith(f"{tower}.") for tower in found
-        ):
+        arguments = inspect.signature(inner.forward).parameters
+        takes_text = any(argument.endswith(("input_ids", "inputs_embeds")) for argument in arguments)
+        hands_on = "args" in arguments  # a shell around a decoder
+        if not takes_text and not hands_on and not any(name.startswith(f"{tower}.") for tower in found):
             found[name] = inner
     return found
 
 
-def _source(model: nn.Module) -> str:
-    """The file in which the class of a model is written; empty where it cannot be read."""
-    module = sys.modules.get(type(model).__module__)
+def _source(module_of_model: nn.Module) -> str:
+    """The file in which the class of a module is written; empty where it cannot be read."""
+    module = sys.modules.get(type(module_of_model).__module__)
     try:
         return inspect.getsource(module) if module is not None else ""
     except (OSError, TypeError):
         return ""
 
 
-def _outermost_kind(model: nn.Module, mixers: Iterable[Mixer]) -> str:
-    return next((type(mixer.module).__name__ for mixer in mixers if not mixer.recurrent), "its attention")
-
-
-def refuse(models: Iterable[Any]) -> None:
+def refuse(model: nn.Module, models: Iterable[Any]) -> None:
     """Raises for models that cannot be served whatever they are called with; nothing is changed.
 
     Args:
-        models: every ``PreTrainedModel`` of what is attached.
+        model: what is attached.
+        models: every ``PreTrainedModel`` in it that is to be served.
 
     Raises:
         AttachError: the model, the reason, and what works instead.
     """
-    for model in models:
-        mixers = token_mixers(model)
-        if mixers and not model._can_set_attn_implementation():
-            raise AttachError(_never_called(model, mixers))
-        chooser = next((type(m).__name__ for m in model.modules() if _INDEXER.search(type(m).__name__)), None)
+    apart = {id(module) for tower in towers(model).values() for module in tower.modules()}
+    for inner in models:
+        if getattr(inner.config, "output_attentions", False):
+            raise AttachError(
+                f"{type(inner).__name__} cannot be attached: its configuration asks for attention weights "
+                "(output_attentions), and maskops never makes them. Set config.output_attentions = False"
+            )
+        mixers = [mixer for mixer in token_mixers(inner) if id(mixer.module) not in apart]
+        deaf = [mixer for mixer in mixers if "ALL_ATTENTION_FUNCTIONS" not in _source(mixer.module)]
+        if deaf and not inner._can_set_attn_implementation():
+            raise AttachError(_never_called(inner, deaf))
+        kinds = (type(module).__name__ for module in inner.modules() if id(module) not in apart)
+        chooser = next((kind for kind in kinds if _INDEXER.search(kind)), None)
         if chooser is not None:
             raise AttachError(
-                f"{type(model).__name__} cannot be attached: its {chooser} chooses single keys for each query (sparse "
-                "attention), and maskops computes spans of keys. Leave it on its own implementation, 'eager' or 'sdpa'"
+                f"{type(inner).__name__} cannot be attached: its {chooser} chooses single keys for each query (sparse "
+                "attention), and maskops computes spans of keys. Use it as it is, with attn_implementation='eager' or "
+                "'sdpa'"
             )
 
 
 def _never_called(model: nn.Module, mixers: list[Mixer]) -> str:
-    name, source = type(model).__name__, _source(model)
+    source = _source(mixers[0].module)
+    kind = next(
+        (type(mixer.module).__name__ for mixer in mixers if not mixer.recurrent), type(mixers[0].module).__name__
+    )
     table = re.search(r"^(\w+_ATTENTION_CLASSES)\b", source, re.MULTILINE)
     if not source:
         why = "its source cannot be read, so that transformers does not let its attention be set"
+    elif all(mixer.recurrent for mixer in mixers):
+        why = f"it has no attention for maskops to compute, only layers that carry a state ({kind})"
     elif table is not None:
         why = (
-            f"it takes its attention from a table of its own ({table[1]}) when it is built, and never asks "
+            f"it picks its attention from a table of its own ({table[1]}) when it is built and never asks "
             "transformers' attention interface, where maskops is registered"
         )
-    elif all(mixer.recurrent for mixer in mixers):
-        why = f"it has no attention, only layers with a state ({type(mixers[0].module).__name__})"
     else:
         why = (
-            f"its {_outermost_kind(model, mixers)} computes attention in its own code: it accepts the name of an "
-            "implementation and never calls it, so that maskops would be attached and never run"
+            f"its {kind} computes attention in its own code and never calls transformers' attention interface, where "
+            "maskops is registered, so that maskops would be attached and never run"
         )
-    instead = "Batch it padded, with its own attention"
+    instead = "Use it as it is, with padded batches"
     if "scaled_dot_product_attention(" in source:
-        instead += ", or load it with attn_implementation='sdpa' and run it inside maskops.replace_sdpa()"
-    return f"{name} cannot be attached: {why}. {instead}"
+        instead += ", or load it with attn_implementation='sdpa' and call it inside maskops.replace_sdpa()"
+    return f"{type(model).__name__} cannot be attached: {why}. {instead}"
 
 
 def settle(report: Report) -> frozenset[str]:
@@ -121,10 +130,11 @@ def settle(report: Report) -> frozenset[str]:
     wrong = [way for way, proof in report.arrivals.items() if proof.verdict == WRONG]
     recurrent = [layer for layer in report.layers if layer.recurrent and layer.ran]
     ours = [layer for layer in report.layers if not layer.recurrent and any(layer.wrong(way) for way in wrong)]
-    if ours or any(way not in PACKED for way in wrong):
+    called = any(layer.called for layer in report.layers)
+    if ours or not called or any(way not in PACKED for way in wrong):
         found = "\n".join(f"- {failure}" for failure in report.failures())
         raise AttachError(
-            f"{report.model} was not attached: the probe found results that differ from its own attention.\n{found}\n"
+            f"{report.model} was not attached: its probe failed.\n{found}\n"
             f"The model is as it was before. attach(model, probe=False) attaches it unproven.\n\n{report}",
             report,
         )

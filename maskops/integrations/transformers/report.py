@@ -21,7 +21,7 @@ class LayerProof:
         name: where it is in the model.
         kind: name of its class.
         ran: how often its forward ran.
-        called: how often it called maskops.
+        called: in how many of these runs it called maskops.
         tolerance: what counts as rounding in its dtype.
         errors: by way of arrival, the largest error of a token's vector relative to its length (infinite for NaN); a
             way is missing where the module did not run or its output has no axis of tokens.
@@ -109,6 +109,8 @@ class Report:
             )
         if not found:
             found = [f"{way}: {proof.reason}" for way, proof in self.arrivals.items() if proof.verdict == WRONG]
+        if not found and self.arrivals and not any(layer.called for layer in self.layers):
+            found = ["maskops was never called"]
         return found
 
     def to_dict(self) -> dict[str, Any]:

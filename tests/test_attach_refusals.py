@@ -1,0 +1,202 @@
+"""What attach() refuses, and calls that an attached model refuses: the reason, what to do, and nothing left behind."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import transformers_models as models
+
+transformers = models.transformers
+
+import maskops  # noqa: E402
+from maskops.integrations.transformers import refusals  # noqa: E402
+from maskops.integrations.transformers.mixers import token_mixers  # noqa: E402
+from maskops.integrations.transformers.report import REFUSED, RIGHT, AttachError  # noqa: E402
+from tests.test_attach_probe import state  # noqa: E402
+
+OWN_CODE = "computes attention in its own code and never calls transformers' attention interface"
+TABLE = "picks its attention from a table of its own"
+HYBRIDS = ("lfm2", "jamba")
+
+
+@pytest.mark.parametrize("probe", [True, False])
+@pytest.mark.parametrize(
+    ("name", "reason", "instead"),
+    [
+        ("bloom", f"its BloomAttention {OWN_CODE}", "Use it as it is, with padded batches"),
+        ("mpnet", f"its MPNetSelfAttention {OWN_CODE}", "Use it as it is, with padded batches"),
+        ("deberta-v2", f"its DisentangledSelfAttention {OWN_CODE}", "Use it as it is, with padded batches"),
+        ("gpt-j", f"it {TABLE} (GPTJ_ATTENTION_CLASSES)", "Use it as it is, with padded batches"),
+        ("falcon", f"it {TABLE} (FALCON_ATTENTION_CLASSES)", "call it inside maskops.replace_sdpa()"),
+    ],
+)
+def test_models_that_never_call_are_refused(name: str, reason: str, instead: str, probe: bool) -> None:
+    model = models.FAMILIES[name].build()
+    before = state(model)
+    with pytest.raises(AttachError) as caught:
+        maskops.attach(model, probe=probe)
+    message = str(caught.value)
+    assert message.startswith(f"{type(model).__name__} cannot be attached: {reason}") and instead in message
+    assert state(model) == before
+
+
+def test_what_is_advised_for_falcon_works() -> None:
+    model = models.FAMILIES["falcon"].build("sdpa")
+    parts = models.documents("falcon")
+    with maskops.replace_sdpa() as report:
+        found = models.run(model, "falcon", models.arrive("padded right", "falcon", parts), gradients=False)
+    assert report.served["scaled_dot_product_attention"] > 0
+    models.compare(found, models.alone("falcon"))
+
+
+def test_sparse_attention_is_refused() -> None:
+    config = transformers.DeepseekV32Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        n_routed_experts=4,
+    )
+    with torch.device("meta"):
+        model = transformers.DeepseekV32ForCausalLM(config)
+    with pytest.raises(AttachError, match=r"its DeepseekV32Indexer chooses single keys .*'eager' or 'sdpa'"):
+        maskops.attach(model)
+
+
+def test_a_model_that_computes_with_its_masks_is_refused_in_words() -> None:
+    config = transformers.DogeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.DogeForCausalLM(config).eval()
+    before = state(model)
+    with pytest.raises(AttachError, match=r"padded right: its code computes with attention masks, and maskops hands"):
+        maskops.attach(model)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_layers_with_a_state_are_served_padded_and_refuse_packed_batches(name: str) -> None:
+    model = models.FAMILIES[name].build()
+    parts, before = models.documents(name), state(model)
+    with maskops.attach(model) as attachment:
+        report = attachment.report
+        verdicts = {way: proof.verdict for way, proof in report.arrivals.items()}
+        assert verdicts == {
+            "packed, position_ids": REFUSED,
+            "packed, cu_seq_lens": REFUSED,
+            "padded right": RIGHT,
+            "padded left": RIGHT,
+            "decode, cache": RIGHT,
+        }
+        recurrent = [layer for layer in report.layers if layer.recurrent]
+        assert len(recurrent) == 1 and recurrent[0].kind in report.arrivals["packed, cu_seq_lens"].reason
+        assert any("packed batches are refused" in note for note in report.notes)
+        for way in models.arrivals(name):
+            rows = models.cut(parts, models.WRAPPED_WIDTH) if way.startswith("wrapped") else parts
+            batch = models.arrive(way, name, rows)
+            if way.startswith("padded"):
+                models.compare(models.run(model, name, batch, gradients=False), models.alone(name))
+            else:
+                with pytest.raises(ValueError, match=f"does not take packed batches: .*{recurrent[0].kind}"):
+                    models.run(model, name, batch, gradients=False)
+    assert state(model)[1:] == before[1:]
+
+
+def test_one_document_with_positions_is_no_packed_batch() -> None:
+    model = models.FAMILIES["lfm2"].build()
+    part = models.documents("lfm2", (6,))[0]
+    positions = torch.arange(6)[None]
+    with maskops.attach(model), torch.no_grad():
+        plain = model(part.tokens[None]).logits
+        told = model(part.tokens[None], position_ids=positions, attention_mask=torch.ones_like(positions)).logits
+        cached = model(part.tokens[None, :4], use_cache=True)
+        rest = model(part.tokens[None, 4:], position_ids=positions[:, 4:], past_key_values=cached.past_key_values)
+    torch.testing.assert_close(told, plain)
+    torch.testing.assert_close(rest.logits, plain[:, 4:], rtol=0, atol=1e-5)
+
+
+def test_layers_with_a_state_refuse_packed_batches_without_a_proof() -> None:
+    model = models.FAMILIES["jamba"].build()
+    with maskops.attach(model, probe=False) as attachment:
+        assert any("packed batches are refused" in note for note in attachment.report.notes)
+        batch = models.arrive("packed by position_ids", "jamba", models.documents("jamba"))
+        with pytest.raises(ValueError, match="no probe showed that they stop at its end"):
+            models.run(model, "jamba", batch, gradients=False)
+
+
+def test_a_mixed_attention_layer_counts_as_one_with_a_state() -> None:
+    class ShortConvolution(torch.nn.Conv1d):
+        pass
+
+    class InnerAttention(torch.nn.Linear):
+        pass
+
+    class OuterAttention(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner, self.norm = inner, torch.nn.LayerNorm(2)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolved = OuterAttention(ShortConvolution(1, 1, 3))
+            self.plain = OuterAttention(InnerAttention(2, 2))
+            self.lstm = torch.nn.LSTM(2, 2)
+
+    found = [(mixer.name, mixer.recurrent) for mixer in token_mixers(Model())]
+    assert found == [("convolved", True), ("plain.inner", False), ("lstm", True)]
+
+
+@pytest.fixture(scope="module")
+def llava() -> Any:
+    text = models.FAMILIES["llama"].build().config
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=5)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_a_vision_tower_keeps_its_attention(llava: Any) -> None:
+    own = llava.model.vision_tower.config._attn_implementation
+    assert list(refusals.towers(llava)) == ["model.vision_tower"]
+    images = torch.randn(1, 3, 8, 8)
+    ids = torch.cat([torch.tensor([[7, 8]]), torch.full((1, 4), 5), torch.tensor([[9, 10, 11]])], 1)
+    with torch.no_grad():
+        expected = llava(input_ids=ids, pixel_values=images).logits
+    before = state(llava)
+    with maskops.attach(llava) as attachment:
+        report = attachment.report
+        assert llava.model.vision_tower.config._attn_implementation == own != "maskops"
+        assert llava.model.language_model.config._attn_implementation == "maskops"
+        assert report.proven and not report.layers[0].ran and report.layers[-1].called
+        assert "model.vision_tower (CLIPVisionModel) keeps its own attention" in str(report)
+        assert "not run" in str(report)
+        with torch.no_grad():
+            torch.testing.assert_close(llava(input_ids=ids, pixel_values=images).logits, expected, rtol=0, atol=1e-5)
+    assert state(llava)[1:] == before[1:]
+
+
+def test_attention_weights_are_refused() -> None:
+    model = models.FAMILIES["llama"].build()
+    ids = models.documents("llama")[0].tokens[None]
+    with maskops.attach(model), pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    model.config.output_attentions = True
+    with pytest.raises(AttachError, match=r"output_attentions.*config\.output_attentions = False"):
+        maskops.attach(model)
+    model.config.output_attentions = False
+
+
+def test_other_things_than_models_are_refused() -> None:
+    with pytest.raises(AttachError, match="Linear is no PreTrainedModel of transformers and holds none"):
+        maskops.attach(torch.nn.Linear(2, 2))
+    model = models.FAMILIES["llama"].build()
+    with maskops.attach(model, probe=False), pytest.raises(AttachError, match="attached already: detach it first"):
+        maskops.attach(model)
