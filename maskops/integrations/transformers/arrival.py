@@ -106,6 +106,14 @@ def of_tokens(
     given = positions if positions is not None else segments
     if given is None:
         return None
+    if values_can_be_read([given], given.device):
+        # Most batches: nothing is packed by their mask, and many hold no padding.
+        if segments is not None and int(segments.amax() if segments.numel() else 0) <= 1:
+            segments = None
+        if kept is not None and bool(kept.all()):
+            kept = None
+        if positions is None and segments is None:
+            return None
     batch, length = given.shape
     device = given.device
     place = torch.arange(length, device=device)
@@ -263,9 +271,23 @@ def documents_of_call(
     """
     key = f"documents of {batch} rows of {length}"
     if key not in call.notes:
-        call.notes[key] = _read_documents(call, batch, length, kept, columns, is_continued)
+        outer = call.parent
+        if outer is not None and key in outer.notes and _says_the_same(call, outer):
+            call.notes[key] = outer.notes[key]
+        else:
+            call.notes[key] = _read_documents(call, batch, length, kept, columns, is_continued)
     found: Documents | None = call.notes[key]
     return found
+
+
+def _says_the_same(call: Call, outer: Call) -> bool:
+    """Whether a model was handed what the model around it was given, so that nothing need be read again."""
+    if is_encoder_decoder(call) or is_decoder(call):
+        return False
+    # What was given to the outer one alone holds for both.
+    names = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
+    tensors = ((call.tensor(name), outer.tensor(name)) for name in names)
+    return all(own is around or (own is None and index > 0) for index, (own, around) in enumerate(tensors))
 
 
 def _read_documents(

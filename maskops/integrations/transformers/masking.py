@@ -319,7 +319,7 @@ def _spans_in_cache(
         start = start + request.mask.to(torch.uint8).argmax(1, keepdim=True)
         key_holes = ~_kept(request.mask, request.kv_offset, k_len)
         # Rows of a single query are those of generation, which are real.
-        row_holes = None if q_len == 1 or kept is None or request.is_bidirectional else ~kept
+        row_holes = None if kept is None or q_len == 1 or request.is_bidirectional else ~kept
     q_start = whole(0)
     if documents is not None:
         is_first = (documents.ids == 0) | (documents.start == 0)
