@@ -86,7 +86,7 @@ def _counting(model: nn.Module, models: set[nn.Module]) -> _Counting:
         tokens = next((module for module in everywhere if _counts_tokens(module)), None)
         by_mask = any(_embeds_positions(module) and "attention_mask" in _parameters(module) for module in own)
         return _Counting(
-            first=0 if tokens is None else tokens.padding_idx + 1,  # type: ignore[operator]
+            first=0 if tokens is None else int(tokens.padding_idx) + 1,  # type: ignore[arg-type]
             by="tokens" if tokens is not None else "mask" if by_mask else "slots",
             embeddings=(),
             is_multimodal=any(hasattr(module, "get_rope_index") for module in everywhere),
@@ -100,7 +100,7 @@ def _counting(model: nn.Module, models: set[nn.Module]) -> _Counting:
 def _length_of_cache(call: Call) -> int | Tensor:
     """Tokens that the cache of a call holds: an integer, or for a static cache a tensor."""
     cache = call.arguments.get("past_key_values")
-    if not hasattr(cache, "get_seq_length"):
+    if cache is None or not hasattr(cache, "get_seq_length"):
         return 0
     length: int | Tensor = cache.get_seq_length()
     return length
@@ -198,11 +198,12 @@ def _refuse(call: Call, counting: _Counting) -> None:
             )
 
 
-class _Embedding(NamedTuple):
+class _Embedding:
     """Hooks around one embedding of positions."""
 
-    owner: nn.Module
-    names: tuple[str, ...]
+    def __init__(self, owner: nn.Module, names: list[str]) -> None:
+        self.owner = owner
+        self.names = names
 
     def places(self) -> Tensor | None:
         """What the running call of the owner says; None leaves the embedding to itself."""
@@ -270,11 +271,11 @@ class _Unserved(_Embedding):
 
 
 def _hook(module: nn.Module, owner: nn.Module) -> list[RemovableHandle]:
-    names = tuple(_parameters(module))
+    names = _parameters(module)
     if "position_ids" in names:
         before: _HandPlaces | _AskWholeRow = _HandPlaces(owner, names)
         after: _Reshape | _TakePlaces = _Reshape(owner, names)
-    elif names[:2] == ("input_ids", "inputs_embeds"):
+    elif names[:2] == ["input_ids", "inputs_embeds"]:
         before, after = _AskWholeRow(owner, names), _TakePlaces(owner, names)
     else:
         return [module.register_forward_pre_hook(_Unserved(owner, names))]
