@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from maskops.integrations.transformers import calls, heads, positions, refusals, unpadding
+from maskops.integrations.transformers import arrival, calls, heads, positions, refusals, unpadding
 from maskops.integrations.transformers import loss as loss_of_models
 from maskops.integrations.transformers import probe as probing
 from maskops.integrations.transformers.attention import attention_function
@@ -159,13 +159,14 @@ def attach(
             for handle in calls.install(inner, installation.steps):
                 undo.callback(handle.remove)
             installation.set_attribute(inner, "create_masks_for_generate", keep_mask)
+        installation.steps.before.append(arrival.separate_segments)
         for part in PARTS:
             part(installation, options)
         ways: frozenset[str] = frozenset()
         if reference is not None:
             probing.prove(models[0], reference, report)
             ways = refusals.settle(report)
-        installation.steps.before[:0] = refusals.guards(models[0], report, ways)
+        installation.steps.before[1:1] = refusals.guards(models[0], report, ways)
         return Attachment(model, report, undo.pop_all())
 
 
