@@ -303,7 +303,7 @@ def _read_documents(
             )
         return of_cu_seqlens(cu_seqlens[1], batch, length, cu_seqlens[0])
     positions = given_positions(call, batch, length)
-    segments = None if kept is None else _segments(call, "attention_mask", columns)
+    segments = None if kept is None else segments_of_call(call, "attention_mask", columns)
     if segments is not None and kept is not None and segments.shape != kept.shape:
         segments = None
     return of_tokens(positions, segments, kept, is_continued=is_continued)
@@ -326,7 +326,7 @@ def documents_of_encoder(call: Call, batch: int, length: int, kept: Tensor | Non
         if around.sizes == (batch, length):
             positions = text_positions(around.tensor("position_ids"), batch, length)
         around = around.parent
-    segments = None if kept is None else _segments(call, "encoder_attention_mask", slice(0, length))
+    segments = None if kept is None else segments_of_call(call, "encoder_attention_mask", slice(0, length))
     return of_tokens(positions, segments, kept)
 
 
@@ -335,41 +335,53 @@ def documents_of_encoder(call: Call, batch: int, length: int, kept: Tensor | Non
 _MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 
 
-class _Segments(NamedTuple):
-    """Segments that a caller gave in place of a mask."""
-
-    mask: Tensor
-    """The mask of ones and zeros that the forward was handed instead."""
-    numbers: Tensor
-    """integers (batch, length), 0 = padding."""
-
-
 def separate_segments(call: Call) -> None:
     """Step before each call: models get masks of ones and zeros, which some multiply with, count or sum up."""
     for name in _MASKS:
         numbers = call.tensor(name)
         if numbers is None or numbers.dim() != 2 or numbers.dtype not in INTEGERS:
             continue
+        if _separated(call, name, numbers) is not None:
+            continue
         if values_can_be_read([numbers], numbers.device) and not (numbers.numel() and numbers.amax() > 1):
             continue
-        mask = (numbers != 0).to(numbers.dtype)
-        call.notes[f"segments of {name}"] = _Segments(mask, numbers)
-        call.set(name, mask)
+        call.set(name, (numbers != 0).to(numbers.dtype))
+        call.segments[name] = numbers
 
 
-def _segments(call: Call, name: str, columns: slice | Tensor) -> Tensor | None:
-    """The columns of the segments that a mask of the call was made from, None where there are none."""
-    mask = call.tensor(name)
+def _separated(call: Call, name: str, mask: Tensor) -> Tensor | None:
+    """The segments that a mask of a call, or of one around it, was made from."""
     around: Call | None = call
-    while mask is not None and around is not None:
+    while around is not None:
         key = name
         if around is not call and name == "attention_mask" and is_decoder(call):
             key = "decoder_attention_mask" if "decoder_attention_mask" in around.accepts else name
         elif around is not call and name == "encoder_attention_mask":
             key = name if name in around.accepts else "attention_mask"
-        found: _Segments | None = around.notes.get(f"segments of {key}")
-        # A step may have changed the mask since.
-        if found is not None and found.mask is around.arguments.get(key) and found.numbers.shape == mask.shape:
-            return found.numbers[:, columns]
+        numbers = around.segments.get(key)
+        if numbers is not None and numbers.shape == mask.shape:
+            return numbers
         around = around.parent
     return None
+
+
+def as_given(call: Call, name: str) -> object:
+    """A mask of a call as the caller gave it."""
+    return call.segments.get(name, call.arguments.get(name))
+
+
+def segments_of_call(call: Call, name: str, columns: slice | Tensor) -> Tensor | None:
+    """Columns of the integers in a 2-D mask of a call, which may number segments; None where they cannot.
+
+    Args:
+        call: the call whose mask it is.
+        name: ``"attention_mask"`` of the tokens of the call, or ``"encoder_attention_mask"``.
+        columns: which of them.
+    """
+    mask = call.tensor(name)
+    if mask is None or mask.dim() != 2:
+        return None
+    numbers = _separated(call, name, mask)
+    if numbers is None:
+        numbers = mask if mask.dtype in INTEGERS else None
+    return None if numbers is None else numbers[:, columns]

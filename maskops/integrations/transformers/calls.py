@@ -26,9 +26,10 @@ class Call:
         arguments: its arguments by name, those of ``**kwargs`` included. Change them with ``set`` and ``remove``.
         parent: the call of the attached model around it, or None.
         notes: what steps and the mask function keep for the time of the call, by name.
+        segments: by the name of a mask, the numbers of documents that the caller gave in its place.
     """
 
-    __slots__ = ("arguments", "changed", "module", "notes", "parent", "steps")
+    __slots__ = ("arguments", "changed", "module", "notes", "parent", "segments", "steps")
 
     def __init__(self, module: nn.Module, arguments: dict[str, Any], parent: Call | None, steps: Steps) -> None:
         self.module = module
@@ -36,11 +37,13 @@ class Call:
         self.parent = parent
         self.steps = steps
         self.notes: dict[str, Any] = {}
+        self.segments: dict[str, Tensor] = {}
         self.changed = False
 
     def set(self, name: str, value: object) -> None:
         """Hand another value of an argument to the forward."""
         self.arguments[name] = value
+        self.segments.pop(name, None)
         self.changed = True
 
     def remove(self, name: str) -> None:

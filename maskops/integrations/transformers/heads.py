@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskops.integrations.transformers.arrival import is_encoder_decoder
+from maskops.integrations.transformers.arrival import as_given, is_encoder_decoder
 from maskops.integrations.transformers.calls import Call, innermost
 from maskops.integrations.transformers.tokens import Tokens, taken, tokens_of_call, tokens_of_rows
 from maskops.layouts import values_can_be_read
@@ -156,7 +156,7 @@ def _classify(call: Call, tokens: Tokens, width: int) -> None:
     is_empty = tokens.lengths.unsqueeze(1) == 0
     real = real | (is_empty & (torch.arange(width, device=real.device) == 0))
     arguments = call.arguments
-    packed = {name: arguments.get(name) for name in _LAID_OUT}
+    packed = {name: as_given(call, name) for name in _LAID_OUT}
     packed |= {name: arguments[name] for name in _TOLD_BY if name in arguments}
     config: Any = call.module.config
     config = config.get_text_config()
@@ -327,6 +327,6 @@ def _set_decoder_ids(call: Call, tokens: Tokens, width: int) -> None:
     place = torch.where(tokens.ids < tokens.number, tokens.ids * rows.shape[1] + tokens.place, shifted.numel())
     call.set("decoder_input_ids", taken(shifted, place, pad).view_as(ids))
     if call.tensor("decoder_attention_mask") is None and call.tensor("attention_mask") is not None:
-        call.set("decoder_attention_mask", call.arguments["attention_mask"])
+        call.set("decoder_attention_mask", as_given(call, "attention_mask"))
     if call.tensor("cu_seq_lens_k") is not None:
         call.set("cu_seq_lens_q", call.arguments["cu_seq_lens_k"])

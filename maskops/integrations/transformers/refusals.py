@@ -175,7 +175,7 @@ def packed_guard(model: nn.Module, ways: frozenset[str], reason: str) -> Callabl
         batch, length = call.sizes
         mask = call.tensor("attention_mask")
         mask = mask[:, -length:] if mask is not None and mask.dim() == 2 and mask.shape[1] >= length else None
-        integers = mask if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool else None
+        integers = arrival.segments_of_call(call, "attention_mask", slice(-length, None)) if mask is not None else None
         positions = arrival.text_positions(call.tensor("position_ids"), batch, length)
         if torch.compiler.is_compiling():
             documents = arrival.of_tokens(positions, integers, arrival.kept_tokens(mask))
