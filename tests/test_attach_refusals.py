@@ -96,7 +96,7 @@ def test_layers_with_a_state_are_served_padded_and_refuse_packed_batches(name: s
         }
         recurrent = [layer for layer in report.layers if layer.recurrent]
         assert len(recurrent) == 1 and recurrent[0].kind in report.arrivals["packed, cu_seq_lens"].reason
-        assert any("packed batches are refused" in note for note in report.notes)
+        assert any("refused with an error; give padded ones" in note for note in report.notes)
         for way in models.arrivals(name):
             rows = models.cut(parts, models.WRAPPED_WIDTH) if way.startswith("wrapped") else parts
             batch = models.arrive(way, name, rows)

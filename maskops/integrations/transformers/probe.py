@@ -229,7 +229,7 @@ class Reference:
     """
 
     def __init__(self, model: Any) -> None:
-        self.device = model.get_input_embeddings().weight.device
+        self.device = next(model.parameters()).device
         self.documents: Documents = choose_documents(model, self.device)
         self.mixers: list[Mixer] = token_mixers(model)
         self.outputs: list[Any] = []
@@ -378,24 +378,37 @@ def _compare(found: Results, expected: Results) -> tuple[float, str, float]:
     return worst, reason if worst > bound else "", bound
 
 
-@contextlib.contextmanager
-def _callers(name: str) -> Iterator[set[int]]:
-    """The ids of the modules that call the attention function of a name while the body runs."""
-    from transformers import AttentionInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+class _Calls:
+    """Who calls the functions that are registered with transformers under a name."""
 
-    function, modules = ALL_ATTENTION_FUNCTIONS[name], set[int]()
+    def __init__(self) -> None:
+        self.modules: set[int] = set()
+        self.masks = 0
 
-    def noting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        modules.add(id(module))
-        return function(module, *args, **kwargs)
+    @contextlib.contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Notes calls while the body runs; other models and threads that call meanwhile are let through."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # Other models and threads that call it meanwhile are let through.
-    AttentionInterface.register(name, noting)
-    try:
-        yield modules
-    finally:
-        AttentionInterface.register(name, function)
+        attention, mask = ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+        def noting_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.modules.add(id(module))
+            return attention(module, *args, **kwargs)
+
+        def noting_mask(*args: Any, **kwargs: Any) -> Any:
+            self.masks += 1
+            return mask(*args, **kwargs)
+
+        AttentionInterface.register(name, noting_attention)
+        AttentionMaskInterface.register(name, noting_mask)
+        try:
+            yield
+        finally:
+            AttentionInterface.register(name, attention)
+            AttentionMaskInterface.register(name, mask)
 
 
 class _Prover:
@@ -421,16 +434,18 @@ class _Prover:
         worst, reason, bound = _compare(found, self.reference.results(slots))
         if missing:
             worst, reason = math.inf, missing
-        self._watched(way)
+        made_masks = self._watched(way)
         wrong = [layer for layer in self.layers.values() if layer.wrong(way.name)]
         if worst <= bound and not wrong:
             return ArrivalProof(RIGHT, worst)
-        if way.name not in PACKED and self._is_own(way, found, worst, not any(layer.called for layer in wrong)):
+        if way.name not in PACKED and self._is_own(way, found, not any(layer.called for layer in wrong)):
             return ArrivalProof(OWN_LIMIT, worst, f"{reason or 'a layer differs'}, as with its own attention")
+        if way.name in PACKED and not made_masks:
+            return ArrivalProof(REFUSED, worst, "its code makes attention masks of its own, which know no documents")
         return ArrivalProof(WRONG, worst, reason or "layers differ, if not the outputs")
 
-    def _is_own(self, way: Way, found: Results, worst: float, elsewhere: bool) -> bool:
-        """Whether the model's own attention gives the same, or, if what is wrong is `elsewhere`, something as wrong."""
+    def _is_own(self, way: Way, found: Results, elsewhere: bool) -> bool:
+        """Whether the model's own attention is wrong too: in the same way, unless what is wrong lies `elsewhere`."""
         slots = way.phases[-1].slots
         try:
             with own_attention(self.model):
@@ -439,7 +454,7 @@ class _Prover:
             return False
         difference, _, bound = _compare(found, own)
         error, _, own_bound = _compare(own, self.reference.results(slots))
-        return error > own_bound and (difference <= bound or (elsewhere and error > 0.5 * worst))
+        return error > own_bound and (elsewhere or difference <= bound)
 
     def _raised(self, way: Way, error: Exception) -> ArrivalProof:
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
@@ -477,18 +492,23 @@ class _Prover:
                 found[name] = list(tensor.split(1))
         return found, "" if found else f"its output has no {' or '.join(self.reference.fields)} of the batch's shape"
 
-    def _watched(self, way: Way) -> None:
-        """Each mixer reads what it read in the reference, laid out as this arrival has it, and is compared."""
-        output: Any = None
+    def _watched(self, way: Way) -> bool:
+        """Each mixer reads what it read in the reference, laid out as this arrival has it, and is compared.
+
+        Returns whether masks were asked for.
+        """
+        output, calls = None, _Calls()
         for phase in way.phases:
             with contextlib.ExitStack() as stack:
-                callers = stack.enter_context(_callers(self.name))
+                stack.enter_context(calls.noted(self.name))
                 for mixer in self.reference.mixers:
-                    watcher = _Watcher(mixer, self.reference, phase.slots, self.layers[mixer.name], way.name, callers)
+                    layer = self.layers[mixer.name]
+                    watcher = _Watcher(mixer, self.reference, phase.slots, layer, way.name, calls.modules)
                     stack.callback(mixer.module.register_forward_pre_hook(watcher.before, with_kwargs=True).remove)
                     stack.callback(mixer.module.register_forward_hook(watcher.after).remove)
                 output = self.model(**phase.inputs(output))
-                self._add_strangers(callers)
+            self._add_strangers(calls.modules)
+        return calls.masks > 0
 
     def _add_strangers(self, callers: set[int]) -> None:
         """Modules that called maskops although nothing about them says that they are attention: not compared."""
@@ -496,6 +516,7 @@ class _Prover:
             if id(module) in callers:
                 layer = self.layers.setdefault(name, LayerProof(name, type(module).__name__))
                 layer.ran, layer.called = layer.ran + 1, layer.called + 1
+        callers.clear()
 
 
 class _Watcher:

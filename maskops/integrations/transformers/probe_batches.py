@@ -166,8 +166,7 @@ def choose_documents(model: Any, device: torch.device) -> Documents:
     limit = min([n - 2 - first_position(model) for n in limits if isinstance(n, int) and n > 0], default=1 << 30)
     long = max(3, min(max(_LENGTHS[0], reached + 7), limit - 4))
     short = max(2, min(max(_LENGTHS[1], reached + 4), long - 1))
-    embedding = model.get_input_embeddings()
-    vocabulary = int(getattr(embedding, "num_embeddings", None) or text.vocab_size)
+    vocabulary = int(text.vocab_size)
     # Ends of vocabularies hold special and unused tokens more often than the middle does.
     special = _special_tokens(model)
     middle = [t for t in range(vocabulary // 8, vocabulary - vocabulary // 8) if t not in special]
@@ -274,8 +273,13 @@ def _pair_steps(documents: Documents, device: torch.device, pad: int, _: int | N
     first = {"input_ids": source.lay(documents.source, pad), "decoder_input_ids": before.lay(documents.target, pad)}
     second = {"decoder_input_ids": step.lay(documents.target, pad)}
 
+    def states(output: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+
     def after(output: Any) -> dict[str, Any]:
-        return {**mask, **second, **_cache(output), "encoder_outputs": (output.encoder_last_hidden_state,)}
+        return {**mask, **second, **_cache(output), "encoder_outputs": states(output)}
 
     return (
         Phase(lambda _: {**mask, **first}, {"target": before, "source": source}),

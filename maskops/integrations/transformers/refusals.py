@@ -142,9 +142,10 @@ def settle(report: Report) -> frozenset[str]:
         proof = report.arrivals[way]
         proof.verdict = REFUSED
         proof.reason = _recurrent_reason(recurrent) if recurrent else f"{proof.reason} (attention itself is right)"
-    if wrong:
-        report.notes.append("packed batches are refused with an error; padded ones, right or left, are right")
-    return frozenset(wrong)
+    refused = [way for way, proof in report.arrivals.items() if proof.verdict == REFUSED]
+    if refused:
+        report.notes.append(f"batches that arrive {' or '.join(refused)} are refused with an error; give padded ones")
+    return frozenset(refused)
 
 
 def _recurrent_reason(layers: list[Any]) -> str:
