@@ -175,5 +175,17 @@ def test_relative_biases_stay_padded():
     with torch.no_grad():
         expected = model(**inputs).logits.flatten(0, 1)[places]
         with maskops.attach(model, unpad=True, probe=False) as attachment:
-            assert any("T5Stack stay padded, because" in note for note in attachment.report.notes)
+            assert any("T5Stack stay padded: a learned relative bias" in note for note in attachment.report.notes)
             torch.testing.assert_close(model(**inputs).logits.flatten(0, 1)[places], expected, atol=1e-5, rtol=0)
+
+
+def test_states_along_the_row_stay_padded():
+    """Packed, they would run from one document into the next."""
+    model = zoo.REFUSED["lfm2"].build("eager")
+    batch = zoo.arrive("padded right", "lfm2", zoo.documents("lfm2", LENGTHS))
+    inputs = dict(batch.inputs, use_cache=False)
+    with torch.no_grad():
+        expected = model(**inputs).logits.flatten(0, 1)[batch.places]
+        with maskops.attach(model, unpad=True, probe=False) as attachment:
+            assert any("stay padded: layers carry a state" in note for note in attachment.report.notes)
+            torch.testing.assert_close(model(**inputs).logits.flatten(0, 1)[batch.places], expected, atol=1e-5, rtol=0)

@@ -5,8 +5,9 @@ is handed the real tokens of a call in one row, with their positions, and whatev
 out again as the batch was, 0 where there was padding. Only heads, such as that of a language model, still see padding.
 Packed rows with padding in them are closed up in the same way.
 
-Left as they are: calls with a cache, calls without a 2-D mask, and models with a learned relative bias (T5), whose size
-is the square of the row. How many tokens are real is read once a call, which waits for a device.
+Left as they are: calls with a cache, calls without a 2-D mask, models with a learned relative bias (T5), whose size is
+the square of the row, and models with layers that carry a state along it. How many tokens are real is read once a call,
+which waits for a device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maskops.integrations.transformers.calls import Call
+from maskops.integrations.transformers.mixers import token_mixers
 from maskops.integrations.transformers.tokens import Tokens, kept_of_call, tokens_of_call
 from maskops.packing import cu_seqlens_from_lengths, pad_input
 
@@ -34,17 +36,16 @@ def install(installation: Installation, options: Options) -> None:
     """A part of ``attach``; its steps lie inside those of heads, and before those that place tokens."""
     if not options.unpad:
         return
-    models = frozenset(model for model in installation.models if _computes_tokens(model))
-    biased = sorted({type(model).__name__ for model in models if _has_relative_bias(model)})
-    models = frozenset(model for model in models if type(model).__name__ not in biased)
-    if biased:
+    reasons = {model: _reason_to_stay_padded(model) for model in installation.models if _computes_tokens(model)}
+    models = frozenset(model for model, reason in reasons.items() if not reason)
+    for reason in sorted(set(reasons.values())):
+        names = ", ".join(sorted({type(model).__name__ for model, its in reasons.items() if its == reason}))
         installation.report.notes.append(
-            f"unpad: {', '.join(biased)} stay padded, because a learned relative bias has the size of the row squared"
+            f"unpad: {names} stay padded: {reason}"
+            if reason
+            else f"unpad: padded calls without a cache run packed inside {names}"
         )
-    if models:
-        names = sorted({type(model).__name__ for model in models})
-        installation.report.notes.append(f"unpad: padded calls without a cache run packed inside {', '.join(names)}")
-    steps = _Steps(models)
+    steps = _Steps(models, installation.report.implementation)
     installation.steps.before.append(steps.before)
     installation.steps.after.insert(0, steps.after)
 
@@ -57,8 +58,13 @@ def _computes_tokens(model: PreTrainedModel) -> bool:
     return takes_any and "labels" not in parameters and not holds
 
 
-def _has_relative_bias(model: nn.Module) -> bool:
-    return any(getattr(module, "has_relative_attention_bias", False) for module in model.modules())
+def _reason_to_stay_padded(model: nn.Module) -> str:
+    """Why a model is not given packed rows; "" where it is."""
+    if any(getattr(module, "has_relative_attention_bias", False) for module in model.modules()):
+        return "a learned relative bias has the size of the row squared"
+    if any(mixer.recurrent for mixer in token_mixers(model)):
+        return "layers carry a state along the row, into the next document"
+    return ""
 
 
 class _Side(NamedTuple):
@@ -98,8 +104,9 @@ def _side(kept: Tensor, tokens: Tokens | None) -> _Side:
 class _Steps:
     """Around the calls of some models."""
 
-    def __init__(self, models: frozenset[Any]) -> None:
+    def __init__(self, models: frozenset[Any], implementation: str) -> None:
         self.models = models
+        self.implementation = implementation
         self.causal = frozenset(
             model for model in models if any(getattr(module, "is_causal", False) for module in model.modules())
         )
@@ -107,6 +114,9 @@ class _Steps:
     def before(self, call: Call) -> None:
         """Close up the tokens of a call that has padding and no cache."""
         if call.module not in self.models or self._caches(call):
+            return
+        config: Any = call.module.config
+        if config._attn_implementation != self.implementation:  # another attention would not see the documents
             return
         kept = kept_of_call(call)
         if kept is None:
