@@ -458,3 +458,47 @@ def test_documents_are_made_for_a_model_that_takes_them() -> None:
     assert report["padded right"].verdict == "clean" and not report.findings
     assert report["packed"].refused is not None and "position_ids" in report["packed"].refused
     assert {batch.name for batch in report.batches} <= set(ARRIVALS)
+
+
+def test_a_report_of_many_documents_lists_the_worst_pairs() -> None:
+    report = maskops.audit(Decoder(("documents",)), packed(*[2] * 14))
+    text = str(report)
+    assert "largest changes" in text and "and " in text.splitlines()[-2] + text.splitlines()[-1]
+    assert len(report.batches[0].asked) == 14 and max(map(len, text.splitlines())) < 260
+
+
+def test_special_tokens_are_neither_replaced_nor_drawn() -> None:
+    seen: list[Tensor] = []
+
+    class Noting(Decoder):
+        def forward(self, input_ids: Tensor, **others: Any) -> Tensor:
+            seen.append(input_ids.clone())
+            return super().forward(input_ids, **others)
+
+    batch = packed(6, 3, 1)
+    batch["input_ids"] = torch.tensor([[10, 11, 7, 12, 13, 14, 15, 16, 7, 7]])
+    model = Noting(CORRECT)
+    model.config = type("Config", (), {"to_dict": lambda self: {"text_config": {"image_token_id": 9}}})()
+    report = maskops.audit(model, batch, special_ids=range(3, 8))
+    whole = [ids for ids in seen if ids.shape == (1, 10)]
+    changed = [ids != batch["input_ids"] for ids in whole]
+    assert any(bool(each.any()) for each in changed)
+    for ids, each in zip(whole, changed, strict=True):
+        assert not each[0, [2, 8, 9]].any() and not torch.isin(ids[each], torch.tensor([3, 4, 5, 6, 7, 9])).any()
+    assert all(bool(each[0, [0, 1, 3, 4, 5]].all() or not each[0, :5].any()) for each in changed)
+    assert any("document 2 holds special tokens alone" in note for note in report.batches[0].notes)
+
+
+def test_a_document_that_turns_another_into_nan_leaks() -> None:
+    class Poisonous(Decoder):
+        def forward(self, input_ids: Tensor, seq_idx: Tensor | None = None, **others: Any) -> Tensor:
+            logits = super().forward(input_ids, seq_idx)
+            if seq_idx is not None and int(input_ids[0, 0]) != token:
+                logits[0, 7] = float("nan")
+            return logits
+
+    batch = packed(6, 3)
+    token = int(batch["input_ids"][0, 0])
+    found = audited(Poisonous(CORRECT), batch)
+    assert [(leak.source, leak.target) for leak in found.leaks] == [(0, 1)]
+    assert found.leaks[0].change.max_abs == float("inf") and found.leaks[0].change.flipped == pytest.approx(1 / 3)

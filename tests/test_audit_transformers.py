@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import maskops
+from benchmarks import audit as benchmark
 from maskops.cli.main import main
 from maskops.testing.leak import BatchAudit
 
@@ -103,6 +104,19 @@ def test_a_batch_with_a_cache_and_labels() -> None:
     assert cache.get_seq_length() == 4
     assert not [finding for finding in found.findings if finding.kind != "alone"], found
     assert any("could not be run alone" in note for note in found.notes) or found.alone is not None
+
+
+def test_the_table_of_all_families_is_made_from_reports() -> None:
+    found = list(benchmark.rows(["bert"]))
+    assert [row["attention"] for row in found] == ["eager", "sdpa", "maskops"]
+    for row in found[:2]:
+        error, is_wrong = benchmark.cell(row, ("packed",))
+        assert is_wrong and error > 0.1 and benchmark.cell(row, ("padded right", "padded left"))[1] is False
+        assert row["batches"]["packed"]["enters"] == ["encoder.layer.0", "encoder.layer.1"]
+        assert benchmark.cell(row, ("packed, no cache",)) is None  # an encoder keeps none
+    assert not benchmark.cell(found[2], tuple(found[2]["batches"]))[1]
+    lines = benchmark.table([*found, {"model": "bloom", "attention": "maskops", "refused": "no"}]).splitlines()
+    assert " !" in lines[1] and " !" not in lines[3] and lines[4].split() == ["bloom", "maskops", *"------"]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

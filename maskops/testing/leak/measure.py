@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from maskops.testing.leak.alone import inputs_alone, stream_alone
 from maskops.testing.leak.arrivals import Arrival
 from maskops.testing.leak.documents import OFFSETS, Stream
 from maskops.testing.leak.layers import Alignment, LayerLeak, find_layers
@@ -20,8 +21,6 @@ _Source = int | Literal["padding"]
 _FEW_DIGITS = 1e-4  # rounding of float16 and bfloat16
 _SINGLES = 16  # documents that are changed each on its own when there is a leak
 REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, KeyError, IndexError, AttributeError)
-_MASKS = ("mask", "src_mask", "attn_mask", "tgt_mask")
-_NOT_ALONE = ("seq_idx", "cache_position", "src_key_padding_mask", "key_padding_mask", "padding_mask")
 
 
 @dataclass(frozen=True)
@@ -283,8 +282,8 @@ class Measurement:
         if document is None:
             return None
         at = int((self._stream.places(document) < self._last_replaceable(document)).sum())
-        alone = self._inputs_alone(document)
-        stream = self._streams_alone(document)[-1]
+        alone = inputs_alone(self._inputs, self._streams, document)
+        stream = stream_alone(self._stream, document)
         changed = {**alone, stream.name: self._replacement.replaced(alone[stream.name], torch.tensor([at]))}
         rows = torch.arange(at)
         try:
@@ -338,79 +337,14 @@ class Measurement:
 
     # ---- alone -------------------------------------------------------------------------------------------------------
 
-    def _streams_alone(self, document: int) -> tuple[Stream, ...]:
-        return tuple(
-            Stream(stream.name, torch.zeros(1, len(stream.places(document)), dtype=torch.int64))
-            for stream in self._streams
-        )
-
-    def _inputs_alone(self, document: int) -> dict[str, Any]:
-        """The batch without everything but one document: its part of what goes by tokens, nothing of what groups."""
-        result: dict[str, Any] = {}
-        for name, value in self._inputs.items():
-            if name.startswith((*OFFSETS, "max_length_", "max_seqlen")) or name in _NOT_ALONE:
-                continue
-            if not isinstance(value, Tensor):
-                result[name] = value
-                continue
-            part = self._part(name, value, document)
-            if part is not None:
-                result[name] = part
-        return result
-
-    def _part(self, name: str, value: Tensor, document: int) -> Tensor | None:
-        """Of one tensor of the batch what belongs to a document; None for what a document alone does without."""
-        stream = self._stream_of(name, value)
-        if stream is None:
-            return value
-        batch, length = stream.documents.shape
-        places = stream.places(document)
-        row, column = (part.to(value.device) for part in (places // length, places % length))
-        if "position_ids" in name:
-            return self._positions_alone(value, document, row, column)
-        if name.endswith("attention_mask") and value.dim() == 2:
-            return None
-        if name.endswith("mask") and value.dim() == 4:
-            own: Tensor = value.expand(batch, *value.shape[1:])[row[:1]]
-            return own[..., column.unsqueeze(1), column]
-        if name in _MASKS and tuple(value.shape) == (length, length):
-            return value[column.unsqueeze(1), column]
-        # What goes by tokens, such as token_type_ids.
-        part: Tensor = value[row, column].unsqueeze(0)
-        return part
-
-    def _stream_of(self, name: str, value: Tensor) -> Stream | None:
-        """The stream that a tensor goes by: that of its name, else that of its shape."""
-        streams = self._streams if name.startswith(("decoder_", "tgt")) is False else self._streams[-1:]
-        for stream in streams:
-            batch, length = stream.documents.shape
-            if name == stream.name or tuple(value.shape[:2]) == (batch, length):
-                return stream
-            if value.dim() >= 2 and value.shape[-1] == length and ("position_ids" in name or name.endswith("mask")):
-                return stream
-        return None
-
-    def _positions_alone(self, value: Tensor, document: int, row: Tensor, column: Tensor) -> Tensor | None:
-        """None: the model counts by itself. A piece from the middle of a document keeps its positions."""
-        batch = self._stream.documents.shape[0]
-        if value.dim() == 3:
-            return value.expand(-1, batch, -1)[:, row, column].unsqueeze(1)
-        expanded = value.expand(batch, -1)
-        flat = expanded.detach().cpu().flatten()
-        firsts = [int(flat[places[0]]) for number in self._documents if len(places := self._streams[0].places(number))]
-        if not len(row):
-            return None
-        own, before = int(expanded[row[0], column[0]]), int(column[0]) - 1
-        # Positions that go on from the document before, in the same row, have not restarted: that is a mistake.
-        is_continued = before >= 0 and own == int(expanded[row[0], before]) + 1
-        return expanded[row, column].unsqueeze(0) if own > min(firsts) and not is_continued else None
-
     def _alone_outputs(self) -> dict[int, Tensor] | None:
         """The output of each document alone."""
         outputs = {}
         for document in self._documents:
             try:
-                output = self._runner(self._inputs_alone(document), self._streams_alone(document)[-1])
+                output = self._runner(
+                    inputs_alone(self._inputs, self._streams, document), stream_alone(self._stream, document)
+                )
             except REFUSALS as error:
                 self._notes.append(f"document {document} could not be run alone: {_first_line(error)}")
                 return None

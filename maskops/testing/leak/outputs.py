@@ -102,7 +102,10 @@ class Runner:
             if name not in _LOSSES
         }
         self.calls += 1
-        torch.manual_seed(self._seed)
+        for kind in _device_types(self.model):
+            module = torch.get_device_module(kind)
+            getattr(module, "manual_seed_all", module.manual_seed)(self._seed)
+        torch.default_generator.manual_seed(self._seed)
         with torch.no_grad():
             return self.model(**entries) if self._call is None else self._call(self.model, entries)
 
@@ -215,17 +218,21 @@ def likelihood(values: Tensor, targets: Tensor) -> tuple[float, int]:
 def undisturbed(model: Any) -> Any:
     """Eval mode and a random state of its own; both are as before afterwards."""
     with ExitStack() as stack:
-        devices: set[torch.device] = set()
         if isinstance(model, nn.Module):
             flags = [(module, module.training) for module in model.modules()]
             stack.callback(_set_training, flags)
             model.eval()
-            devices = {tensor.device for tensor in model.parameters()}
-        for kind in {device.type for device in devices} - {"cpu", "meta"}:
-            numbers = [device.index for device in devices if device.type == kind and device.index is not None]
-            stack.enter_context(torch.random.fork_rng(devices=numbers, device_type=kind))
+        for kind in _device_types(model):
+            devices = range(torch.get_device_module(kind).device_count())
+            stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         yield
+
+
+def _device_types(model: Any) -> set[str]:
+    """Of the weights, but for processors."""
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    return {weight.device.type for weight in weights} - {"cpu", "meta"}
 
 
 def _set_training(flags: list[tuple[nn.Module, bool]]) -> None:

@@ -31,7 +31,8 @@ class Replacement:
         """Which tokens are replaced, bool, of their first two dimensions: all but special ones."""
         if tokens.is_floating_point():
             return torch.ones(tokens.shape[:2], dtype=torch.bool)
-        return ~torch.isin(tokens.cpu().long(), self.special)
+        free = ~torch.isin(tokens.cpu().long(), self.special)
+        return free if free.dim() == 2 else free.flatten(2).all(-1)  # several codes a token
 
     def drawn(self, count: int) -> Tensor:
         """int64 (count,): ids that mean nothing special."""

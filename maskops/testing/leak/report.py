@@ -273,7 +273,8 @@ def batch_lines(batch: BatchAudit) -> Iterator[str]:
     yield ""
     padding = f" and {_counted(batch.padding, 'place')} of padding" if batch.padding else ""
     lengths = ", ".join(map(str, batch.lengths[:_SHOWN])) + (", ..." if len(batch.lengths) > _SHOWN else "")
-    yield f"{batch.name}: {_counted(len(batch.lengths), 'document')} of {lengths} tokens{padding}"
+    documents = f"{_counted(len(batch.lengths), 'document')} of {lengths} tokens{padding}"
+    yield f"{batch.name}: {documents}; changes up to {_size(batch.tolerance)} are rounding"
     for finding in batch.findings:
         yield f"  {finding.problem}"
     entering = [layer for layer in batch.layers if layer.leaks]
@@ -283,8 +284,8 @@ def batch_lines(batch: BatchAudit) -> Iterator[str]:
             yield f"    {', '.join(layer.culprits) or layer.name}: {_share(layer.change)} of its largest output"
         if len(entering) > _SHOWN_LAYERS:
             yield f"    and {len(entering) - _SHOWN_LAYERS} more"
-    if batch.leaks and len(batch.lengths) <= _SHOWN:
-        yield from _matrix(batch)
+    if batch.leaks:
+        yield from _matrix(batch) if len(batch.lengths) <= _SHOWN else _pairs(batch)
     for note in batch.notes:
         yield f"  note: {note}"
 
@@ -297,6 +298,14 @@ def _matrix(batch: BatchAudit) -> Iterator[str]:
         row = ["-" if source == target else _size(changes.get((source, target), 0.0)) for source in batch.asked]
         rows.append([f"document {target}", *row])
     yield from aligned(rows, indent="    ")
+
+
+def _pairs(batch: BatchAudit) -> Iterator[str]:
+    yield "  largest changes of the outputs of documents by other tokens in others:"
+    for leak in batch.leaks[:_SHOWN]:
+        yield f"    {leak.source} changes {leak.target}: {_size(leak.change.max_abs)}"
+    if len(batch.leaks) > _SHOWN:
+        yield f"    and {len(batch.leaks) - _SHOWN} more"
 
 
 def _row(batch: BatchAudit) -> list[str]:
