@@ -69,15 +69,35 @@ def test_sparse_attention_is_refused() -> None:
         maskops.attach(model)
 
 
-def test_a_model_that_computes_with_its_masks_is_refused_in_words() -> None:
+def test_a_model_that_computes_with_its_masks_gets_dense_ones() -> None:
     config = transformers.DogeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
     )
     model = transformers.DogeForCausalLM(config).eval()
-    before = state(model)
-    with pytest.raises(AttachError, match=r"padded right: its code computes with attention masks, and maskops hands"):
-        maskops.attach(model)
-    assert state(model) == before
+    ids = torch.tensor([[7, 8, 9, 10, 11, 12, 13]])
+    with torch.no_grad():
+        expected = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], 1)
+        with maskops.attach(model) as attachment:
+            assert attachment.report.proven and all(
+                proof.verdict == RIGHT for proof in attachment.report.arrivals.values()
+            )
+            assert any("it gets dense ones" in note for note in attachment.report.notes)
+            found = model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 2, 2, 2]])).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_makes_its_own_masks_refuses_packed_batches() -> None:
+    options = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.LayoutLMModel(transformers.LayoutLMConfig(vocab_size=64, **options)).eval()
+    with maskops.attach(model) as attachment:
+        proof = attachment.report.arrivals["packed, cu_seq_lens"]
+        assert (proof.verdict, proof.reason) == (
+            REFUSED,
+            "its code makes attention masks of its own, which know no documents",
+        )
+        assert attachment.report.arrivals["padded right"].verdict == RIGHT and attachment.report.proven
+        with pytest.raises(ValueError, match="LayoutLMModel does not take packed batches: its code makes"):
+            model(torch.tensor([[7, 8, 9, 10]]), cu_seq_lens_q=torch.tensor([0, 2, 4]), cu_seq_lens_k=None)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -126,7 +146,7 @@ def test_layers_with_a_state_refuse_packed_batches_without_a_proof() -> None:
     with maskops.attach(model, probe=False) as attachment:
         assert any("packed batches are refused" in note for note in attachment.report.notes)
         batch = models.arrive("packed by position_ids", "jamba", models.documents("jamba"))
-        with pytest.raises(ValueError, match="no probe showed that they stop at its end"):
+        with pytest.raises(ValueError, match="as far as is known: no probe showed otherwise"):
             models.run(model, "jamba", batch, gradients=False)
 
 

@@ -164,7 +164,7 @@ def attach(
             part(installation, options)
         ways: frozenset[str] = frozenset()
         if reference is not None:
-            probing.prove(models[0], reference, report)
+            probing.prove(models[0], reference, report, installation.steps)
             ways = refusals.settle(report)
         installation.steps.before[1:1] = refusals.guards(models[0], report, ways)
         return Attachment(model, report, undo.pop_all())

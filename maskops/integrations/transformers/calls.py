@@ -80,6 +80,8 @@ class Steps:
         """Run in order when a call begins, with the call on the stack; may change its arguments, may raise."""
         self.after: list[Callable[[Call, Any], Any]] = []
         """Run in order when a forward has returned; what a step returns replaces the output, None keeps it."""
+        self.dense_masks = False
+        """Whether models are handed masks as bool (batch, 1, q_len, k_len): their code computes with them."""
 
 
 class _Running(threading.local):

@@ -84,7 +84,10 @@ def mask_function(
         torch.device(device),
         config,
     )
-    return _cross_attention(call, request) if _is_cross_attention(call, request) else _self_attention(call, request)
+    made = _cross_attention(call, request) if _is_cross_attention(call, request) else _self_attention(call, request)
+    if call.steps.dense_masks and isinstance(made, RowSpans):
+        return made.to_dense().expand(batch_size, -1, -1, -1)
+    return made
 
 
 def _is_cross_attention(call: Call, request: _Request) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from maskops.integrations.transformers.calls import Steps
 from maskops.integrations.transformers.mixers import Mixer, token_mixers
 from maskops.integrations.transformers.probe_batches import (
     PACKED,
@@ -438,7 +439,7 @@ class _Prover:
         wrong = [layer for layer in self.layers.values() if layer.wrong(way.name)]
         if worst <= bound and not wrong:
             return ArrivalProof(RIGHT, worst)
-        if way.name not in PACKED and self._is_own(way, found, not any(layer.called for layer in wrong)):
+        if way.name not in PACKED and self._is_own(way, found, all(layer.recurrent for layer in wrong)):
             return ArrivalProof(OWN_LIMIT, worst, f"{reason or 'a layer differs'}, as with its own attention")
         if way.name in PACKED and not made_masks:
             return ArrivalProof(REFUSED, worst, "its code makes attention masks of its own, which know no documents")
@@ -458,8 +459,6 @@ class _Prover:
 
     def _raised(self, way: Way, error: Exception) -> ArrivalProof:
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        if "RowSpans" in reason:
-            reason = f"its code computes with attention masks, and maskops hands it spans instead ({reason})"
         if way.name in PACKED:
             return ArrivalProof(REFUSED, None, reason)
         try:
@@ -604,27 +603,49 @@ def reference(model: nn.Module, root: Any, report: Report) -> Reference | None:
         return None
 
 
-def prove(model: Any, reference: Reference, report: Report) -> None:
+def prove(model: Any, reference: Reference, report: Report, steps: Steps) -> None:
     """Runs an attached model on the documents of a reference, and reports what it does with them, layer by layer.
 
     Args:
         model: the ``PreTrainedModel`` that the reference is of, attached.
         reference: of the same model before it was attached.
         report: is completed; its ``failures()`` say what is wrong.
+        steps: of the attachment. Where the model's code computes with masks, and so fails on spans, they say afterwards
+            that it gets dense masks.
     """
     lengths = tuple(map(len, reference.documents.target))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     report.dtype, report.device, report.lengths = str(dtype).removeprefix("torch."), str(reference.device), lengths
-    prover = _Prover(model, reference, report.implementation)
-    cached = getattr(reference.outputs[0], "past_key_values", None) is not None
-    with untouched(model):
-        for way in ways(model, reference.documents, reference.device, cached=cached):
-            missing = ArrivalProof(NOT_TAKEN, None, way.missing)
-            report.arrivals[way.name] = missing if way.missing else prover.run(way)
-    report.layers = list(prover.layers.values())
-    report.tolerance = max((layer.tolerance for layer in report.layers), default=0.0)
+    arrivals, layers = _all_ways(model, reference, report.implementation)
+    if raised := _raised_by(arrivals):
+        steps.dense_masks = True
+        again = _all_ways(model, reference, report.implementation)
+        if len(_raised_by(again[0])) < len(raised):
+            arrivals, layers = again
+            report.notes.append(
+                "its code computes with attention masks: it gets dense ones, which each layer reads anew"
+            )
+        else:
+            steps.dense_masks = False
+    report.arrivals, report.layers = arrivals, layers
+    report.tolerance = max((layer.tolerance for layer in layers), default=0.0)
     report.notes += [
         f"a window of {window} tokens was not reached: the documents of the probe have up to {max(lengths)}"
         for window in windows(model)
         if window >= max(lengths)
     ]
+
+
+def _all_ways(model: Any, reference: Reference, name: str) -> tuple[dict[str, ArrivalProof], list[LayerProof]]:
+    prover, arrivals = _Prover(model, reference, name), dict[str, ArrivalProof]()
+    cached = getattr(reference.outputs[0], "past_key_values", None) is not None
+    with untouched(model):
+        for way in ways(model, reference.documents, reference.device, cached=cached):
+            missing = ArrivalProof(NOT_TAKEN, None, way.missing)
+            arrivals[way.name] = missing if way.missing else prover.run(way)
+    return arrivals, list(prover.layers.values())
+
+
+def _raised_by(arrivals: dict[str, ArrivalProof]) -> list[str]:
+    """The ways in which an attached model raised."""
+    return [way for way, proof in arrivals.items() if proof.error is None and proof.verdict in (WRONG, REFUSED)]

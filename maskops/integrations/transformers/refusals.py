@@ -18,7 +18,7 @@ from maskops.integrations.transformers import arrival
 from maskops.integrations.transformers.calls import Call
 from maskops.integrations.transformers.mixers import Mixer, token_mixers
 from maskops.integrations.transformers.probe_batches import PACKED, PACKED_CU
-from maskops.integrations.transformers.report import REFUSED, WRONG, AttachError, Report
+from maskops.integrations.transformers.report import REFUSED, WRONG, AttachError, LayerProof, Report
 
 # Names of the configurations of parts whose input is no text.
 _TOWER_CONFIG = re.compile(r"vision|visual|image|audio|speech|video|vq|codec")
@@ -128,10 +128,9 @@ def settle(report: Report) -> frozenset[str]:
         AttachError: with the table, where a layer is wrong that maskops computes, or should.
     """
     wrong = [way for way, proof in report.arrivals.items() if proof.verdict == WRONG]
-    recurrent = [layer for layer in report.layers if layer.recurrent and layer.ran]
-    ours = [layer for layer in report.layers if not layer.recurrent and any(layer.wrong(way) for way in wrong)]
+    ours = [layer for layer in report.layers if layer.called and any(layer.wrong(way) for way in wrong)]
     called = any(layer.called for layer in report.layers)
-    if ours or not called or any(way not in PACKED for way in wrong):
+    if not called or any(way not in PACKED for way in wrong) or any(not layer.recurrent for layer in ours):
         found = "\n".join(f"- {failure}" for failure in report.failures())
         raise AttachError(
             f"{report.model} was not attached: its probe failed.\n{found}\n"
@@ -141,16 +140,24 @@ def settle(report: Report) -> frozenset[str]:
     for way in wrong:
         proof = report.arrivals[way]
         proof.verdict = REFUSED
-        proof.reason = _recurrent_reason(recurrent) if recurrent else f"{proof.reason} (attention itself is right)"
+        proof.reason = _leak([layer for layer in report.layers if layer.wrong(way)]) or (
+            f"{proof.reason}, though attention is right"
+        )
     refused = [way for way, proof in report.arrivals.items() if proof.verdict == REFUSED]
     if refused:
         report.notes.append(f"batches that arrive {' or '.join(refused)} are refused with an error; give padded ones")
     return frozenset(refused)
 
 
-def _recurrent_reason(layers: list[Any]) -> str:
-    kinds = ", ".join(sorted({layer.kind for layer in layers}))
-    return f"{len(layers)} layers carry a state along the row, into the next document ({kinds})"
+def _leak(layers: list[LayerProof]) -> str:
+    """Why packed documents meet in layers that maskops does not compute, or only in part; empty if there are none."""
+    if not layers:
+        return ""
+    count, kinds = len(layers), ", ".join(sorted({layer.kind for layer in layers}))
+    subject = f"{count} layer{'s' * (count > 1)} ({kinds})"
+    if all(layer.recurrent for layer in layers):
+        return f"{subject} with a state that goes on along the row, into the next document"
+    return f"{subject} with code of its own, which knows no documents"
 
 
 def packed_guard(model: nn.Module, ways: frozenset[str], reason: str) -> Callable[[Call], None]:
@@ -207,11 +214,8 @@ def guards(model: nn.Module, report: Report, ways: frozenset[str]) -> list[Calla
         recurrent = [mixer for mixer in token_mixers(model) if mixer.recurrent]
         if not recurrent:
             return []
-        kinds = ", ".join(sorted({type(mixer.module).__name__ for mixer in recurrent}))
-        reason = (
-            f"{len(recurrent)} layers carry a state along the row, into the next document ({kinds}), and no probe "
-            "showed that they stop at its end"
-        )
+        layers = [LayerProof(mixer.name, type(mixer.module).__name__, recurrent=True) for mixer in recurrent]
+        reason = f"{_leak(layers)}, as far as is known: no probe showed otherwise"
         report.notes.append("packed batches are refused with an error: it has layers that carry a state along the row")
         return [packed_guard(model, frozenset(PACKED), reason)]
     if not ways:
