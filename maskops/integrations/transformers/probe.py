@@ -226,7 +226,9 @@ class Reference:
         mixers: the modules in which tokens meet.
         seen: by mixer, document and call, what it read and gave.
         spreads: by mixer, the standard deviation of its scores in what was seen, where it returns its weights.
-        device: where the embeddings are.
+        own: by way of arrival of padded batches, what the model makes of them itself, or what it raises.
+        cached: whether its calls return keys and values.
+        device: where its parameters are.
     """
 
     def __init__(self, model: Any) -> None:
@@ -236,6 +238,7 @@ class Reference:
         self.outputs: list[Any] = []
         self.seen: dict[str, list[list[_Seen]]] = {mixer.name: [] for mixer in self.mixers}
         self.spreads: dict[str, float] = {}
+        self.own: dict[str, Results | type[Exception]] = {}
         self._factors: dict[str, float] = {}
         with own_attention(model):
             for index in range(len(self.documents.target)):
@@ -246,6 +249,16 @@ class Reference:
             self.spreads.clear()
             for index in range(len(self.documents.target)):
                 self._watched_call(model, index)
+            self.cached = getattr(self.outputs[0], "past_key_values", None) is not None
+            for way in ways(model, self.documents, self.device, cached=self.cached):
+                if way.name not in PACKED:
+                    self.own[way.name] = self._own(model, way)
+
+    def _own(self, model: Any, way: Way) -> Results | type[Exception]:
+        try:
+            return self.found(_run(model, way), way.phases[-1].slots)[0]
+        except Exception as error:
+            return type(error)
 
     def _measure_spread(self, name: str, output: object, index: int) -> None:
         tensor = _first_tensor(output)
@@ -333,6 +346,22 @@ class Reference:
             ]
         return results
 
+    def found(self, output: Any, slots: dict[Side, Slots]) -> tuple[Results, str]:
+        """What an output has of each document, and what it lacks."""
+        found: Results = {}
+        for name, side in self.fields.items():
+            tensor = output.get(name)
+            if side is not None and isinstance(tensor, Tensor):
+                spots = slots[side].spots
+                if tuple(tensor.shape[:2]) == (slots[side].rows, slots[side].length):
+                    found[name] = [tensor[row, column : column + length] for row, column, _, length in spots]
+            elif isinstance(tensor, Tensor):
+                count = len(self.outputs)
+                if len(tensor) != count:
+                    return found, f"{name} has {len(tensor)} row{'s' * (len(tensor) > 1)} for {count} documents"
+                found[name] = list(tensor.split(1))
+        return found, "" if found else f"its output has no {' or '.join(self.fields)} of the batch's shape"
+
     @property
     def sides(self) -> tuple[Side, ...]:
         """The sides that the documents have."""
@@ -412,6 +441,14 @@ class _Calls:
             AttentionMaskInterface.register(name, mask)
 
 
+def _run(model: Any, way: Way) -> Any:
+    """The output of the last call of an arrival."""
+    output: Any = None
+    for phase in way.phases:
+        output = model(**phase.inputs(output))
+    return output
+
+
 class _Prover:
     """Runs the ways of arrival on an attached model and collects what they show."""
 
@@ -428,10 +465,10 @@ class _Prover:
         """One way of arrival: the outputs as they are, then each module on what it read in the reference."""
         slots = way.phases[-1].slots
         try:
-            output = self._plain(way)
+            output = _run(self.model, way)
         except Exception as error:
             return self._raised(way, error)
-        found, missing = self._results(output, slots)
+        found, missing = self.reference.found(output, slots)
         worst, reason, bound = _compare(found, self.reference.results(slots))
         if missing:
             worst, reason = math.inf, missing
@@ -447,49 +484,20 @@ class _Prover:
 
     def _is_own(self, way: Way, found: Results, elsewhere: bool) -> bool:
         """Whether the model's own attention is wrong too: in the same way, unless what is wrong lies `elsewhere`."""
-        slots = way.phases[-1].slots
-        try:
-            with own_attention(self.model):
-                own, _ = self._results(self._plain(way), slots)
-        except Exception:
+        own = self.reference.own.get(way.name)
+        if not isinstance(own, dict):
             return False
         difference, _, bound = _compare(found, own)
-        error, _, own_bound = _compare(own, self.reference.results(slots))
+        error, _, own_bound = _compare(own, self.reference.results(way.phases[-1].slots))
         return error > own_bound and (elsewhere or difference <= bound)
 
     def _raised(self, way: Way, error: Exception) -> ArrivalProof:
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         if way.name in PACKED:
             return ArrivalProof(REFUSED, None, reason)
-        try:
-            with own_attention(self.model):
-                self._plain(way)
-        except Exception as own:
-            if type(own) is type(error):
-                return ArrivalProof(NOT_TAKEN, None, f"also with its own attention: {reason}")
+        if self.reference.own.get(way.name) is type(error):
+            return ArrivalProof(NOT_TAKEN, None, f"also with its own attention: {reason}")
         return ArrivalProof(WRONG, None, reason)
-
-    def _plain(self, way: Way) -> Any:
-        output: Any = None
-        for phase in way.phases:
-            output = self.model(**phase.inputs(output))
-        return output
-
-    def _results(self, output: Any, slots: dict[Side, Slots]) -> tuple[Results, str]:
-        """What an output has of each document, and what it lacks."""
-        found: Results = {}
-        for name, side in self.reference.fields.items():
-            tensor = output.get(name)
-            if side is not None and isinstance(tensor, Tensor):
-                spots = slots[side].spots
-                if tuple(tensor.shape[:2]) == (slots[side].rows, slots[side].length):
-                    found[name] = [tensor[row, column : column + length] for row, column, _, length in spots]
-            elif isinstance(tensor, Tensor):
-                count = len(self.reference.outputs)
-                if len(tensor) != count:
-                    return found, f"{name} has {len(tensor)} row{'s' * (len(tensor) > 1)} for {count} documents"
-                found[name] = list(tensor.split(1))
-        return found, "" if found else f"its output has no {' or '.join(self.reference.fields)} of the batch's shape"
 
     def _watched(self, way: Way) -> bool:
         """Each mixer reads what it read in the reference, laid out as this arrival has it, and is compared.
@@ -638,9 +646,8 @@ def prove(model: Any, reference: Reference, report: Report, steps: Steps) -> Non
 
 def _all_ways(model: Any, reference: Reference, name: str) -> tuple[dict[str, ArrivalProof], list[LayerProof]]:
     prover, arrivals = _Prover(model, reference, name), dict[str, ArrivalProof]()
-    cached = getattr(reference.outputs[0], "past_key_values", None) is not None
     with untouched(model):
-        for way in ways(model, reference.documents, reference.device, cached=cached):
+        for way in ways(model, reference.documents, reference.device, cached=reference.cached):
             missing = ArrivalProof(NOT_TAKEN, None, way.missing)
             arrivals[way.name] = missing if way.missing else prover.run(way)
     return arrivals, list(prover.layers.values())
