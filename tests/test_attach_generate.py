@@ -129,7 +129,7 @@ def test_compiled_steps_with_a_static_cache_are_one_graph() -> None:
     compare(found, expected)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "dynamic, every key kept"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "llama4"])
 def test_a_step_in_which_a_row_is_padding(name: str, cache: str) -> None:
     module = model(name)
@@ -146,6 +146,7 @@ def test_a_step_in_which_a_row_is_padding(name: str, cache: str) -> None:
         empty = {
             "dynamic": lambda: transformers.DynamicCache(config=module.config),
             "static": lambda: transformers.StaticCache(config=module.config, max_cache_len=20),
+            "dynamic, every key kept": transformers.DynamicCache,
         }[cache]()
         with torch.no_grad():
             filled = module(**inputs, position_ids=positions, past_key_values=empty, use_cache=True).past_key_values

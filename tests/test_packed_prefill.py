@@ -194,6 +194,21 @@ def test_caches_that_cannot_take_prompts(llama: Any) -> None:
         maskops.packed_prefill(model("t5"), [[4, 5]], cache="static", max_length=9)
 
 
+def test_models_that_cannot_be_prefilled() -> None:
+    module = FAMILIES["llama"].build()
+    with maskops.attach(module, probe=False):
+        with pytest.raises(ValueError, match="LlamaModel has no generate"):
+            maskops.packed_prefill(module.model, [[4, 5]])
+        module.train()
+        module.activation_checkpointing_enable()
+        with pytest.raises(ValueError, match=r"wrote nothing to the cache.*model\.eval"):
+            maskops.packed_prefill(module, [[4, 5]])
+
+
+def test_models_in_a_wrapper(llama: Any) -> None:
+    compare(generate(llama, maskops.packed_prefill(torch.nn.Sequential(llama), tokens("llama"))), alone("llama"))
+
+
 def test_models_that_are_not_attached_are_refused() -> None:
     with pytest.raises(ValueError, match=r"is not attached.*maskops\.attach"):
         maskops.packed_prefill(model("llama"), [[4, 5]])

@@ -50,6 +50,9 @@ def packed_prefill(
     step. The result is that of ``generate`` on each prompt alone. For encoder-decoders the prompts are what the encoder
     reads: it runs packed, and ``generate`` starts from its outputs.
 
+    Beams and samples need ``expand_size``. Not for ``assistant_model`` and ``prompt_lookup_num_tokens``: transformers'
+    assisted decoding (5.23) goes wrong from any cache that is filled already, whatever attention computes it.
+
     Example::
 
         with maskops.attach(model):
@@ -59,7 +62,8 @@ def packed_prefill(
             answers = tokens[:, inputs["input_ids"].shape[1] :]
 
     Args:
-        model: a causal language model or an encoder-decoder of transformers, attached by ``maskops.attach``.
+        model: a causal language model or an encoder-decoder of transformers, attached by ``maskops.attach``; or a
+            module around one that adds no tokens, such as a compiled model.
         prompts: a list or a tensor of token ids each; a ``PackedBatch`` or ``PaddedBatch``; or what a tokenizer
             returns: a mapping with ``input_ids`` and, if they are padded on either side, ``attention_mask``. No prompt
             is empty.
@@ -69,8 +73,8 @@ def packed_prefill(
         max_length: tokens of a row of the static cache, those of the longest prompt and the generated ones together.
             Needed for ``cache="static"``, refused otherwise.
         chunk_size: tokens of a packed row at most; prompts go into as few rows as fit, one forward call each, and
-            longer prompts come in pieces (encoders: in a row of their own). None: one row. Memory of activations grows
-            with the row, time does not depend on it.
+            longer prompts come in pieces (encoders: in a row of their own). None: one row. The memory of activations
+            grows with the row.
         expand_size: ``num_beams`` or ``num_return_sequences`` of the call of ``generate``, whichever is larger:
             ``generate`` repeats the tokens of each prompt that often, but not a cache that it is given.
         pad_token_id: what stands before shorter prompts; nothing attends to it. By default that of the generation
@@ -91,6 +95,10 @@ def packed_prefill(
             f"model ({type(model).__name__}) is not attached, and its own attention would let the prompts of a row see "
             "one another: call maskops.attach(model) first"
         )
+    # The forward of a wrapper would compute the head as well, which nothing is asked of.
+    model = next(inner for inner in model.modules() if isinstance(inner, PreTrainedModel))
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} has no generate: expected a causal language model or encoder-decoder")
     tokens = _token_lists(prompts)
     lengths = [prompt.shape[0] for prompt in tokens]
     check_count("expand_size", expand_size)
@@ -266,11 +274,16 @@ def _arguments(module: Any, tokens: list[Tensor], row: list[_Piece]) -> dict[str
 
 def _fill(model: Any, tokens: list[Tensor], cache: _PackedCache, chunk_size: int | None) -> None:
     """Runs all tokens but the last of each prompt through the layers below the head, which no logits are needed of."""
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    body = model.base_model
     rows = _rows([prompt.shape[0] - 1 for prompt in tokens], chunk_size, divisible=True)
     for number, row in enumerate(rows):
         cache.expect(row, last=number == len(rows) - 1)
         body(**_arguments(body, tokens, row), past_key_values=cache, use_cache=True)
+    if rows and not cache.handed_on:
+        raise ValueError(
+            f"{type(model).__name__} wrote nothing to the cache that it was given: gradient checkpointing in training "
+            "switches caches off, call model.eval()"
+        )
 
 
 def _encode(model: Any, tokens: list[Tensor], chunk_size: int | None) -> Tensor:
@@ -303,6 +316,7 @@ class _PackedCache(Cache):
         self.last = False
         self.places: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.handed_on = False
 
     def expect(self, row: list[_Piece], *, last: bool) -> None:
         """The next calls of ``update`` bring the keys of this row."""
@@ -351,6 +365,7 @@ class _PackedCache(Cache):
             del self.kept[layer_idx]
             keys, values = (x.repeat_interleave(self.expand_size, 0) if self.expand_size > 1 else x for x in kept)
             self.target.update(keys, values, layer_idx)
+            self.handed_on = True
         return seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
