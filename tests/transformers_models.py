@@ -133,6 +133,7 @@ _BART = {
     "decoder_ffn_dim": 32,
     "max_position_embeddings": 128,
     "forced_eos_token_id": None,
+    "forced_bos_token_id": None,
 }
 _T5 = {
     "d_model": 32,
@@ -215,9 +216,18 @@ _REFUSED = (
         mamba_dt_rank=4,
     ),
 )
+_COUNTING = (
+    _pair("pegasus", "Pegasus", **_BART),
+    _pair("mbart", "MBart", **_BART),
+    _pair("m2m-100", "M2M100", **_BART),
+    _decoder("biogpt", "BioGpt"),
+    _encoder("esm", "Esm", pad=1, first_position=2, mask_token_id=3, token_dropout=True),
+)
 SERVED = {family.name: family for family in _SERVED}
 REFUSED = {family.name: family for family in _REFUSED}
-FAMILIES = SERVED | REFUSED
+# Served too: what counts positions in yet another way.
+COUNTING = {family.name: family for family in _COUNTING}
+FAMILIES = SERVED | COUNTING | REFUSED
 
 
 @functools.cache

@@ -254,6 +254,13 @@ def given_positions(call: Call, batch: int, length: int) -> Tensor | None:
     return text_positions(_given(call, "position_ids", (batch, length)), batch, length)
 
 
+def is_continued(q_offset: int | Tensor) -> bool:
+    """Whether a cache surely holds tokens already."""
+    if isinstance(q_offset, Tensor):
+        return values_can_be_read([q_offset], q_offset.device) and int(q_offset) > 0
+    return not torch.compiler.is_compiling() and q_offset > 0
+
+
 def documents_of_call(
     call: Call, batch: int, length: int, kept: Tensor | None, *, columns: slice | Tensor, is_continued: bool
 ) -> Documents | None:

@@ -232,7 +232,7 @@ def _self_attention(call: Call, request: _Request) -> RowSpans:
             request.q_len,
             kept,
             columns=columns,
-            is_continued=_is_continued(request.q_offset),
+            is_continued=arrival.is_continued(request.q_offset),
         )
     if is_fresh and (request.mask is None or request.mask.shape[1] == request.k_len):
         if documents is not None:
@@ -250,13 +250,6 @@ def _self_attention(call: Call, request: _Request) -> RowSpans:
     ):
         return _spans(call, pattern, request)
     return _spans_of_step(call, pattern, request) or _spans_in_cache(call, pattern, request, documents, kept)
-
-
-def _is_continued(q_offset: int | Tensor) -> bool:
-    """Whether a cache surely holds tokens already."""
-    if isinstance(q_offset, Tensor):
-        return values_can_be_read([q_offset], q_offset.device) and int(q_offset) > 0
-    return not torch.compiler.is_compiling() and q_offset > 0
 
 
 def _columns(offset: int | Tensor, length: int, device: torch.device) -> slice | Tensor:

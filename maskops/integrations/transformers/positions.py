@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from maskops.integrations.transformers.arrival import documents_of_call, given_positions, kept_tokens
+from maskops.integrations.transformers.arrival import documents_of_call, given_positions, is_continued, kept_tokens
 from maskops.integrations.transformers.calls import Call, innermost
 from maskops.layouts import values_can_be_read
 
@@ -117,7 +117,6 @@ def places_of_call(call: Call, *, counts_padding: bool) -> Tensor | None:
         return None
     batch, length = call.sizes
     past = _length_of_cache(call)
-    is_continued = isinstance(past, int) and past > 0
     mask = call.tensor("attention_mask")
     kept = kept_tokens(mask) if mask is not None and mask.dim() == 2 and mask.shape[0] == batch else None
     slots = torch.arange(length, device=_device(call))
@@ -127,7 +126,7 @@ def places_of_call(call: Call, *, counts_padding: bool) -> Tensor | None:
         if isinstance(past, int) and kept.shape[1] < past + length:
             return None
     own = None if kept is None else kept[:, columns]
-    documents = documents_of_call(call, batch, length, own, columns=columns, is_continued=is_continued)
+    documents = documents_of_call(call, batch, length, own, columns=columns, is_continued=is_continued(past))
     begin = None if kept is None else kept.to(torch.int64).argmax(1, keepdim=True)
     if documents is not None:
         start = documents.start if begin is None else torch.maximum(documents.start, begin)
