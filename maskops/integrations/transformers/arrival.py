@@ -344,6 +344,10 @@ _MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 
 def separate_segments(call: Call) -> None:
     """Step before each call: models get masks of ones and zeros, which some multiply with, count or sum up."""
+    ids = call.tensor("decoder_input_ids")
+    length = ids.shape[-1] if ids is not None else call.sizes[1] if call.sizes is not None else None
+    if length == 1:  # a step of generation: no second document can be there
+        return
     for name in _MASKS:
         numbers = call.tensor(name)
         if numbers is None or numbers.dim() != 2 or numbers.dtype not in INTEGERS:
