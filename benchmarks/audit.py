@@ -93,16 +93,24 @@ def cell(row: dict[str, Any], names: tuple[str, ...]) -> tuple[float, bool] | No
     return max(batch.get("error", 0.0) for batch in taken), any(batch["verdict"] != "clean" for batch in taken)
 
 
+def text_of(row: dict[str, Any], names: tuple[str, ...]) -> str:
+    """A cell: the error, with an exclamation mark where something is wrong; "refused", or "-" for no such batch."""
+    found = cell(row, names)
+    if found is not None:
+        return f"{found[0]:.1g}{' !' if found[1] else '  '}"
+    # A name of an error stands before the reason where the model was called and declined.
+    refusals = [row["batches"][name].get("refused", "") for name in names if name in row["batches"]]
+    return "refused  " if any("Error: " in refusal for refusal in refusals) else "-  "
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """A line for each model and attention; what is wrong has an exclamation mark."""
     lines = [["model", "attention", *COLUMNS]]
     for row in found:
         if "refused" in row:
-            lines.append([row["model"], row["attention"], *["-"] * len(COLUMNS)])
+            lines.append([row["model"], row["attention"], *["refused  "] * len(COLUMNS)])
             continue
-        cells = [cell(row, names) for names in COLUMNS.values()]
-        texts = ["-" if each is None else f"{each[0]:.1g}{' !' if each[1] else '  '}" for each in cells]
-        lines.append([row["model"], row["attention"], *texts])
+        lines.append([row["model"], row["attention"], *(text_of(row, names) for names in COLUMNS.values())])
     return "\n".join(aligned(lines, left=2))
 
 
