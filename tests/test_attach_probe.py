@@ -19,7 +19,7 @@ from maskops.integrations.transformers.report import NOT_TAKEN, RIGHT, AttachErr
 
 Function = Callable[..., Any]
 
-WAYS = {"packed, position_ids", "packed, cu_seq_lens", "padded right", "padded left", "decode, cache"}
+WAYS = {"packed by position_ids", "packed by cu_seq_lens", "padded right", "padded left", "cached step"}
 
 
 def state(model: torch.nn.Module) -> list[object]:
@@ -58,7 +58,7 @@ def test_a_right_model_is_proven_in_every_way_and_stays_as_it_was(name: str) -> 
     attachment = maskops.attach(model)
     report = attachment.report
     assert report.proven and not report.failures()
-    ways = WAYS if models.FAMILIES[name].kind == "decoder" else WAYS - {"decode, cache"}
+    ways = WAYS if models.FAMILIES[name].kind == "decoder" else WAYS - {"cached step"}
     assert {way for way, proof in report.arrivals.items() if proof.verdict == RIGHT} == ways
     for layer in report.layers:
         assert layer.ran == layer.called > 0 and layer.errors.keys() == ways
@@ -71,9 +71,9 @@ def test_a_right_model_is_proven_in_every_way_and_stays_as_it_was(name: str) -> 
 def test_encoders_and_decoders_of_different_lengths_are_proven_with_their_cross_attention() -> None:
     report = maskops.attach(models.FAMILIES["t5"].build()).report
     assert report.proven
-    assert report.arrivals["packed, position_ids"].verdict == NOT_TAKEN
+    assert report.arrivals["packed by position_ids"].verdict == NOT_TAKEN
     crossing = [layer for layer in report.layers if "EncDecAttention" in layer.name]
-    assert len(crossing) == 2 and all(layer.errors.keys() == WAYS - {"packed, position_ids"} for layer in crossing)
+    assert len(crossing) == 2 and all(layer.errors.keys() == WAYS - {"packed by position_ids"} for layer in crossing)
 
 
 def without(**replaced: object) -> Function:
@@ -155,7 +155,7 @@ def test_attention_that_loses_the_padding_is_named_by_the_ways(monkeypatch: pyte
     report = failed(models.FAMILIES["llama"].build())
     wrong = {way for layer in report.layers for way in report.arrivals if layer.wrong(way)}
     # A causal mask hides padding on the right by itself, and positions that restart show where padding ends.
-    assert "decode, cache" in wrong and "padded right" not in wrong
+    assert "cached step" in wrong and "padded right" not in wrong
 
 
 def test_a_layer_that_never_calls_is_named() -> None:

@@ -90,7 +90,7 @@ def test_a_model_that_makes_its_own_masks_refuses_packed_batches() -> None:
     options = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = transformers.LayoutLMModel(transformers.LayoutLMConfig(vocab_size=64, **options)).eval()
     with maskops.attach(model) as attachment:
-        proof = attachment.report.arrivals["packed, cu_seq_lens"]
+        proof = attachment.report.arrivals["packed by cu_seq_lens"]
         assert (proof.verdict, proof.reason) == (
             REFUSED,
             "its code makes attention masks of its own, which know no documents",
@@ -108,14 +108,14 @@ def test_layers_with_a_state_are_served_padded_and_refuse_packed_batches(name: s
         report = attachment.report
         verdicts = {way: proof.verdict for way, proof in report.arrivals.items()}
         assert verdicts == {
-            "packed, position_ids": REFUSED,
-            "packed, cu_seq_lens": REFUSED,
+            "packed by position_ids": REFUSED,
+            "packed by cu_seq_lens": REFUSED,
             "padded right": RIGHT,
             "padded left": RIGHT,
-            "decode, cache": RIGHT,
+            "cached step": RIGHT,
         }
         recurrent = [layer for layer in report.layers if layer.recurrent]
-        assert len(recurrent) == 1 and recurrent[0].kind in report.arrivals["packed, cu_seq_lens"].reason
+        assert len(recurrent) == 1 and recurrent[0].kind in report.arrivals["packed by cu_seq_lens"].reason
         assert any("refused with an error; give padded ones" in note for note in report.notes)
         for way in models.arrivals(name):
             rows = models.cut(parts, models.WRAPPED_WIDTH) if way.startswith("wrapped") else parts

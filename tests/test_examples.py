@@ -135,3 +135,16 @@ def test_training_an_lstm() -> None:
     assert first > 2.5 and last < 0.5 * first
     found = re.search(r"6 sentences together or alone: difference up to ([0-9.e+-]+)$", text, flags=re.MULTILINE)
     assert found is not None and float(found[1]) < 1e-5
+
+
+def test_attaching_a_model() -> None:
+    assert len((EXAMPLES / "attach_model.py").read_text(encoding="utf-8").splitlines()) < 60
+    pytest.importorskip("transformers", reason="transformers is an optional extra")
+    text = printed_by("attach_model.py")
+    stock = re.search(r"^packed as transformers takes it: off by ([0-9.e+-]+) ", text, flags=re.MULTILINE)
+    assert stock is not None and float(stock[1]) > 0.1
+    ours = [float(x) for x in re.findall(r"with maskops: largest difference ([0-9.e+-]+)$", text, flags=re.MULTILINE)]
+    assert len(ours) == 2 and max(ours) < 1e-5
+    assert "maskops is attached to Gemma2ForCausalLM (float32, cpu): proven" in text
+    assert "model.layers.*.self_attn (2 layers)" in text and "WRONG" not in text and "detached: eager again" in text
+    assert max(map(len, text.splitlines())) <= 140

@@ -15,9 +15,9 @@ Side = Literal["target", "source"]
 LONGEST_WINDOW = 128
 """Windows up to this many tokens are exceeded by the probe; longer ones would make it slow, and are told."""
 
-PACKED_IDS, PACKED_CU = "packed, position_ids", "packed, cu_seq_lens"
+PACKED_IDS, PACKED_CU = "packed by position_ids", "packed by cu_seq_lens"
 PADDED_RIGHT, PADDED_LEFT = "padded right", "padded left"
-CACHED = "decode, cache"
+CACHED = "cached step"
 PACKED = (PACKED_IDS, PACKED_CU)
 
 _LENGTHS = (11, 7)

@@ -216,7 +216,7 @@ def guards(model: nn.Module, report: Report, ways: frozenset[str]) -> list[Calla
             return []
         layers = [LayerProof(mixer.name, type(mixer.module).__name__, recurrent=True) for mixer in recurrent]
         reason = f"{_leak(layers)}, as far as is known: no probe showed otherwise"
-        report.notes.append("packed batches are refused with an error: it has layers that carry a state along the row")
+        report.notes.append(f"packed batches are refused with an error: {reason}")
         return [packed_guard(model, frozenset(PACKED), reason)]
     if not ways:
         return []

@@ -135,10 +135,10 @@ class Report:
         counts = " and ".join(str(length) for length in self.lengths)
         return [
             f"maskops {state} {self.model} ({self.dtype}, {self.device}): {word}",
-            f"Two random documents of {counts} tokens went through the model's own eager attention one at a time, then "
-            "through maskops together.",
-            "A figure is the largest error of a token, relative to the size of its vector; "
-            f"up to {self.tolerance:.0e} is rounding.",
+            f"Two random documents of {counts} tokens went through the model one at a time with its own eager",
+            "attention, and together with maskops in each way in which a batch can arrive. A figure is the largest",
+            f"error of a token's vector, relative to the vector's length; up to {self.tolerance:.0e} is rounding.",
+            "Calls: the runs of a layer in which it called maskops.",
         ]
 
     def _table(self) -> list[str]:
