@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -474,3 +475,25 @@ def test_compiled_training_steps() -> None:
             expected = model(**inputs, use_cache=False).loss
             torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
     assert counters["stats"]["unique_graphs"] - before == 2
+
+
+def largest_allocation(step: Callable[[], Any]) -> int:
+    """Bytes of the largest tensor that a step makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_logits_are_never_whole() -> None:
+    """No tensor of a training step is as large as the logits of its batch: half of them is a chunk of 32 MiB."""
+    model = SERVED["llama"].build(num_hidden_layers=1, vocab_size=16384, max_position_embeddings=1024).train()
+    tokens = torch.randint(4, 16384, (1, 1024), generator=torch.Generator().manual_seed(0))
+    logits = 1024 * 16384 * 4
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+    with maskops.attach(model, probe=False):
+        assert largest_allocation(step) >= logits
+    with maskops.attach(model, probe=False, fuse_lm_head=True):
+        assert largest_allocation(step) <= 5 / 8 * logits

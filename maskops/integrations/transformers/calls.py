@@ -113,7 +113,8 @@ _signatures: dict[type, tuple[tuple[str, ...], frozenset[str], str | None]] = {}
 
 def _signature(module: nn.Module) -> tuple[tuple[str, ...], frozenset[str], str | None]:
     """Positional names, all names and the name of ``*args`` of the forward of a class, read at attach()."""
-    return _signatures[type(module)]
+    # fully_shard() gives models that are attached already a class of its own, derived from theirs.
+    return next(_signatures[kind] for kind in type(module).__mro__ if kind in _signatures)
 
 
 def _read_signature(module: nn.Module) -> None:

@@ -197,6 +197,11 @@ class FusedHead:
             return None
         step.logits = logits
         hidden, layer, processing = step.hidden, self.layer, self.processing
+        if hasattr(layer.weight, "device_mesh"):  # a DTensor, which a torch without distributed does not know
+            raise RuntimeError(
+                "fuse_lm_head=True: the weight of the output layer is sharded where the loss is computed: shard it "
+                "with the model around it (no fully_shard of the layer itself), or attach without fuse_lm_head"
+            )
 
         def score(target: Tensor, *, ignore_index: int, num_items: int | Tensor | None) -> Tensor:
             loss: Tensor = linear_cross_entropy(

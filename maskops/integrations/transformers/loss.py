@@ -279,16 +279,15 @@ class Served(NamedTuple):
         return f"loss of {type(self.model).__name__}: {self.reason}"
 
 
-def _calls_loss_function(kind: type, base: type) -> bool:
-    """Whether a method of a model reads ``self.loss_function``: many compute their loss by themselves."""
-    for owner in kind.__mro__:
-        if owner is base:
-            return False
+def _names_in_methods(kind: type, base: type) -> set[str]:
+    """Names that the methods of a model use, those of its bases up to ``base`` included."""
+    names: set[str] = set()
+    for owner in kind.__mro__[: kind.__mro__.index(base)]:
         for method in vars(owner).values():
             code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-            if code is not None and "loss_function" in code.co_names:
-                return True
-    return False
+            if code is not None:
+                names.update(code.co_names, code.co_varnames)
+    return names
 
 
 def _twins() -> dict[Any, tuple[Callable[..., Tensor], str]]:
@@ -305,16 +304,16 @@ def serve(installation: Installation, model: PreTrainedModel) -> Served | None:
     """Gives a model a loss function of this package in the place of transformers', until ``detach``.
 
     Returns:
-        Whose loss it has now; None for a model that takes no labels.
+        Whose loss it has now; None for a model that computes none.
     """
     from transformers import PreTrainedModel
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     kind = type(model)
-    if not _calls_loss_function(kind, PreTrainedModel):
-        if "labels" not in inspect.signature(kind.forward).parameters:
-            return None
-        return Served(model, None, f"its own, computed in {kind.__name__}.forward")
+    names = _names_in_methods(kind, PreTrainedModel)
+    if "loss_function" not in names:  # many compute their loss by themselves, by torch's classes
+        computes_one = any("loss" in name for name in names)
+        return Served(model, None, f"its own, computed in {kind.__name__}.forward") if computes_one else None
     # Not model.loss_function, which logs a warning where it is the default.
     present = vars(model).get("_loss_function") or LOSS_MAPPING.get(str(model.loss_type), ForCausalLMLoss)
     loss, reason = _twins().get(present, (None, ""))
