@@ -162,6 +162,15 @@ def of_tokens(
 # ---- what a call was given -------------------------------------------------------------------------------------------
 
 
+def same_sizes(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two pairs of batch and length are equal.
+
+    One by one: compiled code compares tuples of open sizes by their symbols, of which two may have one value, and in a
+    text or as keys of a dictionary it makes constants of them.
+    """
+    return one[0] == other[0] and one[1] == other[1]
+
+
 def is_encoder_decoder(call: Call) -> bool:
     """Whether the call belongs to an encoder-decoder, whose parts speak of two sequences."""
     around: Call | None = call
@@ -193,7 +202,7 @@ def _given(call: Call, name: str, sizes: tuple[int, int] | None) -> Tensor | Non
     while around is not None:
         value = around.tensor(name)
         if value is not None and (found is None or value is found):
-            fits = sizes is None or around.sizes is None or around.sizes == sizes
+            fits = sizes is None or around.sizes is None or same_sizes(around.sizes, sizes)
             if not fits and value is found:
                 return None
             if fits:
@@ -276,15 +285,25 @@ def documents_of_call(
         columns: the columns of the call's 2-D mask that stand for these tokens.
         is_continued: a cache already holds tokens before these.
     """
-    key = f"documents of {batch} rows of {length}"
-    if key not in call.notes:
-        outer = call.parent
-        if outer is not None and key in outer.notes and _says_the_same(call, outer):
-            call.notes[key] = outer.notes[key]
-        else:
-            call.notes[key] = _read_documents(call, batch, length, kept, columns, is_continued)
-    found: Documents | None = call.notes[key]
+    outer = call.parent
+    places = [call] if outer is None or not _says_the_same(call, outer) else [call, outer]
+    for place in places:
+        for read in place.notes.get(_READ, ()):
+            if same_sizes(read.sizes, (batch, length)):
+                return read.documents
+    found = _read_documents(call, batch, length, kept, columns, is_continued)
+    call.notes.setdefault(_READ, []).append(_Read((batch, length), found))
     return found
+
+
+_READ = "documents"
+
+
+class _Read(NamedTuple):
+    """Documents of a call that have been read, and of which batch and length."""
+
+    sizes: tuple[int, int]
+    documents: Documents | None
 
 
 def _says_the_same(call: Call, outer: Call) -> bool:
@@ -330,7 +349,7 @@ def documents_of_encoder(call: Call, batch: int, length: int, kept: Tensor | Non
         return of_cu_seqlens(cu_seqlens[1], batch, length, cu_seqlens[0])
     positions, around = None, call.parent
     while around is not None and positions is None:
-        if around.sizes == (batch, length):
+        if around.sizes is not None and same_sizes(around.sizes, (batch, length)):
             positions = text_positions(around.tensor("position_ids"), batch, length)
         around = around.parent
     segments = None if kept is None else segments_of_call(call, "encoder_attention_mask", slice(0, length))

@@ -20,6 +20,7 @@ from maskops.integrations.transformers.arrival import (
     documents_of_call,
     is_encoder_decoder,
     of_cu_seqlens,
+    same_sizes,
 )
 from maskops.integrations.transformers.calls import Call, innermost
 from maskops.ops.cross_entropy.api import cross_entropy
@@ -210,7 +211,7 @@ def documents_of_labels(call: Call, labels: Tensor) -> Tensor | None:
         return None
     batch, length = labels.shape
     two_sides = is_encoder_decoder(call)
-    if not two_sides and call.sizes not in (None, (batch, length)):
+    if not two_sides and call.sizes is not None and not same_sizes(call.sizes, (batch, length)):
         return None
     mask = call.tensor("decoder_attention_mask" if two_sides else "attention_mask")
     if mask is None or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
