@@ -129,6 +129,24 @@ def test_under_gradient_checkpointing(name):
     assert_same_gradients(got, wanted)
 
 
+def test_whatever_has_a_value_for_each_token_moves_with_them():
+    model, parts = build("bert"), zoo.documents("bert", LENGTHS)
+    inputs = zoo.arrive("padded right", "bert", parts).inputs
+    shape = inputs["input_ids"].shape
+    told = {
+        "inputs_embeds": torch.randn(*shape, 32, generator=torch.Generator().manual_seed(2)),
+        "token_type_ids": torch.arange(shape[1]).expand(shape) % 2,
+        "position_ids": torch.arange(shape[1])[None] + 3,
+        "attention_mask": inputs["attention_mask"],
+    }
+    real = told["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**told).last_hidden_state[real]
+        with maskops.attach(model, unpad=True, probe=False):
+            torch.testing.assert_close(model(**told).last_hidden_state[real], expected, atol=1e-5, rtol=0)
+            assert len(model(**told, return_dict=False)) == 2
+
+
 def test_heads_and_poolers_see_the_rows_that_they_know():
     parts = zoo.documents("bert", LENGTHS)
     inputs = zoo.arrive("padded right", "bert", parts).inputs
@@ -186,6 +204,19 @@ def test_states_along_the_row_stay_padded():
     inputs = dict(batch.inputs, use_cache=False)
     with torch.no_grad():
         expected = model(**inputs).logits.flatten(0, 1)[batch.places]
-        with maskops.attach(model, unpad=True, probe=False) as attachment:
+        with maskops.attach(model, unpad=True) as attachment:
             assert any("stay padded: layers carry a state" in note for note in attachment.report.notes)
             torch.testing.assert_close(model(**inputs).logits.flatten(0, 1)[batch.places], expected, atol=1e-5, rtol=0)
+
+
+def test_models_that_take_no_packed_rows_are_refused():
+    """Embeddings that hold the tokens beside: of a padded row, those of padding are zeros at first."""
+    options = {"embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16, "num_hidden_layers": 1}
+    config = transformers.MobileBertConfig(vocab_size=64, hidden_size=32, intermediate_size=32, **options)
+    config.num_attention_heads = 2
+    model = transformers.MobileBertModel(config)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"^MobileBertModel was not attached|unpad=True runs MobileBertModel"):
+        maskops.attach(model, unpad=True)
+    assert model.config._attn_implementation == before
+    maskops.attach(model).detach()

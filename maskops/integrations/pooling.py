@@ -132,10 +132,7 @@ def pool_documents(rows: Tensor, documents: Documents, how: Pooling) -> Tensor:
     values = rows.to(torch.float32) if rows.dtype in _HALF else rows
     lengths = documents.lengths.to(values.dtype).clamp(min=1).unsqueeze(1)
     if how == "weighted_mean":
-        inside = documents.ids < documents.number
-        # Select before the product: weights of 0 would let NaN of the padding through.
-        weight = torch.where(inside, documents.place + 1, 0).to(values.dtype).unsqueeze(1)
-        values = torch.where(inside.unsqueeze(1), values, 0) * weight
+        values = values * (documents.place + 1).to(values.dtype).unsqueeze(1)
         divisor = lengths * (lengths + 1) / 2
     else:
         divisor = lengths if how == "mean" else lengths.sqrt()

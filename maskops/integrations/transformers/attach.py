@@ -166,6 +166,12 @@ def attach(
         if reference is not None:
             probing.prove(models[0], reference, report, installation.steps)
             ways = refusals.settle(report)
+            if unpad and ways and unpadding.runs_packed(served):
+                raise AttachError(
+                    f"attach: unpad=True runs {report.model} on packed rows, which it does not take: "
+                    f"{report.arrivals[min(ways)].reason}. Leave unpad out",
+                    report,
+                )
         installation.steps.before[1:1] = refusals.guards(models[0], report, ways)
         return Attachment(model, report, undo.pop_all())
 

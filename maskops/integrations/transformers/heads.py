@@ -71,6 +71,8 @@ class _Classification(NamedTuple):
     """int64 (n_documents, width): the tokens in the rows that the head sees."""
     packed: dict[str, Any]
     """The arguments of the packed row, by name."""
+    segments: dict[str, Tensor]
+    """The numbers of documents from which masks among them were made."""
 
 
 def _before(call: Call) -> None:
@@ -80,6 +82,7 @@ def _before(call: Call) -> None:
         for name, value in around.packed.items():
             if value is not None or name in call.arguments:
                 call.set(name, value)
+        call.segments.update(around.segments)
         call.notes["tokens"] = around.tokens
         parent.notes["inside"] = call
         return
@@ -156,7 +159,7 @@ def _classify(call: Call, tokens: Tokens, width: int) -> None:
     is_empty = tokens.lengths.unsqueeze(1) == 0
     real = real | (is_empty & (torch.arange(width, device=real.device) == 0))
     arguments = call.arguments
-    packed = {name: as_given(call, name) for name in _LAID_OUT}
+    packed, segments = {name: arguments.get(name) for name in _LAID_OUT}, dict(call.segments)
     packed |= {name: arguments[name] for name in _TOLD_BY if name in arguments}
     config: Any = call.module.config
     config = config.get_text_config()
@@ -175,7 +178,8 @@ def _classify(call: Call, tokens: Tokens, width: int) -> None:
         call.set("position_ids", None)
     for name in _TOLD_BY:
         call.remove(name)
-    call.notes["classification"] = _Classification(tokens, _ends_everywhere(index, tokens), packed)
+    places = _ends_everywhere(index, tokens)
+    call.notes["classification"] = _Classification(tokens, places, packed, segments)
 
 
 def _ends_everywhere(index: Tensor, tokens: Tokens) -> Tensor:

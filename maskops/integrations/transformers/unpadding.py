@@ -36,7 +36,7 @@ def install(installation: Installation, options: Options) -> None:
     """A part of ``attach``; its steps lie inside those of heads, and before those that place tokens."""
     if not options.unpad:
         return
-    reasons = {model: _reason_to_stay_padded(model) for model in installation.models if _computes_tokens(model)}
+    reasons = _reasons(installation.models)
     models = frozenset(model for model, reason in reasons.items() if not reason)
     for reason in sorted(set(reasons.values())):
         names = ", ".join(sorted({type(model).__name__ for model, its in reasons.items() if its == reason}))
@@ -48,6 +48,16 @@ def install(installation: Installation, options: Options) -> None:
     steps = _Steps(models, installation.report.implementation)
     installation.steps.before.append(steps.before)
     installation.steps.after.insert(0, steps.after)
+
+
+def runs_packed(models: tuple[PreTrainedModel, ...]) -> bool:
+    """Whether any of the models is handed packed rows in place of padded ones."""
+    return not all(_reasons(models).values())
+
+
+def _reasons(models: tuple[PreTrainedModel, ...]) -> dict[PreTrainedModel, str]:
+    """The models that compute tokens, and why each stays padded; "" where it does not."""
+    return {model: _reason_to_stay_padded(model) for model in models if _computes_tokens(model)}
 
 
 def _computes_tokens(model: PreTrainedModel) -> bool:
