@@ -47,6 +47,7 @@ class Model(nn.Module):
         past_key_values=None,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
+        functions=None,
         **kwargs,
     ):
         create = PATTERNS[self.pattern]
@@ -56,6 +57,7 @@ class Model(nn.Module):
             )
         skip = {} if "both ways" in self.pattern else {"allow_is_causal_skip": False, "position_ids": position_ids}
         skip |= {"allow_is_bidirectional_skip": False} if "both ways" in self.pattern else {}
+        skip |= functions or {}
         return create(self.config, inputs_embeds, attention_mask, past_key_values=past_key_values, **skip)
 
 
@@ -302,3 +304,66 @@ def test_cross_attention_over_a_padded_encoder():
         torch.zeros(2, 3, 4), encoder_hidden_states=torch.zeros(2, 5, 4), encoder_attention_mask=kept
     )
     assert torch.equal(_dense(got, 2), (kept == 1)[:, None].expand(2, 3, 5))
+
+
+_COMBINED = [(kind, pattern) for kind in ("or", "and", "blocks") for pattern in ("causal", "window", "chunks")]
+# transformers takes no blocks for masks that look both ways.
+_COMBINED += [("or", "both ways"), ("and", "both ways")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "telling"),
+    [(*pair, telling) for pair in _COMBINED for telling in ("nothing", "mask", "positions")]
+    + [(kind, "causal", "cache") for kind in ("or", "and", "blocks")],
+)
+def test_functions_of_the_user_are_evaluated_pair_by_pair(kind, pattern, telling):
+    length = 8
+    blocks = torch.tensor([[-1, 0, 0, 0, 1, 1, -1, -1], [0, 0, -1, -1, -1, 2, 2, 2]])
+
+    def same_block(batch, head, query, key):
+        return (slots[batch, query] == slots[batch, key]) & (slots[batch, query] >= 0)
+
+    slots = torch.nn.functional.pad(blocks, (0, 8), value=-1)  # as long as the cache
+    functions = {"block_sequence_ids": blocks} if kind == "blocks" else {f"{kind}_mask_function": same_block}
+    kept, positions = torch.ones(2, length, dtype=torch.int64), torch.arange(length).repeat(2, 1)
+    inputs: dict[str, Any] = {"inputs_embeds": torch.zeros(2, length, 4), "functions": functions}
+    if telling == "mask":
+        kept[0, :2] = kept[1, 5] = 0
+        inputs["attention_mask"] = kept
+    if telling == "positions":
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], [4, 5, 0, 1, 2, 3, 4, 5]])
+        inputs["position_ids"] = positions
+    if telling == "cache":
+        inputs |= {"inputs_embeds": torch.zeros(2, 3, 4), "past_key_values": _filled("static", MODELS["causal"], 2, 5)}
+    row_positions = positions.tolist() if telling == "positions" else [None, None]
+    numbers = [_numbers(kept[row].tolist(), None, row_positions[row]) for row in range(2)]
+    documents = _brute("both ways", numbers)
+    same = (blocks[:, :, None] == blocks[:, None]) & (blocks[:, :, None] >= 0)
+    known = _brute(pattern, numbers)
+    expected = known & same if kind == "and" else documents & (known | same)
+    got = _dense(MODELS[pattern](**inputs), 2)
+    if telling == "cache":
+        assert not got[..., length:].any()
+        got, expected = got[..., :length], expected[:, 5:]
+    assert torch.equal(got, expected)
+
+
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    pattern=st.sampled_from(("causal", "window", "chunks")),
+    telling=st.sampled_from(("positions", "cu", "segments")),
+)
+def test_packed_tokens_may_fill_an_empty_static_cache(lengths, pattern, telling):
+    numbers = [[index for index, count in enumerate(lengths) for _ in range(count)]]
+    length = len(numbers[0])
+    inputs: dict[str, Any] = {"inputs_embeds": torch.zeros(1, length, 4)}
+    if telling == "positions":
+        inputs["position_ids"] = torch.cat([torch.arange(count) for count in lengths])[None]
+    elif telling == "cu":
+        inputs["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0)
+    else:
+        inputs["attention_mask"] = torch.tensor(numbers) + 1
+    got = _dense(MODELS[pattern](past_key_values=StaticCache(MODELS[pattern].config, max_cache_len=20), **inputs), 1)
+    assert torch.equal(got[..., :length], _brute(pattern, numbers))
+    assert not got[..., length:].any()

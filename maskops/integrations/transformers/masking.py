@@ -272,23 +272,24 @@ def _kept(mask: Tensor, offset: int | Tensor, length: int) -> Tensor:
 def _spans_of_step(call: Call, pattern: Mask, request: _Request) -> RowSpans | None:
     """The plan where each row of the batch has one query, which stands in the slot of the last key that it may see.
 
-    That a layout of keys can say, and its plan costs a fraction of one from sequences: generation makes one a token.
-    None where offsets cannot be read, or where they or the mask say something else.
+    That layouts of keys can say, on every device and without a sync, and their plan costs a fraction of one from
+    sequences: generation makes one a token. None where they cannot.
     """
-    offsets = [x for x in (request.q_offset, request.kv_offset) if isinstance(x, Tensor)]
-    operands = offsets if request.mask is None else [*offsets, request.mask]
-    if request.q_len != 1 or request.is_bidirectional or not values_can_be_read(operands, request.device):
+    if request.q_len != 1 or request.is_bidirectional:
         return None
-    at, first = int(request.q_offset) - int(request.kv_offset), int(request.kv_offset)
-    if not 0 <= at < request.k_len or (first > 0 and pattern.counts_from_first):
+    at, first = request.q_offset - request.kv_offset, request.kv_offset
+    if pattern.counts_from_first and (isinstance(first, Tensor) or first > 0):
         return None
-    if request.mask is None:
-        return _spans(call, masks.key_padding(at + 1) & pattern, request)
-    kept = _kept(request.mask, first, at + 1)
-    if not kept[:, at].all():
+    if not isinstance(at, Tensor) and not torch.compiler.is_compiling() and not 0 <= at < request.k_len:
         return None
-    kept = torch.nn.functional.pad(kept, (0, request.k_len - at - 1), value=False)
-    return _spans(call, masks.key_padding(kept) & pattern, request)
+    end = (at + 1).to(request.device).reshape(1) if isinstance(at, Tensor) else at + 1
+    keys = masks.key_padding(end)
+    if request.mask is not None:
+        kept = _kept(request.mask, first, request.k_len)
+        own = torch.arange(request.k_len, device=request.device) == at
+        # A row whose query is padding sees nothing; the keys of all others end with their own.
+        keys = keys & masks.key_padding(kept & (kept & own).any(1, keepdim=True))
+    return _spans(call, keys & pattern, request)
 
 
 def _spans_in_cache(
@@ -325,7 +326,8 @@ def _spans_in_cache(
         start = torch.where(is_first, start, documents.start + delta)
         end = torch.minimum(end, documents.end + delta)
     positions = _counts_positions(call)
-    batch = request.batch if positions or request.mask is not None or documents is not None else 1
+    is_shared = request.mask is None and documents is None and not positions and not pattern.is_dense
+    batch = 1 if is_shared else request.batch
     element = torch.arange(batch, device=device)[:, None]
     ordinal = element if documents is None else _ordinals(documents)
     sequences = Sequences(q_start, end - delta, start, end, ordinal, row_holes, key_holes)
