@@ -68,7 +68,7 @@ def test_a_mistake_in_one_layer_is_found_there() -> None:
     assert "model.layers.1.self_attn" in str(found.findings[0])
 
 
-def one(model: Any, batch: dict[str, Any]) -> BatchAudit:
+def one(model: Any, batch: Any) -> BatchAudit:
     return maskops.audit(model, batch).batches[0]
 
 
@@ -91,6 +91,19 @@ def test_ids_at_padding_that_decide_positions_are_no_leak() -> None:
     found = one(head, {"input_ids": torch.where(mask > 0, ids, 0), "attention_mask": mask})
     assert not found.findings and found.measured == "logits" and found.order is None
     assert any("ids at padding decide" in note for note in found.notes)
+
+
+def test_a_classifier_of_packed_documents() -> None:
+    """One row of logits a document, and one more for the places after the last."""
+    head = transformers.LlamaForSequenceClassification(zoo.FAMILIES["llama"].build().config)
+    sequences = [torch.randint(4, zoo.VOCABULARY, (length,)) for length in (6, 0, 3, 8)]
+    batch = maskops.PackedBatch.from_sequences(sequences, capacity=20)
+    with maskops.attach(head, probe=False):
+        found = one(head, batch)
+        assert not found.findings and found.lengths == (6, 3, 8) and found.documents == (0, 2, 3)
+        assert found.measured == "logits" and found.alone is not None and found.alone.change.tokens == 3
+    with pytest.raises(ValueError, match=r"shape \(1, 2\), expected \(1, 20, \.\.\.\)"):
+        one(head, batch)
 
 
 def test_a_batch_with_a_cache_and_labels() -> None:

@@ -201,12 +201,14 @@ def _given(batch: Any, documents: Tensor | Mapping[str, Tensor] | None, tokens: 
         ids = batch.sequence_ids.cpu().unsqueeze(0)
         use_cache = False if "use_cache" in taken.names else None
         inputs = batch.transformers_inputs(labels=None, cu_seqlens=taken.takes("cu_seq_lens_q"), use_cache=use_cache)
+        sequences = len(inputs["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in inputs else batch.n_sequences
     else:
         ids = batch.sequence_ids.cpu()
         inputs = batch.transformers_inputs(labels=None)
+        sequences = batch.n_sequences
     if "position_ids" not in taken.names:
         inputs.pop("position_ids", None)
-    return Arrival(type(batch).__name__, inputs, (Stream("input_ids", ids),))
+    return Arrival(type(batch).__name__, inputs, (Stream("input_ids", ids, sequences),))
 
 
 def _device(model: Any) -> torch.device:

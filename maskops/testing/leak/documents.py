@@ -28,10 +28,13 @@ class Stream:
     Attributes:
         name: the argument of the model that holds the tokens.
         documents: int64 (batch, length) on the CPU: the number of each place's document, -1 at padding.
+        sequences: how many sequences the batch has with those that are no documents, such as empty ones and padding
+            that offsets count as one: outputs of one row for each may have as many. 0: as many as documents.
     """
 
     name: str
     documents: Tensor
+    sequences: int = 0
 
     @property
     def numbers(self) -> list[int]:
@@ -70,7 +73,9 @@ def streams_of(
         )
     second = _named(inputs, DECODER_TOKENS)
     names = [first] if second is None else [first, second]
-    return tuple(Stream(name, _documents_of(inputs, name, documents, names)) for name in names)
+    return tuple(
+        Stream(name, _documents_of(inputs, name, documents, names), _sequences(inputs, name, names)) for name in names
+    )
 
 
 def _named(inputs: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -104,6 +109,11 @@ def _documents_of(
     if offsets is None:
         ids = _numbered(torch.where(kept, ids, _PADDING))
     return torch.where(kept, ids, _PADDING)
+
+
+def _sequences(inputs: Mapping[str, Any], name: str, names: list[str]) -> int:
+    offsets = _offsets(inputs, "k" if name == names[0] and len(names) > 1 else "q")
+    return int(inputs[name].shape[0]) if offsets is None else offsets.numel() - 1
 
 
 def _explicit(documents: Tensor, batch: int, length: int) -> Tensor:

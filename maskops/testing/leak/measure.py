@@ -60,7 +60,7 @@ class Measurement:
         calls = self._runner.calls
         self._base = self._runner(self._inputs, self._stream)
         real = torch.cat([self._base.rows(self._stream, document) for document in self._documents])
-        self._scale = Output(self._base.at(real), self._base.is_distribution, self._base.per_document).scale
+        self._scale = Output(self._base.at(real), self._base.is_distribution).scale
         self._check_finite()
         noise = self._noise()
         self._set_tolerances(noise)
@@ -359,7 +359,7 @@ class Measurement:
         """Each document alone beside itself in the batch."""
         rows = torch.cat([self._base.rows(self._stream, document) for document in alone])
         values = torch.cat(list(alone.values()))
-        singles = Output(values, self._base.is_distribution, self._base.per_document)
+        singles = Output(values, self._base.is_distribution)
         targets = self._targets_at(rows)
         everything = torch.arange(len(rows))
         change = compare(singles, self._base.at(rows), everything, targets, self._scale)

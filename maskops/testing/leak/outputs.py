@@ -53,18 +53,21 @@ class Output:
     Attributes:
         values: (rows, ..., channels).
         is_distribution: whether the channels are logits.
-        per_document: whether the rows are documents.
+        row_of: the row of each document, where the rows are documents.
     """
 
     values: Tensor
     is_distribution: bool
-    per_document: bool
+    row_of: dict[int, int] | None = None
+
+    @property
+    def per_document(self) -> bool:
+        """Whether the rows are documents and not tokens."""
+        return self.row_of is not None
 
     def rows(self, stream: Stream, document: int) -> Tensor:
         """int64 (n,): the rows that belong to a document."""
-        if self.per_document:
-            return torch.tensor([stream.numbers.index(document)])
-        return stream.places(document)
+        return stream.places(document) if self.row_of is None else torch.tensor([self.row_of[document]])
 
     def at(self, rows: Tensor) -> Tensor:
         """Those rows."""
@@ -112,15 +115,19 @@ class Runner:
     def _aligned(self, result: Any, stream: Stream) -> Output:
         name, values = _main_tensor(result)
         batch, length = stream.documents.shape
-        documents = len(stream.numbers)
+        numbers = stream.numbers
+        documents = len(numbers)
         shape = tuple(values.shape)
         is_distribution = "logits" in name or (not name and shape[-1:] == (self._vocabulary,))
         if len(shape) >= 2 and shape[:2] == (batch, length):
-            return Output(values.flatten(0, 1), is_distribution and len(shape) > 2, per_document=False)
+            return Output(values.flatten(0, 1), is_distribution and len(shape) > 2)
         if len(shape) >= 2 and shape[0] == batch * length and batch * length != documents:
-            return Output(values, is_distribution, per_document=False)
+            return Output(values, is_distribution)
         if len(shape) >= 1 and shape[0] == documents:
-            return Output(values, is_distribution and len(shape) > 1, per_document=True)
+            row_of = {number: row for row, number in enumerate(numbers)}
+            return Output(values, is_distribution and len(shape) > 1, row_of)
+        if len(shape) >= 1 and shape[0] == stream.sequences and max(numbers) < stream.sequences:
+            return Output(values, is_distribution and len(shape) > 1, {number: number for number in numbers})
         raise ValueError(
             f"the model returned {name or 'a tensor'} of shape {shape}, expected ({batch}, {length}, ...) with a row "
             f"for each token, or ({documents}, ...) with one for each document; give call= a function of model and "
