@@ -218,7 +218,6 @@ _REFUSED = (
 )
 _COUNTING = (
     _pair("pegasus", "Pegasus", **_BART),
-    _pair("mbart", "MBart", **_BART),
     _pair("m2m-100", "M2M100", **_BART),
     _decoder("biogpt", "BioGpt"),
     _encoder("esm", "Esm", pad=1, first_position=2, mask_token_id=3, token_dropout=True),

@@ -1,0 +1,75 @@
+"""Mutations of how models of transformers are told the places of tokens, and of segments in masks."""
+
+from __future__ import annotations
+
+from tests.mutations import Mutation
+
+_TESTS = ("tests/test_attach_positions.py",)
+_POSITIONS = "maskops/integrations/transformers/positions.py"
+_ARRIVAL = "maskops/integrations/transformers/arrival.py"
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "positions of RoBERTa begin at 0",
+        _POSITIONS,
+        "first=0 if tokens is None else int(tokens.padding_idx) + 1",
+        "first=0 if tokens is None else 0",
+        _TESTS,
+    ),
+    Mutation(
+        "places go on over documents",
+        _POSITIONS,
+        "torch.where(documents.ids >= 0, slots - start, 0)",
+        "torch.where(documents.ids >= 0, slots, 0)",
+        _TESTS,
+    ),
+    Mutation(
+        "padding on the left counts",
+        _POSITIONS,
+        "return (slots + offset - begin).clamp(min=0)",
+        "return (slots + offset + 0 * begin).clamp(min=0)",
+        _TESTS,
+    ),
+    Mutation(
+        "steps of generation are told places without those of the cache",
+        _POSITIONS,
+        "kept.shape[1] == length else past",
+        "kept.shape[1] == length else 0",
+        _TESTS,
+    ),
+    Mutation(
+        "tables that count tokens are left to themselves",
+        _POSITIONS,
+        'elif names[:2] == ["input_ids", "inputs_embeds"]:',
+        'elif names[:2] == ["input_ids"]:',
+        _TESTS,
+    ),
+    Mutation(
+        "embeddings that count in no known way pass",
+        _POSITIONS,
+        "if self.places() is not None:\n            raise",
+        "if False:\n            raise",
+        _TESTS,
+    ),
+    Mutation(
+        "models multiply with the numbers of segments",
+        _ARRIVAL,
+        "call.set(name, (numbers != 0).to(numbers.dtype))",
+        "call.set(name, numbers)",
+        _TESTS,
+    ),
+    Mutation(
+        "models inside others take the mask for segments",
+        _ARRIVAL,
+        "if _separated(call, name, numbers) is not None:\n            continue",
+        "if False:\n            continue",
+        _TESTS,
+    ),
+    Mutation(
+        "documents of a decoder are those of its encoder",
+        _ARRIVAL,
+        'key = "decoder_attention_mask" if "decoder_attention_mask" in around.accepts else name',
+        "key = name",
+        _TESTS,
+    ),
+)
