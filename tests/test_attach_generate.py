@@ -32,6 +32,12 @@ def test_left_padding(attached: Any, name: str, cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
+@families("lfm2", "jamba")
+def test_recurrent_layers_between(attached: Any, name: str, cache: str) -> None:
+    compare(generate(attached, padded(name, prompts(name)), cache_implementation=cache), alone(name))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @families("t5", "bart")
 def test_encoder_decoders(attached: Any, name: str, left: bool, cache: str) -> None:

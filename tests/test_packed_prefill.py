@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import maskops
-from tests.generating import DECODERS, LENGTHS, NEW, alone, compare, encoded, generate, padded, prompts
+from tests.generating import DECODERS, LENGTHS, NEW, Generated, alone, compare, encoded, generate, padded, prompts
 from tests.transformers_models import FAMILIES, model
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
@@ -46,6 +46,16 @@ def test_encoder_outputs(name: str, chunk_size: int | None) -> None:
         inputs = maskops.packed_prefill(model(name), tokens(name), chunk_size=chunk_size)
         compare(generate(model(name), inputs), expected)
         compare(generate(model(name), inputs, cache_implementation="static"), expected)
+
+
+def test_bert_as_a_decoder() -> None:
+    torch.manual_seed(0)
+    config = FAMILIES["bert"].build(is_decoder=True).config
+    module, parts = transformers.BertLMHeadModel(config).eval(), prompts("bert")
+    expected = [generate(module, padded("bert", [part])) for part in parts]
+    with maskops.attach(module, probe=False):
+        found = generate(module, maskops.packed_prefill(module, tokens("bert"), chunk_size=8))
+    compare(found, Generated(*(torch.cat(tensors) for tensors in zip(*expected, strict=True))))
 
 
 def test_windows_keep_what_every_prompt_still_needs() -> None:
@@ -195,10 +205,12 @@ def test_caches_that_cannot_take_prompts(llama: Any) -> None:
 
 
 def test_models_that_cannot_be_prefilled() -> None:
-    module = FAMILIES["llama"].build()
+    module, bert = FAMILIES["llama"].build(), transformers.BertLMHeadModel(FAMILIES["bert"].build().config)
     with maskops.attach(module, probe=False):
         with pytest.raises(ValueError, match="LlamaModel has no generate"):
             maskops.packed_prefill(module.model, [[4, 5]])
+        with maskops.attach(bert, probe=False), pytest.raises(ValueError, match="BertLMHeadModel attends in both"):
+            maskops.packed_prefill(bert, [[4, 5]])
         module.train()
         module.activation_checkpointing_enable()
         with pytest.raises(ValueError, match=r"wrote nothing to the cache.*model\.eval"):

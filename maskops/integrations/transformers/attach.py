@@ -185,13 +185,16 @@ def _register(backend: str | None) -> str:
     return name
 
 
-def keep_mask(*, attention_mask: Any = None, past_key_values: Any = None, **_: Any) -> Any:
+def keep_mask(
+    *, attention_mask: Any = None, past_key_values: Any = None, inputs_embeds: torch.Tensor | None = None, **_: Any
+) -> Any:
     """Stands for a model's ``create_masks_for_generate``, so that masks are made where the call is known.
 
-    A 2-D mask, which grows with each token, is filled up with padding to the length of a static cache: one shape, for
-    which compiled code has one graph.
+    In steps of one token a 2-D mask, which grows with each, is filled up with padding to the length of a static cache:
+    one shape, for which compiled code has one graph. Longer calls keep theirs, of which models read the last columns.
     """
-    if attention_mask is None or attention_mask.dim() != 2 or past_key_values is None:
+    is_step = inputs_embeds is not None and inputs_embeds.shape[1] == 1
+    if not is_step or attention_mask is None or attention_mask.dim() != 2 or past_key_values is None:
         return attention_mask
     missing = past_key_values.get_max_length() - attention_mask.shape[1]
     return torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask

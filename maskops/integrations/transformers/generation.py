@@ -22,7 +22,6 @@ from transformers.cache_utils import (
     StaticIndexedLayer,
     StaticLayer,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
 from maskops.data import PackedBatch, PaddedBatch, pack
 from maskops.data.arguments import Tokens, integer, token_ids
@@ -99,6 +98,11 @@ def packed_prefill(
     model = next(inner for inner in model.modules() if isinstance(inner, PreTrainedModel))
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no generate: expected a causal language model or encoder-decoder")
+    if not model.config.is_encoder_decoder and not _is_causal(model):
+        raise ValueError(
+            f"{type(model).__name__} attends in both directions, so that keys change with each new token and no cache "
+            "holds them: build it with is_decoder=True"
+        )
     tokens = _token_lists(prompts)
     lengths = [prompt.shape[0] for prompt in tokens]
     check_count("expand_size", expand_size)
@@ -119,7 +123,7 @@ def packed_prefill(
                 f"{type(model).__name__} is an encoder-decoder, whose cache belongs to the decoder, which starts in "
                 "generate: leave out cache and max_length, and give cache_implementation to generate"
             )
-        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=_encode(model, tokens, chunk_size))
+        inputs["encoder_outputs"] = _encode(model, tokens, chunk_size)
         return inputs
     target = _target(model, cache, max_length, max(lengths))
     _fill(model, tokens, _PackedCache(target, lengths, expand_size, device), chunk_size)
@@ -127,6 +131,13 @@ def packed_prefill(
 
 
 # ---- the arguments ---------------------------------------------------------------------------------------------------
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether no token attends to later ones; attention modules of transformers say so, of models without any True."""
+    said = [getattr(module, "is_causal", None) for module in model.modules()]
+    known = [value for value in said if isinstance(value, bool)]
+    return any(known) or not known
 
 
 def _token_lists(prompts: Any) -> list[Tensor]:
@@ -286,15 +297,18 @@ def _fill(model: Any, tokens: list[Tensor], cache: _PackedCache, chunk_size: int
         )
 
 
-def _encode(model: Any, tokens: list[Tensor], chunk_size: int | None) -> Tensor:
-    """Hidden states of the encoder, (prompts, longest, width)."""
+def _encode(model: Any, tokens: list[Tensor], chunk_size: int | None) -> Any:
+    """Outputs of the encoder for all prompts, hidden states (prompts, longest, width)."""
     encoder = model.get_encoder()
+    output: Any = None
     parts: dict[int, Tensor] = {}
     for row in _rows([prompt.shape[0] for prompt in tokens], chunk_size, divisible=False):
-        states = encoder(**_arguments(encoder, tokens, row), return_dict=True).last_hidden_state[0]
+        output = encoder(**_arguments(encoder, tokens, row), return_dict=True)
         sizes = [piece.stop - piece.start for piece in row]
-        parts.update(zip((piece.document for piece in row), states.split(sizes), strict=True))
-    return torch.nn.utils.rnn.pad_sequence([parts[document] for document in range(len(tokens))], batch_first=True)
+        parts.update(zip((piece.document for piece in row), output.last_hidden_state[0].split(sizes), strict=True))
+    states = [parts[document] for document in range(len(tokens))]
+    # Of the encoder's own class, because decoders read more fields than the hidden states.
+    return type(output)(last_hidden_state=torch.nn.utils.rnn.pad_sequence(states, batch_first=True))
 
 
 class _PackedCache(Cache):
