@@ -55,22 +55,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a step counts chunks from the first key that a window kept",
         _MASKING,
-        "(first > 0 and pattern.counts_from_first)",
-        "False",
-        _STEP,
-    ),
-    Mutation(
-        "a step takes the last key of a row for its own",
-        _MASKING,
-        "if not kept[:, at].all():",
+        "if pattern.counts_from_first and (isinstance(first, Tensor) or first > 0):",
         "if False:",
         _STEP,
     ),
     Mutation(
         "a step without padding sees what a static cache has not filled yet",
         _MASKING,
-        "masks.key_padding(at + 1)",
-        "masks.key_padding(request.k_len)",
+        "keys = masks.key_padding(end)",
+        "keys = masks.key_padding(request.k_len)",
         _STEP,
     ),
     Mutation(

@@ -134,10 +134,10 @@ def packed_prefill(
 
 
 def _is_causal(model: Any) -> bool:
-    """Whether no token attends to later ones; attention modules of transformers say so, of models without any True."""
-    said = [getattr(module, "is_causal", None) for module in model.modules()]
-    known = [value for value in said if isinstance(value, bool)]
-    return any(known) or not known
+    """Whether no token attends to later ones: not so in encoders with a language-model head, which say it twice."""
+    if getattr(model.config, "is_decoder", True):
+        return True
+    return any(getattr(module, "is_causal", None) is True for module in model.modules())
 
 
 def _token_lists(prompts: Any) -> list[Tensor]:
