@@ -93,6 +93,15 @@ def test_ids_at_padding_that_decide_positions_are_no_leak() -> None:
     assert any("ids at padding decide" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("way", ["rows by position_ids", "rows by cu", "packed + tail by cu", "padded left"])
+def test_padding_that_looks_like_a_document_is_padding(way: str) -> None:
+    """Offsets count the places between documents of two rows; positions restart at each of them."""
+    model = zoo.FAMILIES["roberta"].build("eager")
+    with maskops.attach(model, probe=False):
+        found = one(model, zoo.arrive(way, "roberta", zoo.documents("roberta", (5, 1, 9, 4))).inputs)
+    assert found.lengths == (5, 1, 9, 4) and found.padding > 0 and not found.findings, found
+
+
 def test_a_classifier_of_packed_documents() -> None:
     """One row of logits a document, and one more for the places after the last."""
     head = transformers.LlamaForSequenceClassification(zoo.FAMILIES["llama"].build().config)

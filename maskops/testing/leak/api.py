@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from maskops.data import PackedBatch, PaddedBatch
 from maskops.data.lengths import Lengths, read_lengths
 from maskops.testing.leak.arrivals import Arrival, Taken, arrivals_of, taken_by
-from maskops.testing.leak.documents import Stream, streams_of
+from maskops.testing.leak.documents import Stream, streams_of, without_padding
 from maskops.testing.leak.measure import REFUSALS, Measurement, Settings
 from maskops.testing.leak.outputs import Call, Runner, coarsest_dtype, undisturbed
-from maskops.testing.leak.perturb import Replacement, vocabulary_of
+from maskops.testing.leak.perturb import Replacement, pad_of, vocabulary_of
 from maskops.testing.leak.report import AuditReport, BatchAudit
 
 LENGTHS = (11, 5, 17)
@@ -193,7 +193,11 @@ def _keeps_cache(runner: Runner, sequences: list[Tensor]) -> bool:
 
 def _given(batch: Any, documents: Tensor | Mapping[str, Tensor] | None, tokens: str | None, model: Any) -> Arrival:
     if isinstance(batch, Mapping):
-        return Arrival("batch", dict(batch), streams_of(batch, documents, tokens))
+        streams = streams_of(batch, documents, tokens)
+        if documents is None:
+            pad_id = pad_of(model)
+            streams = tuple(without_padding(stream, batch[stream.name], pad_id) for stream in streams)
+        return Arrival("batch", dict(batch), streams)
     if documents is not None:
         raise ValueError(f"documents: a {type(batch).__name__} knows its documents, leave it out")
     taken: Taken = taken_by(model)

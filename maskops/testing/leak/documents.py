@@ -78,6 +78,23 @@ def streams_of(
     )
 
 
+def without_padding(stream: Stream, tokens: Tensor, pad: int | None) -> Stream:
+    """The stream with documents of nothing but padding tokens as padding: offsets and positions count it as documents.
+
+    Args:
+        stream: as the batch says.
+        tokens: (batch, length, ...) of the stream.
+        pad: the id of padding, None where there is none.
+    """
+    if pad is None or tokens.is_floating_point() or tokens.dim() != 2:
+        return stream
+    is_real = (tokens.detach().cpu() != pad) & (stream.documents != _PADDING)
+    real = stream.documents[is_real].unique()
+    documents = torch.where(torch.isin(stream.documents, real), stream.documents, _PADDING)
+    # A batch of nothing else is left as it is.
+    return Stream(stream.name, documents, stream.sequences) if len(real) else stream
+
+
 def _named(inputs: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if isinstance(inputs.get(name), Tensor) and inputs[name].dim() >= 2), None)
 

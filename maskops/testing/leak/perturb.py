@@ -111,6 +111,13 @@ def vocabulary_of(model: object) -> int | None:
     return min(sizes) if sizes else None
 
 
+def pad_of(model: object) -> int | None:
+    """The id of padding, or None."""
+    declared = [getattr(config, "pad_token_id", None) for config in _texts(getattr(model, "config", None))]
+    index = getattr(input_embedding(model), "padding_idx", None)
+    return next((pad for pad in (*declared, index) if isinstance(pad, int) and pad >= 0), None)
+
+
 def _texts(config: Any) -> Iterator[Any]:
     if config is None:
         return
