@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
 
@@ -201,6 +202,22 @@ def test_single_documents_are_left_to_the_head():
         all_kept = model(input_ids=parts[0].tokens[None], attention_mask=torch.ones(1, 5, dtype=torch.int64))
     torch.testing.assert_close(one.logits, alone("llama")[0][:1], atol=1e-5, rtol=0)
     torch.testing.assert_close(all_kept.logits, one.logits, atol=1e-5, rtol=0)
+
+
+def test_nothing_waits_for_the_device():
+    """Fake tensors raise where a value would be read: offsets with an integer for the longest, and masks of bool."""
+    with FakeTensorMode():
+        family = replace(zoo.FAMILIES["bert"], model="BertForSequenceClassification")
+        config = transformers.BertConfig(vocab_size=64, **family.options, num_labels=3)
+        model = transformers.BertForSequenceClassification(config)
+        cu_seqlens, labels = torch.empty(5, dtype=torch.int32), torch.empty(4, dtype=torch.int64)
+        told = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 9}
+        with maskops.attach(model, probe=False):
+            packed_row = model(input_ids=torch.empty(1, 18, dtype=torch.int64), **told, labels=labels)
+            ids, mask = torch.empty(4, 9, dtype=torch.int64), torch.empty(4, 9, dtype=torch.bool)
+            padded = model(input_ids=ids, attention_mask=mask, labels=labels)
+            assert packed_row.logits.shape == padded.logits.shape == (4, 3)
+            (packed_row.loss + padded.loss).backward()
 
 
 @pytest.mark.parametrize("name", ["roberta", "llama"])

@@ -12,8 +12,9 @@ A head of transformers takes a row for one document, which begins in the first c
 Classifiers and poolers also find the first token of rows that are padded on the left.
 
 Cumulative lengths tell from their shape how many documents there are, and documents without a token keep their row.
-Position ids and segments are read for it, which waits for a device. Without ``max_length_q`` as an integer so is the
-length of the longest document; compiled code takes the length of a row for it.
+Position ids and masks of integers, which may hold segments, are read for it, which waits for a device; offsets and
+masks of bool are not. Without ``max_length_q`` as an integer the length of the longest document is read as well;
+compiled code takes the length of a row for it.
 """
 
 from __future__ import annotations
