@@ -4,6 +4,9 @@ The runs:
     python -m maskops bench --json benchmarks/results/cpu.json --chart benchmarks/results/cpu.png
     python -m benchmarks.kernels --json benchmarks/results/kernels.json
     python -m benchmarks.padding --json benchmarks/results/padding.json
+    python -m maskops bench text --model minilm --full --json benchmarks/results/minilm.json
+    python -m maskops bench text --model smollm2 --full --json benchmarks/results/smollm2.json
+    python -m maskops bench train --json benchmarks/results/train.json --chart benchmarks/results/train.png
 
     make gpu        # which leaves benchmarks/results/gpu-<device>.json
 
@@ -26,6 +29,7 @@ from typing import Any
 from benchmarks.padding import EARLIER
 from maskops.backend import BACKENDS, FEATURES
 from maskops.cli.bench.gpu.report import summary, tables_of
+from maskops.cli.bench.report import BUSY_ABOVE
 from tools.environment import ROOT
 
 README = ROOT / "README.md"
@@ -33,9 +37,11 @@ RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 CHART = RESULT.with_suffix(".png")
 KERNELS = RESULT.with_name("kernels.json")
 PADDING = RESULT.with_name("padding.json")
+MODELS = (RESULT.with_name("minilm.json"), RESULT.with_name("smollm2.json"))
+TRAINING = RESULT.with_name("train.json")
 BLOCKS = {
     name: (f"<!-- {name}: begin (python -m tools.readme) -->\n", f"<!-- {name}: end -->\n")
-    for name in ("results", "gpu", "padding", "features")
+    for name in ("results", "models", "gpu", "padding", "features")
 }
 NOT_YET = "compiled and interpreted; not yet run on a GPU"
 NOT_YET_BUT = {"triton": NOT_YET, "cuda": "compiled, and run as host code; not yet run on a GPU"}
@@ -98,6 +104,88 @@ def padding_figures(runs: dict[str, Any], batch_size: int = 32) -> str:
         f"Groups depend on the documents and on how they are made: the {EARLIER['grouped'][1]:.0%} once measured with "
         f"the sampler of transformers on docstrings of other versions is not reproduced; on these it fills {again}.\n"
     )
+
+
+def model_figures(runs: Sequence[dict[str, Any]], training: dict[str, Any] | None = None) -> str:
+    """A table for each run of `maskops bench text --model`, and what one of `maskops bench train` found."""
+    lines = []
+    for run in runs:
+        model, documents, settings, machine = run["model"], run["documents"], run["settings"], run["machine"]
+        work = "sentence embeddings" if model["task"] == "embedding" else "a training step, forward and backward"
+        passes = f", at most {settings['positions']:,} positions a pass" if settings["positions"] else ""
+        lines += [
+            f"**{model['name']}** ({model['architecture']}, {model['parameters'] / 1e6:.0f} M parameters, "
+            f"{settings['dtype']}; {model['origin'].get('package', 'a folder')}), {work}: {documents['count']} "
+            f"docstrings in arrival order, {documents['tokens']:,} tokens of its own tokenizer, batches of "
+            f"{settings['batch_size']}{passes}. {_place(machine)}, transformers {settings['transformers']}; medians of "
+            f"{settings['repeats']} repeats, batch by batch in turn; errors against one document at a time in "
+            f"float64.{_busy(machine)}",
+            "",
+            f"| | tokens/s | | fill | peak memory | {' | '.join(_ERRORS[name] for name in run['own_error'])} "
+            "| products | attention | loss | other |",
+            f"|{'---|' * (9 + len(run['own_error']))}",
+        ]
+        shares = {entry["name"]: entry for entry in run["shares"]}
+        for row in run["rows"]:
+            name = f"{row['name']} (what people do)" if row["habit"] else row["name"]
+            name = f"**{name}**" if row["ours"] else name
+            if row["timing"] is None:
+                lines.append(f"| {name} | {str(row['problem']).split(':')[0]} |{' |' * (7 + len(run['own_error']))}")
+                continue
+            memory = "" if row["memory"] is None else f"{row['memory'] / 2**30:.2f} GiB"
+            parts = [f"{shares[row['name']][part]:.0%}" for part in ("gemm", "attention", "loss", "rest")]
+            cells = [
+                f"{row['tokens_per_second']:,.0f} ± {row['timing']['spread']:.0%}",
+                f"{row['speedup']:.2f}x",
+                f"{row['fill']:.0%}",
+                memory,
+                *(f"{row['errors'][error]:.0e}" for error in run["own_error"]),
+                *parts,
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+        best = shares.get(run["baseline"])
+        if best is not None:
+            lines += [
+                f"The most that kernels can bring: with attention and loss for nothing, the best row without maskops "
+                f"would be {best['ceiling']:.2f}x as fast.",
+                "",
+            ]
+    if training is not None:
+        lines += [_training(training), ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+_ERRORS = {"cosine": "1 - cosine", "loss": "loss, nats off", "gradient": "gradient off"}
+
+
+def _training(run: dict[str, Any]) -> str:
+    """What a training run to a fixed loss found, in a sentence."""
+    settings = run["settings"]
+    slow = run["curves"][0]
+    taken = ", ".join(
+        f"{curve['name']} {sum(curve['seconds']):.0f} s"
+        + (f" ({sum(slow['seconds']) / sum(curve['seconds']):.2f}x)" if curve is not slow else "")
+        for curve in run["curves"]
+    )
+    reached = f"after {run['reached']} steps" if run["reached"] else f"not reached in {len(slow['losses'])} steps"
+    return (
+        f"**Trained to a fixed loss** (`python -m maskops bench train`): a Llama of {settings['layers']} layers, width "
+        f"{settings['width']}, {settings['parameters'] / 1e6:.1f} M parameters, {settings['batch_size']} documents a "
+        f"step in the same order, to {settings['until']:g} nats ({reached}): {taken}. The loss of a step never differs "
+        f"by more than {run['deviation']:.0e} nats.{_busy(run['machine'])}"
+    )
+
+
+def _place(machine: dict[str, Any]) -> str:
+    return f"{machine['device']}, {machine['threads']} threads, {machine['instruction_set']}, torch {machine['torch']}"
+
+
+def _busy(machine: dict[str, Any]) -> str:
+    """A warning where other programs had the processors."""
+    if machine["load"] <= BUSY_ABOVE:
+        return ""
+    return f" **Measured while other programs kept {machine['load']:.1f} processors busy: not to be trusted.**"
 
 
 def _cell(table: dict[str, Any], name: str) -> str:
@@ -171,6 +259,10 @@ def updated(readme: str) -> str:
         blocks["results"] = figures(json.loads(RESULT.read_text(encoding="utf-8")), kernels)
     if PADDING.exists():
         blocks["padding"] = padding_figures(json.loads(PADDING.read_text(encoding="utf-8")))
+    models = [json.loads(path.read_text(encoding="utf-8")) for path in MODELS if path.exists()]
+    training = json.loads(TRAINING.read_text(encoding="utf-8")) if TRAINING.exists() else None
+    if models or training:
+        blocks["models"] = model_figures(models, training)
     for name, block in blocks.items():
         begin, end = BLOCKS[name]
         before, rest = readme.split(begin)

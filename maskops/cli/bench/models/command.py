@@ -15,7 +15,7 @@ from maskops.cli.bench.models.measure import measure
 from maskops.cli.bench.models.report import ModelReport, render
 from maskops.cli.bench.models.sources import PACKAGES, ModelError, Subject, load
 from maskops.cli.bench.models.ways import WAYS, Way, chosen
-from maskops.cli.bench.models.work import Cut
+from maskops.cli.bench.models.work import Cut, groups_of
 from maskops.cli.bench.progress import Progress
 
 FIXED_DOCUMENTS = 256
@@ -246,10 +246,7 @@ def estimate(subject: Subject, ways: Sequence[Way], documents: Sequence[Tensor],
     layers = {layer for layer in subject.model.modules() if isinstance(layer, nn.Linear)}
     weights = sum(layer.weight.numel() for layer in layers | ({head} if head is not None else set()))
     lengths = [len(document) for document in documents]
-    positions = sum(
-        batches.taken(batches.cut(lengths, way.layout, size.batch_size, size.positions), lengths, way.layout)
-        for way in ways
-    )
+    positions = sum(batches.taken(groups_of(way, lengths, size), lengths, way.layout) for way in ways)
     times = 3 if subject.task == "language" else 1  # the products of backward are two of the same size
     return 2 * times * weights * positions / (_REACHED * gigaflops * 1e9)
 

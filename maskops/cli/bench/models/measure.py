@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maskops.cli.bench import batches
-from maskops.cli.bench.batches import Batch
+from maskops.cli.bench.batches import Batch, taken
 from maskops.cli.bench.measure import WRONG_ABOVE, Row, Shares
 from maskops.cli.bench.models.memory import Peak, tidy
 from maskops.cli.bench.models.parts import split
@@ -23,6 +22,7 @@ from maskops.cli.bench.models.work import (
     errors,
     exact,
     forget_gradients,
+    groups_of,
     outcome,
     step,
     targets_of,
@@ -123,24 +123,19 @@ def measure(
         del truth
         right = [index for index in runners if rows[index].problem is None]
         laid = {index: batches_of(ways[index], documents, size, subject) for index in right}
-        on_stage("warming up")
-        for index in right:
-            _pass(runners[index], laid[index][0], subject, targets_of(documents))
+        on_stage("warming up, and peaks of memory")
+        targets = targets_of(documents)
+        peaks = {index: _peak(runners[index], laid[index], subject, targets, peak) for index in right}
         on_stage("timing")
-        timings, losses, peaks = _timed(
-            [(runners[index], laid[index]) for index in right],
-            subject,
-            targets_of(documents),
-            repeats=repeats,
-            peak=peak,
-            on_step=on_step,
+        timings, losses = _timed(
+            [(runners[index], laid[index]) for index in right], subject, targets, repeats=repeats, on_step=on_step
         )
         for place, index in enumerate(right):
             rows[index] = replace(
                 rows[index],
                 timing=timings[place],
                 passes=len(laid[index]),
-                memory=peaks[place],
+                memory=peaks[index],
                 loss=losses[place],
                 tokens_per_second=sum(map(len, documents)) / timings[place].median,
             )
@@ -155,8 +150,7 @@ def measure(
 
 def _fill(documents: Sequence[Tensor], way: Way, size: Cut) -> float:
     lengths = [len(document) for document in documents]
-    groups = batches.cut(lengths, way.layout, size.batch_size, size.positions)
-    return sum(lengths) / batches.taken(groups, lengths, way.layout)
+    return sum(lengths) / taken(groups_of(way, lengths, size), lengths, way.layout)
 
 
 def _checked(row: ModelRow, found: Outcome, truth: Outcome, own: dict[str, float], subject: Subject) -> ModelRow:
@@ -176,11 +170,13 @@ def _checked(row: ModelRow, found: Outcome, truth: Outcome, own: dict[str, float
     return replace(row, errors=own_errors, error=multiples[worst], problem=problem)
 
 
-def _pass(runner: Runner, batch: Batch, subject: Subject, targets: int) -> float | None:
-    """One pass; its share of the loss. Gradients are dropped: every pass writes new ones."""
-    found = step(runner, batch, subject, targets)
+def _peak(runner: Runner, laid: Sequence[Batch], subject: Subject, targets: int, peak: Peak) -> int | None:
+    """Memory of the pass that takes most of it, which also warms everything up."""
+    largest = max(laid, key=lambda batch: batch.tokens.numel())
+    tidy()
+    _, height = peak.over(lambda: step(runner, largest, subject, targets))
     forget_gradients(subject)
-    return None if subject.task == "embedding" else found.item()
+    return height
 
 
 def _timed(
@@ -189,32 +185,29 @@ def _timed(
     targets: int,
     *,
     repeats: int,
-    peak: Peak,
     on_step: Callable[[float], None],
-) -> tuple[list[Timing], list[float | None], list[int | None]]:
-    """All passes of all rivals in turn; seconds of each repeat, losses and peaks of memory."""
+) -> tuple[list[Timing], list[float | None]]:
+    """All passes of all rivals in turn; seconds of each repeat, and the losses. Every pass makes new gradients."""
     seconds = [[0.0] * repeats for _ in rivals]
     losses: list[float | None] = [None] * len(rivals)
-    peaks: list[int | None] = [None] * len(rivals)
+    tidy()
     with _without_collector():
         for repeat in range(repeats):
             for rival, number in turns([len(laid) for _, laid in rivals], seed=repeat):
                 runner, laid = rivals[rival]
-                tidy()
                 found: list[Tensor] = []
 
-                def work(runner: Runner = runner, batch: Batch = laid[number], found: list[Tensor] = found) -> float:
-                    return once(lambda: found.append(step(runner, batch, subject, targets)), subject.model.device)
+                def work(runner: Runner = runner, batch: Batch = laid[number], found: list[Tensor] = found) -> None:
+                    found.append(step(runner, batch, subject, targets))
 
-                taken, height = peak.over(work)
+                spent = once(work, subject.model.device)
                 forget_gradients(subject)
-                seconds[rival][repeat] += taken
-                if height is not None:
-                    peaks[rival] = max(peaks[rival] or 0, height)
+                gc.collect()
+                seconds[rival][repeat] += spent
                 if subject.task == "language" and repeat == 0:
                     losses[rival] = (losses[rival] or 0.0) + found[0].item()
-                on_step(taken)
-    return [Timing(tuple(entry)) for entry in seconds], losses, peaks
+                on_step(spent)
+    return [Timing(tuple(entry)) for entry in seconds], losses
 
 
 def turns(counts: Sequence[int], seed: int) -> Iterator[tuple[int, int]]:
@@ -236,7 +229,7 @@ def turns(counts: Sequence[int], seed: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """No collection in the middle of a pass; `tidy` collects between passes, and not what is there already."""
+    """No collection in the middle of a pass, only between passes, and then not of what is there already."""
     collecting = gc.isenabled()
     gc.collect()
     gc.freeze()

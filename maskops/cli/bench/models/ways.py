@@ -44,6 +44,7 @@ class Way:
         tasks: Where it is shown.
         ours: Whether it calls maskops; the best of the others is what speed-ups are measured against.
         habit: Whether it is what people do today.
+        batch_size: Documents of a batch, where that is what the way is about.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Way:
     tasks: tuple[Task, ...] = ("embedding", "language")
     ours: bool = False
     habit: bool = False
+    batch_size: int | None = None
 
 
 def twin(model: Any, implementation: str | None) -> Any:
@@ -114,9 +116,9 @@ class _DocumentLoop:
 
     def embeddings(self, batch: Batch) -> Tensor:
         _lengths[:] = batch.lengths
-        hidden = self.model(**_packed_inputs(batch, self._first)).last_hidden_state[0]
+        hidden: Tensor = self.model(**_packed_inputs(batch, self._first)).last_hidden_state[0]
         if self._pooling == "cls":
-            return hidden[batch.cu_seqlens[:-1].long()]
+            return hidden.index_select(0, batch.cu_seqlens[:-1])
         return torch.stack([document.mean(0) for document in hidden.split(_lengths)])
 
     def loss(self, batch: Batch, targets: int) -> Tensor:
@@ -254,6 +256,8 @@ PLAIN = Way("packed, SDPA document by document", "packed", plug_in)
 WAYS = (
     Way("padded, stock sdpa", "padded", stock, habit=True),
     Way("bucketed by length, stock sdpa", "bucketed", stock),
+    # No padding either, where a batch is not needed to fill the machine.
+    Way("one document at a time, stock sdpa", "padded", stock, tasks=("embedding",), batch_size=1),
     PLAIN,
     Way("packed, maskops", "packed", attached(False), ours=True),
     Way("packed, maskops, fused lm_head", "packed", attached(True), tasks=("language",), ours=True),

@@ -43,9 +43,14 @@ class Outcome:
     gradients: tuple[Tensor, ...] | None = None
 
 
+def groups_of(way: Way, lengths: Sequence[int], size: Cut) -> list[list[int]]:
+    """Which documents share a pass of a way."""
+    return cut(lengths, way.layout, way.batch_size or size.batch_size, size.positions)
+
+
 def batches_of(way: Way, documents: Sequence[Tensor], size: Cut, subject: Subject) -> list[Batch]:
     """All documents as micro-batches of a way."""
-    groups = cut([len(document) for document in documents], way.layout, size.batch_size, size.positions)
+    groups = groups_of(way, [len(document) for document in documents], size)
     pad = subject.tokenizer.pad_token_id or 0
     return [collate(documents, group, way.layout, subject.model.device, pad) for group in groups]
 
