@@ -53,6 +53,41 @@ def test_figures_are_written_from_the_json() -> None:
     assert "75% of all positions are padding" in written
 
 
+def test_figures_of_real_models_are_written_from_the_json() -> None:
+    machine = {"device": "a CPU", "threads": 2, "instruction_set": "avx2", "torch": "2.13.0", "load": 0.1}
+    timing = {"median": 2.0, "spread": 0.03}
+    rows = [
+        {"name": "padded", "habit": True, "ours": False, "timing": timing, "tokens_per_second": 1500.0, "speedup": 0.5,
+         "fill": 0.25, "memory": 3 * 2**29, "errors": {"loss": 2e-6, "gradient": 3e-7}},
+        {"name": "ours", "habit": False, "ours": True, "timing": None, "problem": "refused: not this model"},
+    ]  # fmt: skip
+    shares = [{"name": "padded", "gemm": 0.7, "attention": 0.1, "loss": 0.05, "rest": 0.15, "ceiling": 1.18}]
+    run = {
+        "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "parameters": 135e6, "task": "language",
+                  "origin": {"package": "weights==1"}},
+        "documents": {"count": 256, "tokens": 18180},
+        "settings": {"dtype": "float32", "positions": 4096, "batch_size": 32, "transformers": "5.23.0", "repeats": 3},
+        "machine": machine, "rows": rows, "shares": shares, "baseline": "padded",
+        "own_error": {"loss": 1e-6, "gradient": 1e-7},
+    }  # fmt: skip
+    text = readme.model_figures([run])
+    row = "| padded (what people do) | 1,500 ± 3% | 0.50x | 25% | 1.50 GiB | 2e-06 | 3e-07 | 70% | 10% | 5% | 15% |"
+    assert row in text
+    assert "| **ours** | refused |" in text and "256 docstrings in arrival order, 18,180 tokens" in text
+    assert "the best row without maskops would be 1.18x as fast" in text and "not to be trusted" not in text
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert columns == {12}
+    training = {
+        "settings": {"layers": 4, "width": 192, "parameters": 2.5e6, "batch_size": 32, "until": 5.2},
+        "curves": [{"name": "padded", "seconds": [3.0, 3.0], "losses": [6.0, 5.0]},
+                   {"name": "ours", "seconds": [1.0, 1.0], "losses": [6.0, 5.0]}],
+        "reached": 2, "deviation": 0.00012, "machine": {**machine, "load": 7.06},
+    }  # fmt: skip
+    text = readme.model_figures([run], training)
+    assert "to 5.2 nats (after 2 steps): padded 6 s, ours 2 s (3.00x). The loss of a step never differs by more" in text
+    assert text.endswith("**Measured while other programs kept 7.1 processors busy: not to be trusted.**\n")
+
+
 def test_the_cost_of_padding_is_written_from_the_json() -> None:
     def row(name: str, fill: float, cost: int) -> dict[str, Any]:
         return {"name": name, "fill": fill, "attention_flops": cost, "flops": 10 * cost + 100}
