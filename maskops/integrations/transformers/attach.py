@@ -115,6 +115,10 @@ def attach(
     Every way in which a batch arrives is served: 2-D masks padded left or right, 4-D masks, position ids that restart,
     ``cu_seq_lens_q`` and ``cu_seq_lens_k``, segments in an integer mask, several packed rows, caches, cross-attention.
 
+    Models with layers that carry a state along the row (state spaces, linear attention, short convolutions), or that
+    make attention masks of their own, are attached for padded batches; a packed batch raises there, unless the probe
+    shows that it is right. Vision and audio towers keep their own attention.
+
     Args:
         model: a ``PreTrainedModel``, or a module that holds some.
         loss: also replace the loss function.
@@ -134,7 +138,10 @@ def attach(
     """
     models = tuple(module for module in model.modules() if isinstance(module, PreTrainedModel))
     if not models:
-        raise AttachError(f"attach: {type(model).__name__} is no PreTrainedModel of transformers and holds none")
+        raise AttachError(
+            f"attach: {type(model).__name__} is no PreTrainedModel of transformers and holds none: call it inside "
+            "maskops.replace_sdpa(), or use maskops.attention in its code"
+        )
     for inner in models:
         if any(isinstance(hook, calls.Enter) for hook in inner._forward_pre_hooks.values()):
             raise AttachError(f"attach: {type(inner).__name__} is attached already: detach it first")

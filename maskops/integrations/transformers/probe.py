@@ -48,7 +48,7 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, to
 _REDUCED_PRECISION = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
 # Rows whose vector is far shorter than those of the others are held against a share of the others' length.
 _FLOOR = 0.1
-_OUTPUT_FACTOR = 4.0  # outputs went through all layers
+_OUTPUT_FACTOR = 10.0  # outputs went through all layers; 30 of a trained model in float32 reach a tenth of it
 
 
 def unprovable(model: nn.Module, root: Any) -> str:
@@ -116,7 +116,7 @@ def _compare(found: Results, expected: Results) -> tuple[float, str, float]:
         for rows, expected_rows in zip(found[name], expected.get(name, []), strict=False):
             errors = row_errors(rows, expected_rows)
             # Rounding in low precision may send a token to other experts, so that single rows differ at will.
-            error = float(errors.max() if bound < 1e-3 else errors.median())
+            error = float(errors.max() if bound < 1e-2 else errors.median())
             if error > worst:
                 worst, reason = error, f"{name} differs by {error:.2g} of its size"
     return worst, reason if worst > bound else "", bound
