@@ -12,9 +12,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is an op
 
 from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils  # noqa: E402
 
-from maskops.integrations.transformers import attach, calls  # noqa: E402
+from maskops.integrations.transformers import arrival, attach, calls  # noqa: E402
 
-attach._register(None)
+attach.register(None)
 
 PATTERNS = {
     "causal": masking_utils.create_causal_mask,
@@ -367,3 +367,33 @@ def test_packed_tokens_may_fill_an_empty_static_cache(lengths, pattern, telling)
     got = _dense(MODELS[pattern](past_key_values=StaticCache(MODELS[pattern].config, max_cache_len=20), **inputs), 1)
     assert torch.equal(got[..., :length], _brute(pattern, numbers))
     assert not got[..., length:].any()
+
+
+def test_which_position_ids_speak_of_the_order_of_tokens():
+    row = torch.tensor([0, 1, 0, 1, 2])
+    both = row.expand(2, 5)
+    images = torch.stack([both + 7, both * 2, both * 3])
+    expected = {"(L,)": row, "(1, L)": row[None], "(B, L)": both, "(4, B, L)": torch.stack([both, *images])}
+    for shape, positions in expected.items():
+        found = arrival.text_positions(positions, 2, 5)
+        assert found is not None, shape
+        assert torch.equal(found, both), shape
+    for positions in (None, images, both.float(), both[:, :4], row.expand(3, 5)):
+        assert arrival.text_positions(positions, 2, 5) is None
+
+
+def test_arguments_of_another_part_are_not_taken_for_ones_own():
+    """A model that hands all its keywords to a part for other tokens, as to a tower for images, means its own."""
+    offsets, positions = torch.tensor([0, 3, 5]), torch.tensor([[0, 1, 2, 0, 1]])
+    told = {"cu_seq_lens_q": offsets, "position_ids": positions}
+    model, steps = Model("causal"), calls.Steps()
+    text = calls.Call(model, {"input_ids": torch.zeros(1, 5, dtype=torch.int64), **told}, None, steps, frozenset())
+    for mine in ({}, {"inputs_embeds": torch.zeros(1, 9, 4)}):
+        tower = calls.Call(model, mine | told, text, steps, frozenset())
+        assert arrival.cu_seqlens_of_call(tower, "q", (1, 9)) is None
+        assert arrival.given_positions(tower, 1, 9) is None
+    inner = calls.Call(model, {"inputs_embeds": torch.zeros(1, 5, 4)}, text, steps, frozenset())
+    name, found = arrival.cu_seqlens_of_call(inner, "q", (1, 5)) or ("", offsets)
+    assert name == "cu_seq_lens_q"
+    assert found is offsets
+    assert torch.equal(arrival.given_positions(inner, 1, 5), positions)

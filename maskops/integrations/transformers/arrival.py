@@ -141,8 +141,9 @@ def of_tokens(
             return None
         if is_continued:
             raise ValueError(
-                f"position_ids[{restart[0]}, {restart[1]}] restarts although the cache already holds tokens: a packed "
-                "batch cannot continue a cache; use maskops.packed_prefill to fill one from packed prompts"
+                f"token [{restart[0]}, {restart[1]}] begins another document, by its position or segment, although the "
+                "cache already holds tokens: a packed batch cannot continue a cache; use maskops.packed_prefill to "
+                "fill one from packed prompts"
             )
     begins = begins | first
     number = begins.to(torch.int64).cumsum(1) - 1
@@ -227,7 +228,9 @@ def cu_seqlens_of_call(call: Call, side: str, sizes: tuple[int, int] | None = No
     for name in names:
         value = _given(call, name, None if two_sides else sizes or call.sizes)
         if value is not None:
-            return name, value
+            tokens = call.tensor("input_ids")
+            tokens = call.tensor("inputs_embeds") if tokens is None else tokens
+            return name, value if tokens is None else value.to(tokens.device)
     return None
 
 
@@ -290,7 +293,8 @@ def documents_of_call(
     for place in places:
         for read in place.notes.get(_READ, ()):
             if same_sizes(read.sizes, (batch, length)):
-                return read.documents
+                known: Documents | None = read.documents
+                return known
     found = _read_documents(call, batch, length, kept, columns, is_continued)
     call.notes.setdefault(_READ, []).append(_Read((batch, length), found))
     return found

@@ -149,7 +149,7 @@ def attach(
     apart = {id(module) for tower in towers.values() for module in tower.modules()}
     served = tuple(inner for inner in models if id(inner) not in apart)
     refusals.refuse(model, served)
-    name = _register(backend)
+    name = register(backend)
     options = Options(loss, fuse_lm_head, unpad, probe, backend)
     report = Report(type(models[0]).__name__, name)
     report.notes += [
@@ -160,7 +160,7 @@ def attach(
     if not probe:
         report.unproven = "probe=False"
     with contextlib.ExitStack() as undo:
-        installation = Installation(model, served, calls.Steps(), undo, report)
+        installation = Installation(model, served, calls.Steps(backend), undo, report)
         _set_implementation(installation, name)
         for inner in served:
             for handle in calls.install(inner, installation.steps):
@@ -183,7 +183,7 @@ def attach(
         return Attachment(model, report, undo.pop_all())
 
 
-def _register(backend: str | None) -> str:
+def register(backend: str | None) -> str:
     """Make the functions known to transformers; the name of the implementation."""
     name = IMPLEMENTATION if backend is None else f"{IMPLEMENTATION}.{backend}"
     function = attention_function if backend is None else functools.partial(attention_function, backend=backend)

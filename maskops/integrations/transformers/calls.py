@@ -25,14 +25,23 @@ class Call:
         module: the model that runs.
         arguments: its arguments by name, those of ``**kwargs`` included. Change them with ``set`` and ``remove``.
         parent: the call of the attached model around it, or None.
+        accepts: names of the parameters of its forward; ``**kwargs`` takes others, and most models hand them on.
         notes: what steps and the mask function keep for the time of the call, by name.
         segments: by the name of a mask, the numbers of documents that the caller gave in its place.
     """
 
-    __slots__ = ("arguments", "changed", "module", "notes", "parent", "segments", "steps")
+    __slots__ = ("accepts", "arguments", "changed", "module", "notes", "parent", "segments", "steps")
 
-    def __init__(self, module: nn.Module, arguments: dict[str, Any], parent: Call | None, steps: Steps) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        arguments: dict[str, Any],
+        parent: Call | None,
+        steps: Steps,
+        accepts: frozenset[str],
+    ) -> None:
         self.module = module
+        self.accepts = accepts
         self.arguments = arguments
         self.parent = parent
         self.steps = steps
@@ -58,11 +67,6 @@ class Call:
         return value if isinstance(value, Tensor) else None
 
     @property
-    def accepts(self) -> frozenset[str]:
-        """Names of the parameters of the forward; ``**kwargs`` takes others, and most models hand them on."""
-        return _signature(self.module)[1]
-
-    @property
     def sizes(self) -> tuple[int, int] | None:
         """Batch and length of the ids or embeddings that the forward was given; None where it was given none."""
         for name in ("input_ids", "inputs_embeds"):
@@ -75,13 +79,22 @@ class Call:
 class Steps:
     """What an attachment does around each call; the same object for all models inside the attached one."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str | None = None) -> None:
         self.before: list[Callable[[Call], None]] = []
         """Run in order when a call begins, with the call on the stack; may change its arguments, may raise."""
         self.after: list[Callable[[Call, Any], Any]] = []
         """Run in order when a forward has returned; what a step returns replaces the output, None keeps it."""
         self.dense_masks = False
         """Whether models are handed masks as bool (batch, 1, q_len, k_len): their code computes with them."""
+        self.backend = backend
+        """The backend of the attention, None for the fastest."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Models that were pickled while attached may be the first of their process that need the attention."""
+        from maskops.integrations.transformers.attach import register
+
+        vars(self).update(state)
+        register(self.backend)
 
 
 class _Running(threading.local):
@@ -108,30 +121,16 @@ def _drop_from(calls: list[Call], module: nn.Module) -> Call | None:
     return None
 
 
-_signatures: dict[type, tuple[tuple[str, ...], frozenset[str], str | None]] = {}
-
-
-def _signature(module: nn.Module) -> tuple[tuple[str, ...], frozenset[str], str | None]:
-    """Positional names, all names and the name of ``*args`` of the forward of a class, read at attach()."""
-    # fully_shard() gives models that are attached already a class of its own, derived from theirs.
-    return next(_signatures[kind] for kind in type(module).__mro__ if kind in _signatures)
-
-
-def _read_signature(module: nn.Module) -> None:
-    kinds = inspect.Parameter
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)][1:]
-    names = frozenset(positional) | {p.name for p in parameters if p.kind == kinds.KEYWORD_ONLY}
-    rest = next((p.name for p in parameters if p.kind == kinds.VAR_POSITIONAL), None)
-    _signatures[type(module)] = (tuple(positional), names, rest)
-
-
 class Enter:
     """Forward pre-hook that begins a call."""
 
-    def __init__(self, steps: Steps, positional: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, steps: Steps) -> None:
+        kinds = inspect.Parameter
+        parameters = inspect.signature(type(model).forward).parameters.values()
+        in_order = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
         self.steps = steps
-        self.positional = positional
+        self.positional = tuple(x.name for x in parameters if x.kind in in_order)[1:]
+        self.accepts = frozenset(x.name for x in parameters if x.kind == kinds.KEYWORD_ONLY).union(self.positional)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,7 +143,7 @@ class Enter:
         parent = calls[-1] if calls else None
         if parent is not None and parent.steps is not self.steps:
             parent = None
-        call = Call(module, arguments, parent, self.steps)
+        call = Call(module, arguments, parent, self.steps, self.accepts)
         calls.append(call)
         for step in self.steps.before:
             step(call)
@@ -177,10 +176,8 @@ def is_attached(module: nn.Module) -> bool:
 
 def install(model: nn.Module, steps: Steps) -> list[torch.utils.hooks.RemovableHandle]:
     """Hook a ``PreTrainedModel``; the handles that undo it."""
-    _read_signature(model)
-    enter = Enter(steps, _signature(model)[0])
     return [
         # First of all hooks before the forward and last of all after it, so that the others run inside the call.
-        model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+        model.register_forward_pre_hook(Enter(model, steps), prepend=True, with_kwargs=True),
         model.register_forward_hook(Leave(steps), always_call=True),
     ]
