@@ -291,7 +291,8 @@ def documents_of_call(
     outer = call.parent
     places = [call] if outer is None or not _says_the_same(call, outer) else [call, outer]
     for place in places:
-        for read in place.notes.get(_READ, ()):
+        reads: list[_Read] = place.notes.get(_READ, [])
+        for read in reads:
             if same_sizes(read.sizes, (batch, length)):
                 known: Documents | None = read.documents
                 return known
