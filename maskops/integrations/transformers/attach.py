@@ -121,8 +121,13 @@ def attach(
 
     Args:
         model: a ``PreTrainedModel``, or a module that holds some.
-        loss: also replace the loss function.
-        fuse_lm_head: also fuse the language-model head with the loss.
+        loss: also serve ``loss_function`` where it is transformers' loss of causal or masked language models or of a
+            class for every token: nothing is predicted across documents or from padding, a batch without targets has
+            loss 0, and no float32 copy is made of the logits. ``shift_labels`` and ``num_items_in_batch`` are taken as
+            they are given. The loss of other models, and one that was set, stays; the report says whose it is.
+        fuse_lm_head: also fuse the output layer into that loss: while the model trains on labels, its logits never
+            exist, and those of its output are None. Evaluation, generation and calls without labels have theirs.
+            Refused unless loss and gradients of a probe batch are equal, which is tried even without ``probe``.
         unpad: padded calls without a cache run packed inside the model and come back padded, 0 where there was padding.
         probe: run two random documents through the model, one at a time with its own eager attention and together
             with maskops, and compare layer by layer; costs some ten forwards of a few tokens. Without it, and where it
