@@ -335,7 +335,7 @@ def _read_documents(
         return of_cu_seqlens(cu_seqlens[1], batch, length, cu_seqlens[0])
     positions = given_positions(call, batch, length)
     segments = None if kept is None else segments_of_call(call, "attention_mask", columns)
-    if segments is not None and kept is not None and segments.shape != kept.shape:
+    if segments is not None and kept is not None and segments.shape[1] != kept.shape[1]:
         segments = None
     return of_tokens(positions, segments, kept, is_continued=is_continued)
 

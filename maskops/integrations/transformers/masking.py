@@ -349,7 +349,11 @@ def _cross_attention(call: Call, request: _Request) -> RowSpans:
     pattern = _pattern(request)
     own = call.tensor("attention_mask")
     kept = None
-    if own is not None and own.dim() == 2 and own.shape == (request.batch, request.q_len):
+    if (
+        own is not None
+        and own.dim() == 2
+        and arrival.same_sizes((own.shape[0], own.shape[1]), (request.batch, request.q_len))
+    ):
         kept = own != 0
     documents = arrival.documents_of_call(
         call, request.batch, request.q_len, kept, columns=slice(0, request.q_len), is_continued=False
