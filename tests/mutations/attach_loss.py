@@ -24,10 +24,10 @@ MUTATIONS = (
     ),
     Mutation("losses: given shifted labels shifted again", LOSSES, "target = shift_labels", "target = labels", LOSS),
     Mutation(
-        "losses: only 0-dim numbers of items",
+        "losses: fractions of items cut off",
         LOSSES,
-        "num_items_in_batch.detach().reshape(())",
-        "num_items_in_batch",
+        "torch.tensor(num_items_in_batch, dtype=torch.float32",
+        "torch.tensor(num_items_in_batch, dtype=torch.int32",
         LOSS,
     ),
     Mutation("losses: a loss that was set is replaced", LOSSES, 'vars(model).get("_loss_function") or ', "", LOSS),

@@ -71,7 +71,7 @@ def denominator(num_items_in_batch: float | Tensor | None, device: torch.device)
             raise ValueError(
                 f"num_items_in_batch has shape {tuple(num_items_in_batch.shape)}: expected a number or a tensor of one"
             )
-        return num_items_in_batch.detach().reshape(()).to(device)
+        return num_items_in_batch.detach().to(device)
     return torch.tensor(num_items_in_batch, dtype=torch.float32, device=device)
 
 
