@@ -106,6 +106,23 @@ def test_the_cost_of_padding_is_written_from_the_json() -> None:
     )
 
 
+def test_what_leaks_is_written_from_the_json() -> None:
+    def row(attention: str, error: float, verdict: str) -> dict[str, Any]:
+        taken = {"verdict": verdict, "error": error}
+        batches = {"packed": taken, "padded left": {**taken, "verdict": "clean"}}
+        return {"model": "llama", "attention": attention, "batches": batches}
+
+    stock = [row("eager", 0.25, "LEAKS"), row("sdpa", 0.5, "clean")]
+    refused = {"model": "bloom", "attention": "maskops", "refused": "why"}
+    run = {"transformers": "5.23.0", "rows": [*stock, row("maskops", 0.0, "clean"), refused]}
+    text = readme.audit_figures(run, ["llama", "bloom"])
+    assert "| llama | 0.5 | **0.5** | - | - | - | - | 0 |" in text
+    assert "| bloom | - | - | - | - | - | - | - |" in text
+    assert "1 of 2 families leak" in text and "of the 1 that take maskops, none does." in text
+    run["rows"][2]["batches"]["packed"]["verdict"] = "WRONG"
+    assert "1 batches do." in readme.audit_figures(run, [])
+
+
 def test_what_has_not_run_on_a_gpu_says_so(tmp_path: Path) -> None:
     """From the results that are stored, and from nothing else."""
     assert readme.on_gpus(tmp_path) == []

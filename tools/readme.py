@@ -7,6 +7,7 @@ The runs:
     python -m maskops bench text --model minilm --full --json benchmarks/results/minilm.json
     python -m maskops bench text --model smollm2 --full --json benchmarks/results/smollm2.json
     python -m maskops bench train --json benchmarks/results/train.json --chart benchmarks/results/train.png
+    python -m benchmarks.audit --json benchmarks/results/audit.json
 
     make gpu        # which leaves benchmarks/results/gpu-<device>.json
 
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.audit import COLUMNS, OURS, cell
 from benchmarks.padding import EARLIER
 from maskops.backend import BACKENDS, FEATURES
 from maskops.cli.bench.gpu.report import summary, tables_of
@@ -39,9 +41,27 @@ KERNELS = RESULT.with_name("kernels.json")
 PADDING = RESULT.with_name("padding.json")
 MODELS = (RESULT.with_name("minilm.json"), RESULT.with_name("smollm2.json"))
 TRAINING = RESULT.with_name("train.json")
+AUDIT = RESULT.with_name("audit.json")
+AUDITED = (
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt-oss",
+    "phi",
+    "deepseek-v3",
+    "bert",
+    "roberta",
+    "modernbert",
+    "t5",
+    "bart",
+)
+"""Families in the table of the README; the others stand in the JSON."""
 BLOCKS = {
     name: (f"<!-- {name}: begin (python -m tools.readme) -->\n", f"<!-- {name}: end -->\n")
-    for name in ("results", "models", "gpu", "padding", "features")
+    for name in ("results", "models", "gpu", "padding", "audit", "features")
 }
 NOT_YET = "compiled and interpreted; not yet run on a GPU"
 NOT_YET_BUT = {"triton": NOT_YET, "cuda": "compiled, and run as host code; not yet run on a GPU"}
@@ -188,6 +208,49 @@ def _busy(machine: dict[str, Any]) -> str:
     return f" **Measured while other programs kept {machine['load']:.1f} processors busy: not to be trusted.**"
 
 
+def audit_figures(run: dict[str, Any], families: Sequence[str] = AUDITED) -> str:
+    """What the attention of transformers does to documents, beside maskops, from a run of `benchmarks.audit`."""
+    lines = [
+        f"| | {' | '.join(COLUMNS)} | maskops, all of these |",
+        f"|---|{'---|' * (len(COLUMNS) + 1)}",
+    ]
+    for family in families:
+        rows = [row for row in run["rows"] if row["model"] == family and "batches" in row]
+        stock = [row for row in rows if row["attention"] != OURS]
+        cells = [_audited(stock, names) for names in COLUMNS.values()]
+        everything = tuple(name for names in COLUMNS.values() for name in names)
+        lines.append(
+            f"| {family} | {' | '.join(cells)} | {_audited([row for row in rows if row not in stock], everything)} |"
+        )
+    audited = {row["model"] for row in run["rows"]}
+    stock = [row for row in run["rows"] if row["attention"] != OURS and "batches" in row]
+    leaking = {row["model"] for row in stock if any("LEAK" in batch["verdict"] for batch in row["batches"].values())}
+    ours = [row for row in run["rows"] if row["attention"] == OURS and "batches" in row]
+    wrong = sum(batch["verdict"] not in ("clean", "not taken") for row in ours for batch in row["batches"].values())
+    return "\n".join(
+        [
+            f"Tiny models with random weights, float32, transformers {run['transformers']}; the largest error of an "
+            "output against the same document alone through the same model, the worse of eager and sdpa attention, "
+            "bold where something leaks or is wrong:",
+            "",
+            *lines,
+            "",
+            f"{len(leaking)} of {len(audited)} families leak in some packed batch with an attention of their own; of "
+            f"the {len(ours)} that take maskops, {f'{wrong} batches do' if wrong else 'none does'}.",
+            "",
+        ]
+    )
+
+
+def _audited(rows: Sequence[dict[str, Any]], names: tuple[str, ...]) -> str:
+    """The largest error of several attentions."""
+    found = [each for row in rows if (each := cell(row, names)) is not None]
+    if not found:
+        return "-"
+    text = f"{max(error for error, _ in found):.1g}"
+    return f"**{text}**" if any(is_wrong for _, is_wrong in found) else text
+
+
 def _cell(table: dict[str, Any], name: str) -> str:
     row = next((row for row in table["rows"] if row["name"] == name), None)
     if row is None:
@@ -263,6 +326,8 @@ def updated(readme: str) -> str:
     training = json.loads(TRAINING.read_text(encoding="utf-8")) if TRAINING.exists() else None
     if models or training:
         blocks["models"] = model_figures(models, training)
+    if AUDIT.exists():
+        blocks["audit"] = audit_figures(json.loads(AUDIT.read_text(encoding="utf-8")))
     for name, block in blocks.items():
         begin, end = BLOCKS[name]
         before, rest = readme.split(begin)
