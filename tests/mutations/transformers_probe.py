@@ -69,11 +69,4 @@ MUTATIONS = (
         "if found is not None and batch < 0:",
         REFUSALS,
     ),
-    Mutation(
-        "refusals: a step over a cache counts as a packed batch",
-        f"{FOLDER}/refusals.py",
-        "mask[:, -length:]",
-        "mask[:, :length]",
-        REFUSALS,
-    ),
 )
