@@ -47,22 +47,22 @@ class Recipe:
     """
 
     vocabulary: int = 4096
-    width: int = 192
-    layers: int = 4
-    heads: int = 6
-    key_heads: int = 3
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    key_heads: int = 2
     batch_size: int = 32
     min_length: int = 8
-    max_length: int = 384
-    characters: int = 1_500_000
+    max_length: int = 256
+    characters: int = 1_000_000
     learning_rate: float = 3e-3
     warm_up: int = 10
-    until: float = 5.2
+    until: float = 6.2
     window: int = 8
-    steps: int = 200
+    steps: int = 150
 
 
-RECIPES = {"default": Recipe(), "quick": Recipe(until=6.0, steps=60), "full": Recipe(until=4.6, steps=600)}
+RECIPES = {"default": Recipe(), "quick": Recipe(until=6.65, steps=60), "full": Recipe(until=5.5, steps=600)}
 
 
 @dataclass(frozen=True)
