@@ -248,9 +248,9 @@ def _summary(table: Table) -> str:
     return text
 
 
-def shares_table(shares: Sequence[Shares], measured: str) -> str:
+def shares_table(shares: Sequence[Shares], measured: str, title: str = "Where a training step goes") -> str:
     """Where the time goes, a line a row; `measured` says of what."""
-    rows = [["Where a training step goes", "GEMM", "attention", "loss", "rest", "free kernels"]]
+    rows = [[title, "GEMM", "attention", "loss", "rest", "free kernels"]]
     rows += [
         [
             entry.name,

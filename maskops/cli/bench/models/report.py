@@ -68,7 +68,7 @@ def render(report: ModelReport) -> str:
     """The whole report as text."""
     blocks = [_heading(report), _rows(report.rows, report)]
     if report.shares:
-        blocks.append(shares_table(report.shares, "one profiled batch each"))
+        blocks.append(shares_table(report.shares, "one profiled batch each", "Where the time of a batch goes"))
     blocks += [f"note: {note}" for note in report.notes]
     problems = report.problems()
     if problems:
