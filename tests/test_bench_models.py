@@ -137,7 +137,8 @@ def test_table_json_and_chart_say_the_same(reports: dict[str, ModelReport], tmp_
             assert f"{row.tokens_per_second:,.0f}" in line and f"{row.speedup:.2f}x" in line
             assert plain["timing"]["median"] == row.timing.median if row.timing is not None else False
             assert plain["errors"] == row.errors
-        assert max(map(len, text.splitlines())) <= 132
+        # The command is that of whoever runs this.
+        assert max(len(line) for line in text.splitlines() if not line.startswith("  command")) <= 132
         if chart.available() is None:
             picture.draw(report, tmp_path / "chart.png")
             assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
