@@ -76,6 +76,27 @@ def test_encoders_and_decoders_of_different_lengths_are_proven_with_their_cross_
     assert len(crossing) == 2 and all(layer.errors.keys() == WAYS - {"packed by position_ids"} for layer in crossing)
 
 
+PAIR = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+SIDE = PAIR | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+SIDE |= {"hidden_size": 16, "intermediate_size": 16, "sliding_window": 4}
+T5 = PAIR | {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 2}
+BART = PAIR | {"d_model": 16, "max_position_embeddings": 64}
+BART |= {f"{side}_{size}": 1 for side in ("encoder", "decoder") for size in ("layers", "attention_heads")}
+BART |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+CLASSIFIERS = {"T5": T5, "Bart": BART, "PLBart": BART, "T5Gemma": PAIR | {"encoder": SIDE, "decoder": dict(SIDE)}}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_that_make_the_ids_of_their_decoder_are_proven(name: str) -> None:
+    config = getattr(transformers, name + "Config")(**CLASSIFIERS[name])
+    model = getattr(transformers, name + "ForSequenceClassification")(config).eval()
+    with maskops.attach(model) as attachment:
+        report = attachment.report
+        assert report.proven, report
+        ways = {"packed by cu_seq_lens", "padded right", "padded left"}
+        assert {report.arrivals[way].verdict for way in ways} == {RIGHT}, report
+
+
 def without(**replaced: object) -> Function:
     """An attention function that loses arguments."""
 
@@ -187,6 +208,20 @@ def test_low_precision_is_proven_and_a_dropped_sink_still_found(
         assert attachment.report.dtype == str(dtype).removeprefix("torch.")
     monkeypatch.setattr(attaching, "attention_function", without(s_aux=None)(attaching.attention_function))
     assert wrong_layers(failed(model)) == BOTH
+
+
+def test_an_error_of_the_outputs_alone_is_found_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(call: Any, output: Any) -> Any:
+        return type(output)(**{**output, "logits": output.logits * 1.16}) if call.parent is None else None
+
+    def install(installation: Any, _: Any) -> None:
+        installation.steps.after.append(scaled)
+
+    model = models.FAMILIES["llama"].build().to(torch.bfloat16)
+    assert maskops.attach(model).report.proven
+    model = models.FAMILIES["llama"].build().to(torch.bfloat16)
+    monkeypatch.setattr(attaching, "PARTS", (*attaching.PARTS, install))
+    assert any("logits differs by 0.16" in text for text in failed(model).failures())
 
 
 def test_a_cap_that_hardly_shows_is_still_missed(monkeypatch: pytest.MonkeyPatch) -> None:

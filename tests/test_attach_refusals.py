@@ -84,6 +84,8 @@ def test_a_model_that_computes_with_its_masks_gets_dense_ones() -> None:
             assert any("it gets dense ones" in note for note in attachment.report.notes)
             found = model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 2, 2, 2]])).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    with maskops.attach(model, probe=False), pytest.raises(AttributeError, match=r"computes with .* probe=True"):
+        model(ids)
 
 
 def test_a_model_that_makes_its_own_masks_refuses_packed_batches() -> None:

@@ -8,6 +8,7 @@ again; the mask function and everything else that has to know how a batch arrive
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -160,12 +161,23 @@ class Leave:
         """Take the call off the stack and run the steps after it."""
         call = _drop_from(_running.calls, module)
         if call is None or output is None:  # the forward raised, or a hook before the one that begins the call
+            _explain(sys.exc_info()[1])
             return None
         result = output
         for step in self.steps.after:
             changed = step(call, result)
             result = result if changed is None else changed
         return None if result is output else result
+
+
+def _explain(error: BaseException | None) -> None:
+    """Add to the error of a model whose code computes with its masks, which no plan can be part of, what to do."""
+    text = str(error)
+    if isinstance(error, (AttributeError, TypeError)) and "RowSpans" in text and "attach(" not in text:
+        error.args = (
+            f"{text}: its code computes with attention masks. Attach it with attach(model, probe=True), which finds "
+            "that out and hands it dense ones",
+        )
 
 
 def is_attached(module: nn.Module) -> bool:

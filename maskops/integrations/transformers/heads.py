@@ -172,6 +172,11 @@ def _classify(call: Call, tokens: Tokens, width: int) -> None:
             # Its heads look for the last end-of-sequence token, in every row.
             rows = torch.where(is_empty & real, config.eos_token_id, rows)
         call.set("input_ids", rows)
+    targets = call.tensor("decoder_input_ids")
+    if targets is not None and tuple(targets.shape) == (tokens.batch, tokens.length):
+        # Heads that count from the beginning of a row look at how long it is.
+        packed["decoder_input_ids"] = targets
+        call.set("decoder_input_ids", taken(targets, index))
     if embeds is not None:
         call.set("inputs_embeds", embeds.new_zeros(()).expand(tokens.number, width, embeds.shape[-1]))
     call.set("attention_mask", real.to(torch.int64))
@@ -324,11 +329,15 @@ def _set_decoder_ids(call: Call, tokens: Tokens, width: int) -> None:
     config: Any = call.module.config
     pad = config.pad_token_id or 0
     rows = taken(ids, tokens.rows(width), pad)
+    own = getattr(call.module, "_shift_right", None)
     shift = getattr(sys.modules[type(call.module).__module__], "shift_tokens_right", None)
-    if shift is not None:
-        shifted = shift(rows, *(pad, config.decoder_start_token_id)[: len(inspect.signature(shift).parameters) - 1])
+    start = getattr(config, "decoder_start_token_id", None)  # some have none, and shift in another way
+    if own is not None:
+        shifted = own(rows)
+    elif shift is not None:
+        shifted = shift(rows, *(pad, start)[: len(inspect.signature(shift).parameters) - 1])
     else:
-        shifted = torch.cat((torch.full_like(rows[:, :1], config.decoder_start_token_id), rows[:, :-1]), dim=1)
+        shifted = torch.cat((torch.full_like(rows[:, :1], start), rows[:, :-1]), dim=1)
     place = torch.where(tokens.ids < tokens.number, tokens.ids * rows.shape[1] + tokens.place, shifted.numel())
     call.set("decoder_input_ids", taken(shifted, place, pad).view_as(ids))
     if call.tensor("decoder_attention_mask") is None and call.tensor("attention_mask") is not None:

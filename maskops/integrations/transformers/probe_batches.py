@@ -178,6 +178,13 @@ def choose_documents(model: Any, device: torch.device) -> Documents:
 
     if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
         return Documents(draw(long, short))
+    if any(base.__name__.endswith("ForSequenceClassification") for base in type(model).__mro__):
+        # Classifiers make the decoder's ids of the encoder's, and read the state of the end-of-sequence token.
+        end = text.eos_token_id
+        documents = draw(long, short)
+        for ids in documents if isinstance(end, int) else ():
+            ids[-1] = end
+        return Documents(documents)
     # A document's source is never as long as its target, so that the side of a tensor can be told from its length.
     return Documents(draw(long, short), draw(short + 2, long + 3))
 
