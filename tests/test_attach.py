@@ -363,3 +363,34 @@ def test_offsets_that_describe_no_batch_are_refused(offsets, message):
     offsets = torch.tensor(offsets)
     with torch.no_grad(), maskops.attach(model, probe=False), pytest.raises(ValueError, match=message):
         model(torch.full((2, 10), 5), cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+
+
+def test_floats_number_documents_as_integers_do():
+    parts = zoo.documents("llama")
+    model, ids = _new(), torch.cat([part.tokens for part in parts])[None]
+    segments = torch.cat([torch.full((len(part.tokens),), index + 1.0) for index, part in enumerate(parts)])[None]
+    with torch.no_grad(), maskops.attach(model, probe=False):
+        expected = model(ids, attention_mask=segments.long()).logits
+        torch.testing.assert_close(model(ids, attention_mask=segments).logits, expected, atol=0, rtol=0)
+        whole = model(ids, attention_mask=torch.ones_like(segments)).logits
+        assert (whole - expected).abs().max() > 1e-3
+        for value in (-torch.inf, torch.nan, 0.5):
+            mask = torch.zeros_like(segments)
+            mask[0, 3] = value
+            with pytest.raises(ValueError, match=rf"attention_mask\[0, 3\] is {value}: .* four dimensions"):
+                model(ids, attention_mask=mask)
+        with pytest.raises(ValueError, match=r"attention_mask\[0, 0\] is -1: expected 1 for tokens and 0 for padding"):
+            model(ids, attention_mask=-torch.ones_like(ids))
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ({"cu_seq_lens_q": [0, 4, 10]}, TypeError, "cu_seq_lens_q is a list: expected a tensor"),
+        ({"cu_seqlens": torch.tensor([0, 4, 10])}, ValueError, "was given cu_seqlens, which nothing reads"),
+    ],
+)
+def test_offsets_that_nobody_would_read_are_refused(argument, error, message):
+    model = _new()
+    with torch.no_grad(), maskops.attach(model, probe=False), pytest.raises(error, match=message):
+        model(torch.full((1, 10), 5), **argument)

@@ -361,6 +361,34 @@ def documents_of_encoder(call: Call, batch: int, length: int, kept: Tensor | Non
     return of_tokens(positions, segments, kept)
 
 
+# ---- arguments that would pass unread --------------------------------------------------------------------------------
+
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_NEARLY = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens")
+
+
+def check_offsets(call: Call) -> None:
+    """Step before each call: offsets that nobody would read raise, as models take any keyword without a word.
+
+    Raises:
+        TypeError: offsets that are no tensor.
+        ValueError: offsets by a name that neither transformers nor the model knows.
+    """
+    for name in _LENGTHS:
+        value = call.arguments.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}: expected a tensor of integers (n_documents + 1,), cumulative "
+                "lengths from 0"
+            )
+    for name in _NEARLY:
+        if call.arguments.get(name) is not None and name not in call.accepts:
+            raise ValueError(
+                f"{type(call.module).__name__} was given {name}, which nothing reads: the cumulative lengths of packed "
+                "documents are called cu_seq_lens_q and cu_seq_lens_k"
+            )
+
+
 # ---- segments --------------------------------------------------------------------------------------------------------
 
 _MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
@@ -373,15 +401,32 @@ def separate_segments(call: Call) -> None:
     if length == 1:  # a step of generation: no second document can be there
         return
     for name in _MASKS:
-        numbers = call.tensor(name)
-        if numbers is None or numbers.dim() != 2 or numbers.dtype not in INTEGERS:
+        mask = call.tensor(name)
+        if mask is None or mask.dim() != 2 or not (mask.dtype in INTEGERS or mask.is_floating_point()):
             continue
-        if _separated(call, name, numbers) is not None:
+        if _separated(call, name, mask) is not None:
             continue
-        if values_can_be_read([numbers], numbers.device) and not (numbers.numel() and numbers.amax() > 1):
-            continue
-        call.set(name, (numbers != 0).to(numbers.dtype))
-        call.segments[name] = numbers
+        if values_can_be_read([mask], mask.device):
+            if not mask.numel():
+                continue
+            _check_numbers(mask, name)
+            if mask.amax() <= 1:
+                continue
+        call.set(name, (mask != 0).to(mask.dtype))
+        call.segments[name] = mask.to(torch.int64) if mask.is_floating_point() else mask
+
+
+def _check_numbers(mask: Tensor, name: str) -> None:
+    """Raises for a 2-D mask of other values than 0, 1, 2, ...: additive masks of 0 and -inf, shares, -1 for padding."""
+    # Beyond 2**24 float32 does not count any more.
+    wrong = mask < 0 if not mask.is_floating_point() else ~((mask >= 0) & (mask <= 2**24) & (mask == mask.round()))
+    at = first_true(wrong)
+    if at is None:
+        return
+    raise ValueError(
+        f"{name}[{at[0]}, {at[1]}] is {mask[at[0], at[1]].item()}: expected 1 for tokens and 0 for padding, or the "
+        "numbers 1, 2, ... of the documents of a row; an additive mask has four dimensions (batch, 1, q_len, k_len)"
+    )
 
 
 def _separated(call: Call, name: str, mask: Tensor) -> Tensor | None:

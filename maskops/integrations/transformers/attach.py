@@ -171,7 +171,7 @@ def attach(
             for handle in calls.install(inner, installation.steps):
                 undo.callback(handle.remove)
             installation.set_attribute(inner, "create_masks_for_generate", keep_mask)
-        installation.steps.before.append(arrival.separate_segments)
+        installation.steps.before += [arrival.check_offsets, arrival.separate_segments]
         for part in PARTS:
             part(installation, options)
         ways: frozenset[str] = frozenset()
@@ -184,7 +184,7 @@ def attach(
                     f"{report.arrivals[min(ways)].reason}. Leave unpad out",
                     report,
                 )
-        installation.steps.before[1:1] = refusals.guards(models[0], report, ways)
+        installation.steps.before[2:2] = refusals.guards(models[0], report, ways)
         return Attachment(model, report, undo.pop_all())
 
 
