@@ -102,6 +102,63 @@ def test_a_model_that_makes_its_own_masks_refuses_packed_batches() -> None:
             model(torch.tensor([[7, 8, 9, 10]]), cu_seq_lens_q=torch.tensor([0, 2, 4]), cu_seq_lens_k=None)
 
 
+def _encoder_decoder(name: str) -> Any:
+    options = {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0}
+    if name == "switch":
+        return transformers.SwitchTransformersForConditionalGeneration(
+            transformers.SwitchTransformersConfig(
+                d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=4, num_experts=2, **options
+            )
+        ).eval()
+    sizes = {f"{part}_{size}": count for part in ("encoder", "decoder") for size, count in _SIZES.items()}
+    return transformers.PegasusXForConditionalGeneration(
+        transformers.PegasusXConfig(block_size=4, num_global_tokens=2, **sizes, **options)
+    ).eval()
+
+
+_SIZES = {"layers": 1, "ffn_dim": 32, "attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("switch", "its code makes the masks of its SwitchTransformersAttention by itself, which know no documents"),
+        ("pegasus-x", "encoder_last_hidden_state differs"),  # blocks of its own code
+    ],
+)
+def test_an_encoder_that_makes_its_own_masks_refuses_packed_batches_of_either_side(name: str, reason: str) -> None:
+    model = _encoder_decoder(name)
+    ids = {"input_ids": torch.tensor([[7, 8, 9, 10]]), "decoder_input_ids": torch.tensor([[7, 8, 9]])}
+    segments, offsets = torch.tensor([[1, 1, 2, 2]]), torch.tensor([0, 2, 4])
+    packed: list[dict[str, Any]] = [
+        {**ids, "cu_seq_lens_q": torch.tensor([0, 1, 3]), "cu_seq_lens_k": offsets},
+        {**ids, "cu_seq_lens_k": offsets},
+        {**ids, "attention_mask": segments},
+        {**ids, "decoder_attention_mask": torch.tensor([[1, 1, 2]])},
+    ]
+    with torch.no_grad(), maskops.attach(model) as attachment:
+        report = attachment.report
+        assert report.arrivals["padded right"].verdict == RIGHT and report.proven
+        assert report.arrivals["packed by cu_seq_lens"].verdict == REFUSED
+        assert report.arrivals["packed by cu_seq_lens"].reason.startswith(reason)
+        for batch in packed:
+            with pytest.raises(ValueError, match=f"does not take packed batches: {reason}"):
+                model(**batch)
+        model(**ids, attention_mask=torch.tensor([[1, 1, 1, 0]]), decoder_attention_mask=torch.tensor([[1, 1, 0]]))
+
+
+def test_an_encoder_with_a_static_cache_is_told_what_to_do() -> None:
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+        )
+    ).eval()
+    cache = transformers.StaticCache(model.config, max_cache_len=16)
+    with torch.no_grad(), maskops.attach(model, probe=False):
+        with pytest.raises(ValueError, match=r"BertSelfAttention attends to 16 keys.*config\.is_decoder=True"):
+            model(torch.tensor([[7, 8, 9, 10]]), past_key_values=cache)
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_layers_with_a_state_are_served_padded_and_refuse_packed_batches(name: str) -> None:
     model = models.FAMILIES[name].build()

@@ -88,6 +88,12 @@ def attention_function(
     else:
         mask, added = _read_mask(attention_mask, query, key.shape[2], dropout > 0)
         bias = added if bias is None else bias if added is None else bias + added
+    if isinstance(mask, RowSpans) and mask.k_len != key.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys, and its model made a mask for {mask.k_len}: "
+            "encoders make theirs without the slots of a static cache. Call it without past_key_values, or build it as "
+            "a decoder (config.is_decoder=True)"
+        )
     if isinstance(mask, RowSpans) and mask.positions is None and dropout > 0:
         mask = _with_positions(mask, query.shape[0])
     out = attention(

@@ -223,7 +223,12 @@ class _HandPlaces(_Embedding):
         places = self.places()
         if places is None:
             return None
-        return args[: self.names.index("position_ids")], {**kwargs, "position_ids": places.reshape(-1)}
+        row = places.reshape(-1)
+        if self.names[0] == "inputs_embeds":  # PegasusX: a column of places, and as many of them as the row has tokens
+            return (torch.empty(1, len(row), 1, device=row.device, dtype=self.owner.dtype),), {
+                "position_ids": row[:, None]
+            }
+        return args[: self.names.index("position_ids")], {**kwargs, "position_ids": row}
 
 
 class _Reshape(_Embedding):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskops.integrations.transformers.calls import Steps
+from maskops.integrations.transformers.calls import Steps, innermost
 from maskops.integrations.transformers.mixers import Mixer
 from maskops.integrations.transformers.probe_batches import PACKED, Side, Slots, Way, ways, windows
 from maskops.integrations.transformers.probe_reference import (
@@ -123,12 +123,17 @@ def _compare(found: Results, expected: Results) -> tuple[float, str, float]:
     return worst, reason if worst > bound else "", bound
 
 
+def _is_inside(layer: LayerProof, names: list[str]) -> bool:
+    """Whether a layer lies in one of the modules of these names; "" is the whole model."""
+    return any(not name or layer.name.startswith(f"{name}.") for name in names)
+
+
 class _Calls:
     """Who calls the functions that are registered with transformers under a name."""
 
     def __init__(self) -> None:
         self.modules: set[int] = set()
-        self.masks = 0
+        self.masks: set[int] = set()
 
     @contextlib.contextmanager
     def noted(self, name: str) -> Iterator[None]:
@@ -144,7 +149,8 @@ class _Calls:
             return attention(module, *args, **kwargs)
 
         def noting_mask(*args: Any, **kwargs: Any) -> Any:
-            self.masks += 1
+            call = innermost()
+            self.masks.update(() if call is None else [id(call.module)])
             return mask(*args, **kwargs)
 
         AttentionInterface.register(name, noting_attention)
@@ -179,14 +185,20 @@ class _Prover:
         worst, reason, bound = _compare(found, self.reference.results(slots))
         if missing:
             worst, reason = math.inf, missing
-        made_masks = self._watched(way)
+        asked = self._watched(way)
         wrong = [layer for layer in self.layers.values() if layer.wrong(way.name)]
         if worst <= bound and not wrong:
             return ArrivalProof(RIGHT, worst)
         if way.name not in PACKED and self._is_own(way, found, all(layer.recurrent for layer in wrong)):
             return ArrivalProof(OWN_LIMIT, worst, f"{reason or 'a layer differs'}, as with its own attention")
-        if way.name in PACKED and not made_masks:
-            return ArrivalProof(REFUSED, worst, "its code makes attention masks of its own, which know no documents")
+        if way.name in PACKED and (not asked or (wrong and not any(_is_inside(layer, asked) for layer in wrong))):
+            kinds = ", ".join(sorted({layer.kind for layer in wrong}))
+            whose = (
+                f"its code makes the masks of its {kinds} by itself"
+                if asked
+                else "its code makes attention masks of its own"
+            )
+            return ArrivalProof(REFUSED, worst, f"{whose}, which know no documents")
         return ArrivalProof(WRONG, worst, reason or "layers differ, if not the outputs")
 
     def _is_own(self, way: Way, found: Results, elsewhere: bool) -> bool:
@@ -206,10 +218,10 @@ class _Prover:
             return ArrivalProof(NOT_TAKEN, None, f"also with its own attention: {reason}")
         return ArrivalProof(WRONG, None, reason)
 
-    def _watched(self, way: Way) -> bool:
+    def _watched(self, way: Way) -> list[str]:
         """Each mixer reads what it read in the reference, laid out as this arrival has it, and is compared.
 
-        Returns whether masks were asked for.
+        Returns the names of the models inside this one that asked for masks.
         """
         output, calls = None, _Calls()
         for phase in way.phases:
@@ -222,7 +234,7 @@ class _Prover:
                     stack.callback(mixer.module.register_forward_hook(watcher.after).remove)
                 output = self.model(**phase.inputs(output))
             self._add_strangers(calls.modules)
-        return calls.masks > 0
+        return [name for name, module in self.model.named_modules() if id(module) in calls.masks]
 
     def _add_strangers(self, callers: set[int]) -> None:
         """Modules that called maskops although nothing about them says that they are attention: not compared."""

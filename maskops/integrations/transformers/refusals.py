@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -174,28 +174,49 @@ def packed_guard(model: nn.Module, ways: frozenset[str], reason: str) -> Callabl
     )
 
     def refuse_packed(call: Call) -> None:
-        if call.parent is not None or call.sizes is None or call.sizes[1] == 1:
+        sides = [] if call.parent is not None else [side for side in _sides(call) if side.length != 1]
+        if not sides:
             return
-        if arrival.cu_seqlens_of_call(call, "q") is not None:
+        if any(arrival.cu_seqlens_of_call(call, side) is not None for side in "qk"):
             if PACKED_CU in ways:
                 raise ValueError(message)
             return
-        batch, length = call.sizes
-        mask = call.tensor("attention_mask")
-        mask = mask[:, -length:] if mask is not None and mask.dim() == 2 and mask.shape[1] >= length else None
-        integers = arrival.segments_of_call(call, "attention_mask", slice(-length, None)) if mask is not None else None
-        positions = arrival.text_positions(call.tensor("position_ids"), batch, length)
-        if torch.compiler.is_compiling():
-            documents = arrival.of_tokens(positions, integers, arrival.kept_tokens(mask))
-            if documents is not None:
-                torch._assert_async((documents.ids <= 0).all(), message)
-            return
-        # Reading them waits for a device once a call: the price of not being wrong without a word.
-        found = arrival.of_tokens(_on_cpu(positions), _on_cpu(integers), _on_cpu(arrival.kept_tokens(mask)))
-        if found is not None:
-            raise ValueError(message)
+        for batch, length, name, positions in sides:
+            mask = call.tensor(name)
+            mask = mask[:, -length:] if mask is not None and mask.dim() == 2 and mask.shape[1] >= length else None
+            integers = arrival.segments_of_call(call, name, slice(-length, None)) if mask is not None else None
+            places = arrival.text_positions(call.tensor(positions), batch, length)
+            if torch.compiler.is_compiling():
+                documents = arrival.of_tokens(places, integers, arrival.kept_tokens(mask))
+                if documents is not None:
+                    torch._assert_async((documents.ids <= 0).all(), message)
+                continue
+            # Reading them waits for a device once a call: the price of not being wrong without a word.
+            found = arrival.of_tokens(_on_cpu(places), _on_cpu(integers), _on_cpu(arrival.kept_tokens(mask)))
+            if found is not None:
+                raise ValueError(message)
 
     return refuse_packed
+
+
+class _Side(NamedTuple):
+    """The tokens of one side of a call, and the names of the arguments that speak of them."""
+
+    batch: int
+    length: int
+    mask: str
+    positions: str
+
+
+def _sides(call: Call) -> list[_Side]:
+    """The sides of a call whose ids or embeddings were given: two in an encoder-decoder."""
+    found = [] if call.sizes is None else [_Side(*call.sizes, "attention_mask", "position_ids")]
+    for name in ("decoder_input_ids", "decoder_inputs_embeds"):
+        tokens = call.tensor(name)
+        if tokens is not None and tokens.dim() >= 2 and len(found) < 2:
+            sizes = (tokens.shape[0], tokens.shape[1])
+            found.append(_Side(*sizes, "decoder_attention_mask", "decoder_position_ids"))
+    return found
 
 
 def _on_cpu(tensor: Tensor | None) -> Tensor | None:
