@@ -1,6 +1,7 @@
 """Session settings: memory that was never written holds NaN, numbers are seeded, skips are counted by reason."""
 
 import ctypes
+import os
 import sys
 from collections import Counter
 
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_PERTURB, 0x100)
+    # Inductor compiles in this process: its pool of workers would import torch once more for a handful of kernels.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Triton's interpreter computes with numpy, which warns of infinities and NaN that are meant.
     numpy.seterr(all="ignore")
     interpreter.hasten()

@@ -186,14 +186,15 @@ def test_compiles_as_one_graph(backend: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.processor
-def test_compiles_with_inductor_and_dynamic_shapes() -> None:
+def test_compiles_with_dynamic_shapes() -> None:
+    """Without code generation: Inductor compiles this loss in test_torch_compile.py."""
     needs_extension()
     torch._dynamo.reset()
 
     def scored(x: Tensor, target: Tensor) -> Tensor:
         return maskops.cross_entropy(x, target, shift=True)
 
-    compiled = torch.compile(scored, fullgraph=True, dynamic=True)
+    compiled = torch.compile(scored, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (4, 7):
         logits, target = problem((2, rows), 30)
         logits.requires_grad_()

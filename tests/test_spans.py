@@ -1,6 +1,7 @@
 """RowSpans against its prose: work items, transposed bounds, keys seen, and how much work the list makes."""
 
 import ast
+import functools
 import itertools
 import math
 import random
@@ -397,6 +398,7 @@ def docstring_word_counts(limit):
     return counts[:limit]
 
 
+@functools.cache
 def length_sets():
     generator = random.Random(0)
 
