@@ -123,8 +123,7 @@ def run_stream(
     return counting
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize(("layout", "training"), [("packed", False), ("packed", True), ("padded", True)])
 def test_two_graphs_serve_a_ragged_stream(layout: str, training: bool) -> None:
     """One for the first batch, whose sizes torch takes for constants, and one for all others."""
     with maskops.use_backend(available("cpu"), fallback="error"):
