@@ -253,7 +253,20 @@ def test_what_happens_to_logits_is_reported(name: str) -> None:
         assert f"logits {words[name]}; " in str(attached.report)
 
 
-@pytest.mark.parametrize("way", ["cu", "segments", "padded left", "padded right", "dense"])
+WAYS = [
+    "cu",
+    "segments",
+    "padded left",
+    "padded right",
+    "dense",
+    "pairs alone",
+    "additive pairs",
+    "flat labels",
+    "kept",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_boundaries_of_every_arrival(way: str) -> None:
     model = language_model("llama")
     parts = packed()["input_ids"][0].split(LENGTHS)
@@ -267,13 +280,39 @@ def test_boundaries_of_every_arrival(way: str) -> None:
     elif way == "dense":
         batch = maskops.PackedBatch.from_sequences(list(parts))
         inputs |= {"attention_mask": batch.dense_mask(), "position_ids": batch.position_ids[None]}
+    elif way.endswith(("alone", "pairs")):
+        allowed = maskops.PackedBatch.from_sequences(list(parts)).dense_mask()
+        smallest = torch.finfo(torch.float32).min
+        inputs["attention_mask"] = allowed if way == "pairs alone" else (~allowed).float().clamp(max=1) * smallest
+    elif way in ("flat labels", "kept"):
+        inputs["position_ids"] = packed()["position_ids"]
     else:
         batch = maskops.PackedBatch.from_sequences(list(parts)).to_padded(padding_value=7, side=way.split()[1])
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+    labels = inputs["input_ids"]
+    if way == "flat labels":
+        labels = labels[0]
+    elif way == "kept":
+        kept = sum(LENGTHS[1:])
+        inputs["logits_to_keep"], labels = kept, labels[:, -kept:]
+        total, count = true_mean(model, parts[1:])
     for fuse in (False, True):
         with maskops.attach(model, probe=False, fuse_lm_head=fuse):
-            loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+            loss = model(**inputs, labels=labels, use_cache=False).loss
             torch.testing.assert_close(loss.double(), total / count, rtol=1e-5, atol=0)
+
+
+def test_boundaries_are_known_where_adapters_call_the_forward_itself() -> None:
+    model, inputs = language_model("llama"), packed()
+    total, count = true_mean(model, inputs["input_ids"][0].split(LENGTHS))
+    with maskops.attach(model, probe=False):
+        loss = model.forward(**inputs).loss
+        torch.testing.assert_close(loss.double(), total / count, rtol=1e-5, atol=0)
+        kept = sum(LENGTHS[1:])
+        some = {**inputs, "labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}
+        torch.testing.assert_close(model.forward(**some).loss, model(**some).loss, rtol=1e-6, atol=0)
+    with maskops.attach(model, probe=False, fuse_lm_head=True), pytest.raises(RuntimeError, match="without its hooks"):
+        model.forward(**inputs)
 
 
 def test_shifted_labels_of_a_collator() -> None:

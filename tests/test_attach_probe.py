@@ -257,7 +257,7 @@ def test_the_report_is_a_table_and_plain_data() -> None:
     assert "maskops is attached to Gemma3ForCausalLM (float32, cpu): proven" in text
     assert "model.layers.*.self_attn (2 layers)" in text and "outputs of the model" in text
     assert all(way in text for way in WAYS) and "WRONG" not in text
-    data = json.loads(json.dumps(report.to_dict()))
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert data["proven"] is True and data["lengths"] == list(report.lengths)
     assert {layer["name"] for layer in data["layers"]} == BOTH
     assert data["arrivals"]["padded left"]["verdict"] == "right"

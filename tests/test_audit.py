@@ -1,6 +1,7 @@
 """The leak test: what it finds in models whose mistakes are known, and that it finds nothing where there is nothing."""
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -487,6 +488,35 @@ def test_special_tokens_are_neither_replaced_nor_drawn() -> None:
         assert not each[0, [2, 8, 9]].any() and not torch.isin(ids[each], torch.tensor([3, 4, 5, 6, 7, 9])).any()
     assert all(bool(each[0, [0, 1, 3, 4, 5]].all() or not each[0, :5].any()) for each in changed)
     assert any("document 2 holds special tokens alone" in note for note in report.batches[0].notes)
+
+
+def test_reports_are_json_whatever_the_model_gives() -> None:
+    class Broken(Decoder):
+        def forward(self, input_ids: Tensor, **others: Any) -> Tensor:
+            logits = super().forward(input_ids, **others)
+            return logits * 0 / 0
+
+    text = json.dumps(maskops.audit(Broken(CORRECT), packed(6, 3)).to_dict(), allow_nan=False)
+    assert '"inf"' in text or '"nan"' in text
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
+def test_a_tolerance_is_a_bound(tolerance: float) -> None:
+    with pytest.raises(ValueError, match=r"tolerance=.*expected a finite number"):
+        maskops.audit(Decoder(CORRECT), packed(6, 3), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("error", [AssertionError, ZeroDivisionError])
+def test_a_batch_that_ends_in_an_error_is_refused_and_the_others_are_measured(error: type[Exception]) -> None:
+    class Asserting(Decoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
+            if attention_mask is not None and not bool(attention_mask[:, 0].all()):
+                raise error("padded left")
+            return super().forward(input_ids)
+
+    report = maskops.audit(Asserting(CORRECT), lengths=[5, 3])
+    assert report["padded left"].refused == f"{error.__name__}: padded left"
+    assert report["padded right"].verdict == "clean"
 
 
 def test_a_document_that_turns_another_into_nan_leaks() -> None:

@@ -202,6 +202,8 @@ def test_the_command_says_what_it_could_not_run(
     assert main(["audit", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     assert main(["audit", str(folder), "--json", str(tmp_path / "none" / "report.json")]) == 2
+    assert main(["audit", str(folder), "--json", str(tmp_path)]) == 2
+    assert main(["audit", str(folder), "--device", "nowhere"]) == 2
     assert "there is no folder" in capsys.readouterr().err
     for wrong in (["--lengths", "5"], ["--lengths", "five"], ["--batches", "folded"]):
         with pytest.raises(SystemExit) as stopped:

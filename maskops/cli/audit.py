@@ -89,6 +89,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json not in (None, _STANDARD_STREAM) and not Path(options.json).parent.is_dir():
         print(f"--json {options.json}: there is no folder {Path(options.json).parent}", file=sys.stderr)
         return 2
+    if options.json is not None and Path(options.json).is_dir():
+        print(f"--json {options.json}: expected a file, this is a folder", file=sys.stderr)
+        return 2
     try:
         model = _load(options).to(options.device)
         documents, special = (None, []) if options.text is None else _read(options)
@@ -103,8 +106,8 @@ def run(options: argparse.Namespace) -> int:
             special_ids=special,
             seed=options.seed,
         )
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
-        print(f"{options.model}: {error}", file=sys.stderr)
+    except Exception as error:  # whatever it is, it is no finding: a status of 1 would say so
+        print(f"{options.model}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     if options.json == _STANDARD_STREAM:
         print(json.dumps(report.to_dict(), indent=2))

@@ -204,10 +204,11 @@ class FusedHead:
             )
 
         def score(target: Tensor, *, ignore_index: int, num_items: int | Tensor | None) -> Tensor:
+            rows = hidden.shape[:-1]
             loss: Tensor = linear_cross_entropy(
                 hidden,
                 layer.weight,
-                target,
+                target.reshape(rows) if target.numel() == rows.numel() else target,
                 bias=layer.bias,
                 ignore_index=ignore_index,
                 num_items=num_items,

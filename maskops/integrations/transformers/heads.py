@@ -331,7 +331,7 @@ def _set_decoder_ids(call: Call, tokens: Tokens, width: int) -> None:
     rows = taken(ids, tokens.rows(width), pad)
     own = getattr(call.module, "_shift_right", None)
     shift = getattr(sys.modules[type(call.module).__module__], "shift_tokens_right", None)
-    start = getattr(config, "decoder_start_token_id", None)  # some have none, and shift in another way
+    start: Any = getattr(config, "decoder_start_token_id", None)  # some have none, and shift in another way
     if own is not None:
         shifted = own(rows)
     elif shift is not None:

@@ -7,6 +7,7 @@ from padding, a batch without a target has loss 0 (with zero gradients) instead 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -204,16 +205,54 @@ def _mean(
 def documents_of_labels(call: Call, labels: Tensor) -> Tensor | None:
     """Which document each label of a running call belongs to, as the call's attention has it.
 
+    Args:
+        call: the call of the model that computes the loss.
+        labels: (batch, length) of its tokens; or as many in another shape; or, with ``logits_to_keep``, (batch, kept).
+
     Returns:
-        int64 (batch, length), -1 = padding; None where the call says nothing of places like these.
+        int64, the shape of ``labels``, -1 = padding; None where the call says nothing of places like these.
     """
-    if labels.dim() != 2:
+    sizes = None if is_encoder_decoder(call) else call.sizes
+    if sizes is None:
+        return _documents_of_tokens(call, labels.shape[0], labels.shape[1]) if labels.dim() == 2 else None
+    keep = call.arguments.get("logits_to_keep")
+    if not _fits(labels, sizes, keep):
         return None
-    batch, length = labels.shape
+    return _laid_out(_documents_of_tokens(call, *sizes), labels, sizes, keep)
+
+
+def _fits(labels: Tensor, sizes: tuple[int, int], keep: Any) -> bool:
+    """Whether it is known which of (batch, length) tokens labels stand for."""
+    if labels.dim() == 2 and same_sizes(sizes, (labels.shape[0], labels.shape[1])):
+        return True
+    if labels.numel() == sizes[0] * sizes[1]:
+        return True
+    if labels.dim() != 2 or labels.shape[0] != sizes[0] or keep is None:
+        return False
+    return bool(labels.shape[1] == (keep.numel() if isinstance(keep, Tensor) else keep))
+
+
+def _laid_out(found: Tensor | None, labels: Tensor, sizes: tuple[int, int], keep: Any) -> Tensor | None:
+    """Documents (batch, length) of tokens, for labels that stand for them, all or those that are kept."""
+    batch, length = sizes
+    if labels.dim() == 2 and same_sizes(sizes, (labels.shape[0], labels.shape[1])):
+        return found
+    if labels.numel() == batch * length:
+        if found is None:
+            found = torch.zeros(batch, length, dtype=torch.int64, device=labels.device)
+        row = torch.arange(batch, device=found.device)[:, None]
+        return torch.where(found >= 0, found + row * length, -1).reshape(labels.shape)
+    if found is None:
+        return None
+    return found[:, keep.to(found.device)] if isinstance(keep, Tensor) else found[:, length - keep :]
+
+
+def _documents_of_tokens(call: Call, batch: int, length: int) -> Tensor | None:
+    """The documents of the tokens of a call, int64 (batch, length), -1 = padding; None for one a row."""
     two_sides = is_encoder_decoder(call)
-    if not two_sides and call.sizes is not None and not same_sizes(call.sizes, (batch, length)):
-        return None
     mask = call.tensor("decoder_attention_mask" if two_sides else "attention_mask")
+    if mask is not None and mask.dim() == 4:
+        return _documents_of_pairs(mask, batch, length)
     if mask is None or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
         mask, columns, kept = None, slice(0, length), None
     else:
@@ -229,11 +268,31 @@ def documents_of_labels(call: Call, labels: Tensor) -> Tensor | None:
     return found.ids if kept is None else torch.where(kept, found.ids, -1)
 
 
+def _documents_of_pairs(mask: Tensor, batch: int, length: int) -> Tensor | None:
+    """Documents by a 4-D mask, bool or additive: a token that does not see the one before it begins another."""
+    if mask.shape[0] not in (1, batch) or mask.shape[2] != length or mask.shape[3] != length:
+        return None
+    pairs = mask.detach().diagonal(-1, dim1=2, dim2=3)
+    seen = pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min
+    begins = torch.nn.functional.pad(~seen.any(1), (1, 0), value=False)
+    return begins.to(torch.int64).cumsum(1).expand(batch, length)
+
+
 class Fused(Protocol):
     """What scores targets without logits, where a call of its model is a training step."""
 
     def score(self, logits: Tensor) -> Score | None:
         """None: the logits are those of the batch."""
+
+
+class _Apart(threading.local):
+    """What was read in calls of the model inside another one, whose own forward was called without its hooks."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, tuple[int, int], Tensor | None]] = []
+
+
+_apart = _Apart()
 
 
 class LossFunction:
@@ -253,14 +312,37 @@ class LossFunction:
     def __call__(self, logits: Tensor, labels: Tensor | None, *arguments: Any, **keywords: Any) -> Tensor:
         """The loss, for the arguments that transformers' own function takes."""
         call = innermost()
-        if self.loss is causal_lm_loss and labels is not None and call is not None and call.module is self.model:
-            documents = documents_of_labels(call, labels)
+        if self.loss is causal_lm_loss and labels is not None:
+            is_running = call is not None and call.module is self.model
+            documents = (
+                documents_of_labels(call, labels) if call is not None and is_running else self._of_forward(labels)
+            )
             if documents is not None:
                 keywords["documents"] = documents
         score = None if self.fused is None else self.fused.score(logits)
         if score is not None:
             keywords["score"] = score
         return self.loss(logits, labels, *arguments, **keywords)
+
+    def remember(self, call: Call, _: Any) -> None:
+        """Step after each call: adapters call ``forward`` of the model itself, and only the model inside says where."""
+        inside = getattr(self.model, "base_model", None)
+        if call.parent is None and call.sizes is not None and call.module is inside is not self.model:
+            _apart.found[:] = [(id(self), call.sizes, _documents_of_tokens(call, *call.sizes))]
+
+    def _of_forward(self, labels: Tensor) -> Tensor | None:
+        """The documents of labels in a forward that was called without the hooks of its model."""
+        if not _apart.found or _apart.found[0][0] != id(self):
+            return None
+        if self.fused is not None and self.model.training:
+            _apart.found.clear()
+            raise RuntimeError(
+                f"fuse_lm_head=True: the forward of {type(self.model).__name__} was called without its hooks, as "
+                "wrappers with adapters do, so that its output layer is not fused: attach without it"
+            )
+        _, sizes, found = _apart.found.pop()
+        keep = labels.shape[1] if labels.dim() == 2 else None
+        return _laid_out(found, labels, sizes, keep) if _fits(labels, sizes, keep) else None
 
 
 class Served(NamedTuple):
@@ -322,6 +404,8 @@ def serve(installation: Installation, model: PreTrainedModel) -> Served | None:
         return Served(model, None, f"its own, {getattr(present, '__name__', type(present).__name__)}")
     function = LossFunction(model, loss)
     installation.set_attribute(model, "_loss_function", function)
+    if loss is causal_lm_loss:
+        installation.steps.after.append(function.remember)
     return Served(model, function, reason)
 
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from maskops.json_data import json_data
+
 RIGHT = "right"
 WRONG = "wrong"
 REFUSED = "refused"
@@ -114,8 +116,8 @@ class Report:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and text, for JSON; an infinite error is one with NaN in it."""
-        return {
+        """Plain numbers and text, for JSON; an infinite error, the text ``"inf"``, is one with NaN in it."""
+        found = {
             **vars(self),
             "proven": self.proven,
             "lengths": list(self.lengths),
@@ -123,6 +125,7 @@ class Report:
             "layers": [layer.to_dict() for layer in self.layers],
             "notes": list(self.notes),
         }
+        return dict(json_data(found))
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), *self._table(), *(f"note: {note}" for note in self.notes)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,8 +81,8 @@ def audit(
 
     Raises:
         TypeError: a batch of another kind.
-        ValueError: a batch without tokens, documents that do not go with it, a model for which no documents can be
-            made, or an output that has no rows for tokens or documents.
+        ValueError: a tolerance that is no bound, a batch without tokens, documents that do not go with it, a model for
+            which no documents can be made, or an output that has no rows for tokens or documents.
 
     Example::
 
@@ -90,6 +91,8 @@ def audit(
     """
     if not callable(model):
         raise TypeError(f"model: expected a module or a function, got {type(model).__name__}")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance}: expected a finite number of 0 or more")
     replacement = Replacement(model, special_ids, seed)
     runner = Runner(model, call, seed, vocabulary_of(model))
     settings = Settings(tolerance, per_layer, causal)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from maskops.json_data import json_data
 from maskops.testing.leak.layers import LayerLeak
 from maskops.testing.leak.outputs import Change
 
@@ -169,10 +170,10 @@ class BatchAudit:
         return ", ".join(found[:-1] if len(found) > 1 and found[-1] == "WRONG" else found) or "clean"
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes by name, in what JSON knows."""
+        """The attributes by name, in what JSON knows: ``"inf"`` and ``"nan"`` are text."""
         if self.refused is not None:
             return {"name": self.name, "verdict": self.verdict, "refused": self.refused}
-        return {
+        found = {
             "name": self.name,
             "verdict": self.verdict,
             "documents": list(self.documents),
@@ -192,6 +193,7 @@ class BatchAudit:
             "notes": list(self.notes),
             "calls": self.calls,
         }
+        return dict(json_data(found))
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class AuditReport:
         raise KeyError(f"{name!r}: expected one of {', '.join(repr(batch.name) for batch in self.batches)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, in what JSON knows."""
+        """All of it, in what JSON knows: ``"inf"`` and ``"nan"`` are text."""
         return {
             "model": self.model,
             "implementation": self.implementation,
