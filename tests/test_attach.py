@@ -387,6 +387,8 @@ def test_floats_number_documents_as_integers_do():
     ("argument", "error", "message"),
     [
         ({"cu_seq_lens_q": [0, 4, 10]}, TypeError, "cu_seq_lens_q is a list: expected a tensor"),
+        ({"position_ids": torch.arange(10.0)[None]}, TypeError, "position_ids has dtype torch.float32"),
+        ({"seq_idx": torch.zeros(1, 10, dtype=torch.int32)}, ValueError, "seq_idx alone does not tell"),
         ({"cu_seqlens": torch.tensor([0, 4, 10])}, ValueError, "was given cu_seqlens, which nothing reads"),
     ],
 )
@@ -394,3 +396,32 @@ def test_offsets_that_nobody_would_read_are_refused(argument, error, message):
     model = _new()
     with torch.no_grad(), maskops.attach(model, probe=False), pytest.raises(error, match=message):
         model(torch.full((1, 10), 5), **argument)
+
+
+def test_the_call_of_a_forward_that_was_interrupted_is_no_parent():
+    model, ids = _new(), torch.full((1, 10), 5)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), maskops.attach(model, probe=False):
+        expected = model.model(ids).last_hidden_state
+        handle = model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, cu_seq_lens_q=torch.tensor([0, 4, 10]))
+        handle.remove()
+        assert calls.innermost() is None
+        assert torch.equal(model.model(ids).last_hidden_state, expected)
+
+
+def test_arguments_of_attach_are_checked():
+    with pytest.raises(TypeError, match=r"model is <class .*LlamaForCausalLM.*>: expected a module"):
+        maskops.attach(transformers.LlamaForCausalLM)
+    with pytest.raises(ValueError, match="attach: backend is 'nope': expected one of"):
+        maskops.attach(_new(), backend="nope", probe=False)
+    assert "maskops.nope" not in transformers.AttentionInterface()
+
+
+def test_models_of_float64_are_proven():
+    with maskops.attach(_new().double()) as attachment:
+        assert attachment.report.proven

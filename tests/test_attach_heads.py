@@ -351,3 +351,18 @@ def test_sentence_embeddings_of_packed_and_padded_batches_are_equal(how):
         with maskops.attach(model, probe=False):
             got = pool(model(**packed(parts)).last_hidden_state, batch, how)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+
+
+def test_a_padded_batch_compiles_to_one_graph_with_a_mask_of_integers():
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.BertModel(config).eval()
+    ids, mask = torch.arange(5, 17).view(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    with torch.no_grad(), maskops.attach(model, probe=False):
+        expected = model(input_ids=ids, attention_mask=mask).pooler_output
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = compiled(input_ids=ids, attention_mask=mask).pooler_output
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        with pytest.raises(RuntimeError, match="cu_seq_lens_q only"):
+            compiled(input_ids=ids, attention_mask=mask + mask.cumsum(1) // 3)

@@ -220,3 +220,26 @@ def test_models_that_take_no_packed_rows_are_refused():
         maskops.attach(model, unpad=True)
     assert model.config._attn_implementation == before
     maskops.attach(model).detach()
+
+
+def test_rows_with_holes_stay_as_they_are():
+    model = build("llama")
+    ids = torch.arange(5, 21).view(2, 8)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = mask[0, 4] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        with maskops.attach(model, probe=False):
+            expected = model(**inputs).logits
+        with maskops.attach(model, probe=False, unpad=True):
+            found = model(**inputs).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
+def test_masks_of_an_encoder_may_be_floats():
+    model, parts = build("bart"), zoo.documents("bart", LENGTHS, SOURCES)
+    inputs, _ = call("bart", "padded right", parts)
+    with torch.no_grad(), maskops.attach(model, probe=False, unpad=True):
+        expected = model(**inputs)
+        found = model(**{**inputs, "attention_mask": inputs["attention_mask"].float()})
+    assert torch.equal(states(found)[-1], states(expected)[-1])

@@ -378,8 +378,20 @@ def test_which_position_ids_speak_of_the_order_of_tokens():
         found = arrival.text_positions(positions, 2, 5)
         assert found is not None, shape
         assert torch.equal(found, both), shape
-    for positions in (None, images, both.float(), both[:, :4], row.expand(3, 5)):
+    found = arrival.text_positions(images, 2, 5)
+    assert found is not None and torch.equal(found, both)
+    for positions in (None, images[:2], both.float(), both[:, :4], row.expand(3, 5)):
         assert arrival.text_positions(positions, 2, 5) is None
+
+
+def test_places_in_images_are_no_beginnings_of_documents():
+    text, image = [(i, i, i) for i in range(2)], [(2, 2 + i, 2 + j) for i in range(2) for j in range(2)]
+    picture = [(0, i, j) for i in range(2) for j in range(2)]
+    row = [*text, *image, (4, 4, 4), (0, 0, 0), *picture, (2, 2, 2), *text]
+    positions = torch.tensor(row).T[:, None]
+    found = arrival.text_positions(positions, 1, len(row))
+    assert found is not None
+    assert found[0].tolist() == [*range(7), 0, *range(5), 0, 1]
 
 
 def test_arguments_of_another_part_are_not_taken_for_ones_own():

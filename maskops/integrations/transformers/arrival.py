@@ -238,19 +238,32 @@ def text_positions(position_ids: Tensor | None, batch: int, length: int) -> Tens
     """Position ids as (batch, length), None where they say nothing about the order of the tokens.
 
     ``(1, length)`` and ``(length,)`` hold for every row. Of the rows of a 3-D tensor (MRoPE) the first of four is
-    the text's; three of them are places in images.
+    the text's. Three of them are places in images, from which only the beginnings of documents are read: tokens that
+    stand nowhere further on than any token before them, as only the first of a document does.
     """
     if position_ids is None or position_ids.dtype not in INTEGERS:
         return None
     if position_ids.dim() == 3:
-        if position_ids.shape[0] != 4:
+        if position_ids.shape[0] == 3 and position_ids.shape[2] == length:
+            position_ids = _places_from_restarts(position_ids)
+        elif position_ids.shape[0] == 4:
+            position_ids = position_ids[0]
+        else:
             return None
-        position_ids = position_ids[0]
     if position_ids.dim() == 1:
         position_ids = position_ids[None]
     if position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
         return None
     return position_ids.expand(batch, length)
+
+
+def _places_from_restarts(places: Tensor) -> Tensor:
+    """int64 (batch, length) that restart where a document of MRoPE begins, from its (3, batch, length) places."""
+    lowest = places.cummin(2).values
+    before = torch.nn.functional.pad(lowest, (1, 0), value=-1)[:, :, :-1]
+    begins = (places <= before).all(0)
+    slot = torch.arange(places.shape[2], device=places.device)
+    return slot - torch.where(begins, slot, 0).cummax(1).values
 
 
 def given_positions(call: Call, batch: int, length: int) -> Tensor | None:
@@ -371,8 +384,8 @@ def check_offsets(call: Call) -> None:
     """Step before each call: offsets that nobody would read raise, as models take any keyword without a word.
 
     Raises:
-        TypeError: offsets that are no tensor.
-        ValueError: offsets by a name that neither transformers nor the model knows.
+        TypeError: offsets that are no tensor, position ids that are no integers.
+        ValueError: offsets by a name that neither transformers nor the model knows, ``seq_idx`` by itself.
     """
     for name in _LENGTHS:
         value = call.arguments.get(name)
@@ -387,6 +400,17 @@ def check_offsets(call: Call) -> None:
                 f"{type(call.module).__name__} was given {name}, which nothing reads: the cumulative lengths of packed "
                 "documents are called cu_seq_lens_q and cu_seq_lens_k"
             )
+    if call.parent is not None:
+        return
+    positions = call.tensor("position_ids")
+    if positions is not None and positions.is_floating_point():
+        raise TypeError(f"position_ids has dtype {positions.dtype}: expected integers, which say where documents begin")
+    told = (positions, *(call.tensor(name) for name in _LENGTHS))
+    if call.tensor("seq_idx") is not None and all(tensor is None for tensor in told):
+        raise ValueError(
+            "seq_idx alone does not tell attention where documents begin: give position_ids that restart, or "
+            "cu_seq_lens_q and cu_seq_lens_k, beside it"
+        )
 
 
 # ---- segments --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from maskops import backend as backends
 from maskops.integrations.transformers import arrival, calls, heads, positions, refusals, unpadding
 from maskops.integrations.transformers import loss as loss_of_models
 from maskops.integrations.transformers import probe as probing
@@ -129,6 +130,7 @@ def attach(
             exist, and those of its output are None. Evaluation, generation and calls without labels have theirs.
             Refused unless loss and gradients of a probe batch are equal, which is tried even without ``probe``.
         unpad: padded calls without a cache run packed inside the model and come back padded, 0 where there was padding.
+            Batches with padding between two tokens of one document stay as they are.
         probe: run two random documents through the model, one at a time with its own eager attention and together
             with maskops, and compare layer by layer; costs some ten forwards of a few tokens. Without it, and where it
             cannot run, the report says *unproven* and why.
@@ -141,6 +143,11 @@ def attach(
         AttachError: a model that cannot be served or whose probe fails, with the reason and the table of the probe; it
             is left as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: model is {model!r:.80}: expected a module, such as a PreTrainedModel of transformers")
+    if backend not in (None, backends.AUTO, *backends.BACKENDS):
+        known = ", ".join(map(repr, (backends.AUTO, *backends.BACKENDS)))
+        raise ValueError(f"attach: backend is {backend!r}: expected one of {known}, or None for the fastest")
     models = tuple(module for module in model.modules() if isinstance(module, PreTrainedModel))
     if not models:
         raise AttachError(
@@ -149,7 +156,10 @@ def attach(
         )
     for inner in models:
         if any(isinstance(hook, calls.Enter) for hook in inner._forward_pre_hooks.values()):
-            raise AttachError(f"attach: {type(inner).__name__} is attached already: detach it first")
+            raise AttachError(
+                f"attach: {type(inner).__name__} is attached already: detach it first. A copy of an attached model is "
+                "attached for good: copy the model before it is attached, or after detach()"
+            )
     towers = refusals.towers(model)
     apart = {id(module) for tower in towers.values() for module in tower.modules()}
     served = tuple(inner for inner in models if id(inner) not in apart)

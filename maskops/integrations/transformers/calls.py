@@ -11,6 +11,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ class Call:
         accepts: names of the parameters of its forward; ``**kwargs`` takes others, and most models hand them on.
         notes: what steps and the mask function keep for the time of the call, by name.
         segments: by the name of a mask, the numbers of documents that the caller gave in its place.
+        frame: the Python frame that runs the forward, while it does; None for one that is compiled.
     """
 
-    __slots__ = ("accepts", "arguments", "changed", "module", "notes", "parent", "segments", "steps")
+    __slots__ = ("accepts", "arguments", "changed", "frame", "module", "notes", "parent", "segments", "steps")
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Call:
         self.notes: dict[str, Any] = {}
         self.segments: dict[str, Tensor] = {}
         self.changed = False
+        self.frame: FrameType | None = None
 
     def set(self, name: str, value: object) -> None:
         """Hand another value of an argument to the forward."""
@@ -109,7 +112,20 @@ _running = _Running()
 def innermost() -> Call | None:
     """The call that is running in this thread and not yet left, None outside of attached models."""
     calls = _running.calls
+    if not torch.compiler.is_compiling():
+        while calls and not _is_running(calls[-1].frame):
+            calls.pop()
     return calls[-1] if calls else None
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether a frame is one of those around: hooks after a forward do not run when it is left by a Ctrl-C."""
+    if frame is None:
+        return True
+    around: FrameType | None = sys._getframe()
+    while around is not None and around is not frame:
+        around = around.f_back
+    return around is not None
 
 
 def _drop_from(calls: list[Call], module: nn.Module) -> Call | None:
@@ -141,10 +157,12 @@ class Enter:
         arguments.update(kwargs)
         calls = _running.calls
         _drop_from(calls, module)  # left over from a forward that was interrupted: no model runs inside itself
-        parent = calls[-1] if calls else None
+        parent = innermost()
         if parent is not None and parent.steps is not self.steps:
             parent = None
         call = Call(module, arguments, parent, self.steps, self.accepts)
+        if not torch.compiler.is_compiling():
+            call.frame = sys._getframe(1)
         calls.append(call)
         for step in self.steps.before:
             step(call)
@@ -163,6 +181,7 @@ class Leave:
         if call is None or output is None:  # the forward raised, or a hook before the one that begins the call
             _explain(sys.exc_info()[1])
             return None
+        call.frame = None  # it holds all that the forward was given
         result = output
         for step in self.steps.after:
             changed = step(call, result)

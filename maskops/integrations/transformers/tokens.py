@@ -118,6 +118,14 @@ def _find(call: Call, batch: int, length: int) -> Tokens | None:
     if documents is None:
         return None
     ids = documents.ids
+    if documents.cu_seqlens is None and torch.compiler.is_compiling():
+        # A graph cannot have as many outputs as the values of a mask say; those of most are 0 and 1.
+        torch._assert_async(
+            (ids <= 0).all(),
+            "compiled heads and poolers read the documents of packed rows from cu_seq_lens_q only, not from "
+            "position_ids or numbers in attention_mask",
+        )
+        return None
     if documents.cu_seqlens is not None:
         number = documents.cu_seqlens.shape[0] - 1
     else:

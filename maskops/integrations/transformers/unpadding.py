@@ -111,6 +111,20 @@ def _side(kept: Tensor, tokens: Tokens | None) -> _Side:
     return _Side(real.nonzero().flatten(), lengths, *kept.shape)
 
 
+def _has_holes(kept: Tensor, tokens: Tokens | None) -> bool:
+    """Whether there is padding between two tokens of one document. Waits for a device."""
+    if tokens is None:
+        number = kept.shape[0]
+        ids = torch.where(kept, torch.arange(number, device=kept.device)[:, None], number).flatten()
+        lengths = kept.sum(1)
+    else:
+        number, lengths = tokens.number, tokens.lengths
+        ids = torch.where(kept.flatten(), tokens.ids, number)
+    before = torch.nn.functional.pad(ids, (1, 0), value=-1)[:-1]
+    runs = ((ids < number) & (ids != before)).sum()
+    return bool(runs > (lengths > 0).sum())
+
+
 class _Steps:
     """Around the calls of some models."""
 
@@ -137,6 +151,8 @@ class _Steps:
         tokens = tokens_of_call(call)
         if states is not None and tokens is not None:
             return  # packed rows of a decoder: which document of the encoder goes with which is told by others
+        if _has_holes(kept, tokens):
+            return  # closed up, tokens on both sides of a hole would come nearer to each other
         side = _side(kept, tokens)
         total = side.indices.shape[0]
         if total in (0, kept.numel()):
@@ -149,7 +165,7 @@ class _Steps:
         call.set("cu_seq_lens_q", offsets)
         call.set("cu_seq_lens_k", offsets)
         if states is not None:
-            keys = _side(torch.ones(states.shape[:2], device=states.device) if mask is None else mask, None)
+            keys = _side(torch.ones(states.shape[:2], device=states.device) if mask is None else mask != 0, None)
             call.set(_KEYS, keys.packed(states))
             call.set(_KEY_MASK, None)
             call.set("cu_seq_lens_k", cu_seqlens_from_lengths(keys.lengths))
