@@ -60,15 +60,15 @@ MUTATIONS = (
     Mutation(
         "data: the tail is not covered",
         PACKED,
-        "if self.has_room:",
+        'if self.has_room and labels != "sequences":',
         "if False:",
         BATCHES,
     ),
     Mutation(
         "data: shapes depend on the tail",
         PACKED,
-        "if self.has_room:",
-        "if self.has_room and int(self.lengths.sum()) < self.total:",
+        'if self.has_room and labels != "sequences":',
+        'if self.has_room and labels != "sequences" and int(self.lengths.sum()) < self.total:',
         BATCHES,
     ),
     Mutation(

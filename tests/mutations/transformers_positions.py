@@ -54,14 +54,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "models multiply with the numbers of segments",
         _ARRIVAL,
-        "call.set(name, (numbers != 0).to(numbers.dtype))",
-        "call.set(name, numbers)",
+        "call.set(name, (mask != 0).to(mask.dtype))",
+        "call.set(name, mask)",
         _TESTS,
     ),
     Mutation(
         "models inside others take the mask for segments",
         _ARRIVAL,
-        "if _separated(call, name, numbers) is not None:\n            continue",
+        "if _separated(call, name, mask) is not None:\n            continue",
         "if False:\n            continue",
         _TESTS,
     ),
