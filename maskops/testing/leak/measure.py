@@ -108,6 +108,7 @@ class Measurement:
         """Largest change of the batch run again, and of the batch in a batch of twice its rows."""
         real = torch.cat([self._base.rows(self._stream, document) for document in self._documents])
         again = compare(self._base, self._runner(self._inputs, self._stream).at(real), real, None, 1.0).max_abs
+        self._again = again
         if again:
             self._notes.append(f"the model is not deterministic: the same batch again changes outputs by {again:.2g}")
         doubled = self._doubled()
@@ -150,6 +151,12 @@ class Measurement:
         single = torch.finfo(torch.float32).eps
         eps = max(single, torch.finfo(coarsest_dtype(self._runner.model, self._base.values)).eps)
         unit = eps * self._scale
+        if self._again > 32 * unit:
+            raise ValueError(
+                f"the model is not deterministic: the same batch again changes outputs by {self._again:.2g}, more than "
+                "rounding does, so that no change can be laid to a leak; give a tolerance, or a model that keeps no "
+                "state between calls"
+            )
         # Leaks are looked for between batches of one shape, where rounding is the same but for kernels that group
         # tokens by what they hold. What a leak adds to the noise of another composition is kept out by the bounds.
         self._tolerance = min(max(4 * noise, 2 * unit), 32 * unit)

@@ -126,7 +126,7 @@ def load(name_or_path: str, dtype: torch.dtype, device: torch.device) -> Subject
             kind = AutoModelForCausalLM if task == "language" else AutoModel
             model: Any = kind.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # broken weights have errors of their own
             known = ", ".join(PACKAGES)
             raise ModelError(
                 f"--model {name_or_path}: expected {known} or a folder with configuration, weights and tokenizer of "
