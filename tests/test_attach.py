@@ -388,6 +388,11 @@ def test_floats_number_documents_as_integers_do():
     [
         ({"cu_seq_lens_q": [0, 4, 10]}, TypeError, "cu_seq_lens_q is a list: expected a tensor"),
         ({"position_ids": torch.arange(10.0)[None]}, TypeError, "position_ids has dtype torch.float32"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 4, 10]), "cu_seq_lens_k": torch.tensor([0, 5, 10])},
+            ValueError,
+            "cu_seq_lens_q and cu_seq_lens_k differ",
+        ),
         ({"seq_idx": torch.zeros(1, 10, dtype=torch.int32)}, ValueError, "seq_idx alone does not tell"),
         ({"cu_seqlens": torch.tensor([0, 4, 10])}, ValueError, "was given cu_seqlens, which nothing reads"),
     ],
@@ -425,3 +430,17 @@ def test_arguments_of_attach_are_checked():
 def test_models_of_float64_are_proven():
     with maskops.attach(_new().double()) as attachment:
         assert attachment.report.proven
+
+
+def test_what_was_set_meanwhile_stays():
+    model = _new()
+
+    def loss(*_, **__):
+        raise AssertionError
+
+    attachment = maskops.attach(model, probe=False)
+    model.loss_function = loss
+    model.set_attn_implementation("eager")
+    attachment.detach()
+    assert model.loss_function is loss
+    assert model.config._attn_implementation == "eager"

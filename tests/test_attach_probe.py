@@ -239,7 +239,8 @@ def test_windows_are_exceeded_or_told() -> None:
     near = maskops.attach(mistral.build(sliding_window=LONGEST_WINDOW, max_position_embeddings=256)).report
     assert min(near.lengths) > LONGEST_WINDOW and near.proven and "not reached" not in str(near)
     far = maskops.attach(mistral.build(sliding_window=4096)).report
-    assert max(far.lengths) < 20 and far.proven
+    assert max(far.lengths) < 20 and far.proven and far.to_dict()["unreached"] == [4096]
+    assert "proven up to the window of 4096 tokens, which was not tested" in str(far).splitlines()[0]
     assert any("window of 4096 tokens was not reached" in note for note in far.notes)
 
 

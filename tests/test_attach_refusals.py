@@ -147,6 +147,20 @@ def test_an_encoder_that_makes_its_own_masks_refuses_packed_batches_of_either_si
         model(**ids, attention_mask=torch.tensor([[1, 1, 1, 0]]), decoder_attention_mask=torch.tensor([[1, 1, 0]]))
 
 
+def test_two_models_that_are_put_together_are_served_packed() -> None:
+    options = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    encoder = transformers.BertConfig(**options, num_hidden_layers=1)
+    decoder = transformers.BertConfig(**options, num_hidden_layers=1, is_decoder=True, add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(encoder), decoder=transformers.BertLMHeadModel(decoder)
+    ).eval()
+    before = state(model), encoder._attn_implementation
+    with maskops.attach(model) as attachment:
+        assert {proof.verdict for proof in attachment.report.arrivals.values()} == {"not taken", RIGHT}
+        assert all(layer.called == layer.ran for layer in attachment.report.layers)
+    assert (state(model), encoder._attn_implementation) == before
+
+
 def test_an_encoder_with_a_static_cache_is_told_what_to_do() -> None:
     model = transformers.BertModel(
         transformers.BertConfig(

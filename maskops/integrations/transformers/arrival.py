@@ -385,7 +385,8 @@ def check_offsets(call: Call) -> None:
 
     Raises:
         TypeError: offsets that are no tensor, position ids that are no integers.
-        ValueError: offsets by a name that neither transformers nor the model knows, ``seq_idx`` by itself.
+        ValueError: offsets by a name that neither transformers nor the model knows, ``seq_idx`` by itself,
+            and different offsets for the two sides of self-attention.
     """
     for name in _LENGTHS:
         value = call.arguments.get(name)
@@ -405,12 +406,29 @@ def check_offsets(call: Call) -> None:
     positions = call.tensor("position_ids")
     if positions is not None and positions.is_floating_point():
         raise TypeError(f"position_ids has dtype {positions.dtype}: expected integers, which say where documents begin")
-    told = (positions, *(call.tensor(name) for name in _LENGTHS))
+    offsets = [call.tensor(name) for name in _LENGTHS]
+    if not is_encoder_decoder(call) and not is_decoder(call) and offsets[0] is not None and offsets[1] is not None:
+        q, k = offsets[0], offsets[1]
+        if q is not k and q.device == k.device and values_can_be_read([q, k], q.device) and not torch.equal(q, k):
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k differ: both say where the documents of one row begin, give the same"
+            )
+    told = (positions, *offsets)
     if call.tensor("seq_idx") is not None and all(tensor is None for tensor in told):
         raise ValueError(
             "seq_idx alone does not tell attention where documents begin: give position_ids that restart, or "
             "cu_seq_lens_q and cu_seq_lens_k, beside it"
         )
+
+
+def ask_for_cross_mask(call: Call) -> None:
+    """Step before each call: decoders that make a mask for cross-attention only from another one are given ones."""
+    name = "encoder_attention_mask"
+    states = call.tensor("encoder_hidden_states")
+    if states is None or name not in call.accepts or call.arguments.get(name) is not None:
+        return
+    if any(cu_seqlens_of_call(call, side) is not None for side in "qk"):
+        call.set(name, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device))
 
 
 # ---- segments --------------------------------------------------------------------------------------------------------

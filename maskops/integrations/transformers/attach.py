@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from maskops import backend as backends
 from maskops.integrations.transformers import arrival, calls, heads, positions, refusals, unpadding
@@ -37,11 +37,13 @@ class Installation(NamedTuple):
     report: Report
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
-        """Set an instance attribute of a module until ``detach``."""
+        """Set an instance attribute of a module until ``detach``, which leaves one that was set meanwhile."""
         had, before = name in vars(module), vars(module).get(name)
         setattr(module, name, value)
 
         def restore() -> None:
+            if vars(module).get(name) is not value:
+                return
             if had:
                 setattr(module, name, before)
             else:
@@ -76,7 +78,7 @@ class Attachment:
         self.detach()
 
     def __repr__(self) -> str:
-        state = "proven" if self.report.proven else "unproven"
+        state = self.report.word if self.report.proven else "unproven"
         return f"Attachment of {type(self.model).__name__}: {len(self.report.layers)} layers, {state}"
 
 
@@ -181,7 +183,7 @@ def attach(
             for handle in calls.install(inner, installation.steps):
                 undo.callback(handle.remove)
             installation.set_attribute(inner, "create_masks_for_generate", keep_mask)
-        installation.steps.before += [arrival.check_offsets, arrival.separate_segments]
+        installation.steps.before += [arrival.check_offsets, arrival.separate_segments, arrival.ask_for_cross_mask]
         for part in PARTS:
             part(installation, options)
         ways: frozenset[str] = frozenset()
@@ -222,10 +224,16 @@ def keep_mask(
     return torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
 
-def _configs(models: tuple[PreTrainedModel, ...]) -> Iterator[Any]:
-    """Every configuration of the models, nested ones included but for those of towers, once."""
-    seen: set[int] = set()
-    waiting: list[Any] = [model.config for model in models]
+def _configs(installation: Installation) -> Iterator[Any]:
+    """Every configuration of the models, nested ones included but for those of towers, once.
+
+    Also those of single layers: models that are put together from others may replace the configuration around them.
+    """
+    towers = refusals.towers(installation.model).values()
+    seen = {id(vars(module).get("config")) for tower in towers for module in tower.modules()}
+    layers = (vars(module).get("config") for module in installation.model.modules())
+    waiting: list[Any] = [model.config for model in installation.models]
+    waiting += [config for config in layers if isinstance(config, PreTrainedConfig)]
     while waiting:
         config = waiting.pop(0)
         if config is None or id(config) in seen:
@@ -240,7 +248,7 @@ _attached: dict[int, tuple[Any, str | None, int]] = {}
 
 
 def _set_implementation(installation: Installation, name: str) -> None:
-    for config in _configs(installation.models):
+    for config in _configs(installation):
         _, own, count = _attached.get(id(config), (config, config._attn_implementation_internal, 0))
         if count and config._attn_implementation_internal != name:
             raise AttachError(
@@ -256,5 +264,5 @@ def _release(config: Any) -> None:
     _, own, count = _attached.pop(id(config))
     if count > 1:
         _attached[id(config)] = (config, own, count - 1)
-    else:
+    elif config._attn_implementation_internal.startswith(IMPLEMENTATION):  # not set to another meanwhile
         config._attn_implementation_internal = own

@@ -225,9 +225,8 @@ class _HandPlaces(_Embedding):
             return None
         row = places.reshape(-1)
         if self.names[0] == "inputs_embeds":  # PegasusX: a column of places, and as many of them as the row has tokens
-            return (torch.empty(1, len(row), 1, device=row.device, dtype=self.owner.dtype),), {
-                "position_ids": row[:, None]
-            }
+            states: Tensor = args[0] if args else kwargs["inputs_embeds"]
+            return (states.new_empty(1, len(row), 1),), {"position_ids": row[:, None]}
         return args[: self.names.index("position_ids")], {**kwargs, "position_ids": row}
 
 

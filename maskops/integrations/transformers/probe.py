@@ -357,10 +357,10 @@ def prove(model: Any, reference: Reference, report: Report, steps: Steps) -> Non
             steps.dense_masks = False
     report.arrivals, report.layers = arrivals, layers
     report.tolerance = max((layer.tolerance for layer in layers), default=0.0)
+    report.unreached = [window for window in windows(model) if window >= max(lengths)]
     report.notes += [
         f"a window of {window} tokens was not reached: the documents of the probe have up to {max(lengths)}"
-        for window in windows(model)
-        if window >= max(lengths)
+        for window in report.unreached
     ]
 
 

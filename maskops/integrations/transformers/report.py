@@ -78,6 +78,7 @@ class Report:
         layers: what was seen of each layer in which tokens meet.
         notes: what a user should know besides: windows that were not reached, what stays on the model's own code.
         tolerance: the largest of the layers' tolerances.
+        unreached: windows in tokens that no document of the probe was longer than: of these nothing is proven.
     """
 
     model: str
@@ -90,6 +91,13 @@ class Report:
     layers: list[LayerProof] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tolerance: float = 0.0
+    unreached: list[int] = field(default_factory=list)
+
+    @property
+    def word(self) -> str:
+        """What the probe proved, in words: all, or all but windows that its documents did not reach."""
+        windows = ", ".join(map(str, self.unreached))
+        return f"proven up to the window of {windows} tokens, which was not tested" if windows else "proven"
 
     @property
     def proven(self) -> bool:
@@ -124,6 +132,7 @@ class Report:
             "arrivals": {way: dict(vars(proof)) for way, proof in self.arrivals.items()},
             "layers": [layer.to_dict() for layer in self.layers],
             "notes": list(self.notes),
+            "unreached": list(self.unreached),
         }
         return dict(json_data(found))
 
@@ -134,7 +143,7 @@ class Report:
         if self.unproven:
             return [f"maskops is attached to {self.model}, unproven: {self.unproven}"]
         state = "is attached to" if self.proven else "is not attached to"
-        word = "proven" if self.proven else "FAILED"
+        word = self.word if self.proven else "FAILED"
         counts = " and ".join(str(length) for length in self.lengths)
         return [
             f"maskops {state} {self.model} ({self.dtype}, {self.device}): {word}",
