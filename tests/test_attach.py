@@ -393,6 +393,8 @@ def test_floats_number_documents_as_integers_do():
             ValueError,
             "cu_seq_lens_q and cu_seq_lens_k differ",
         ),
+        ({"attention_mask": torch.ones(2, 10)}, ValueError, r"attention_mask has shape \(2, 10\): expected \(1, 10\)"),
+        ({"attention_mask": torch.ones(1, 9)}, ValueError, r"attention_mask has shape \(1, 9\): expected \(1, 10\)"),
         ({"seq_idx": torch.zeros(1, 10, dtype=torch.int32)}, ValueError, "seq_idx alone does not tell"),
         ({"cu_seqlens": torch.tensor([0, 4, 10])}, ValueError, "was given cu_seqlens, which nothing reads"),
     ],

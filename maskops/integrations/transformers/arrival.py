@@ -380,13 +380,13 @@ _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _NEARLY = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens")
 
 
-def check_offsets(call: Call) -> None:
-    """Step before each call: offsets that nobody would read raise, as models take any keyword without a word.
+def check_arguments(call: Call) -> None:
+    """Step before each call: what nobody would read raises, as models take any keyword without a word.
 
     Raises:
         TypeError: offsets that are no tensor, position ids that are no integers.
-        ValueError: offsets by a name that neither transformers nor the model knows, ``seq_idx`` by itself,
-            and different offsets for the two sides of self-attention.
+        ValueError: a 2-D mask that is not of these tokens, offsets by a name that neither transformers nor the model
+            knows, ``seq_idx`` by itself, and different offsets for the two sides of self-attention.
     """
     for name in _LENGTHS:
         value = call.arguments.get(name)
@@ -403,6 +403,14 @@ def check_offsets(call: Call) -> None:
             )
     if call.parent is not None:
         return
+    mask = call.tensor("attention_mask")
+    if mask is not None and mask.dim() < 3 and call.sizes is not None:
+        batch, length = call.sizes
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}: expected {(batch, length)}, one number for each token, "
+                "or more columns where a cache holds tokens before these"
+            )
     positions = call.tensor("position_ids")
     if positions is not None and positions.is_floating_point():
         raise TypeError(f"position_ids has dtype {positions.dtype}: expected integers, which say where documents begin")

@@ -183,7 +183,7 @@ def attach(
             for handle in calls.install(inner, installation.steps):
                 undo.callback(handle.remove)
             installation.set_attribute(inner, "create_masks_for_generate", keep_mask)
-        installation.steps.before += [arrival.check_offsets, arrival.separate_segments, arrival.ask_for_cross_mask]
+        installation.steps.before += [arrival.check_arguments, arrival.separate_segments, arrival.ask_for_cross_mask]
         for part in PARTS:
             part(installation, options)
         ways: frozenset[str] = frozenset()
