@@ -147,6 +147,16 @@ def test_whatever_has_a_value_for_each_token_moves_with_them():
             assert len(model(**told, return_dict=False)) == 2
 
 
+def test_an_encoder_without_padding_beside_a_padded_decoder():
+    model, parts = build("bart"), zoo.documents("bart", LENGTHS, (3, 3, 3, 3))
+    inputs, places = call("bart", "padded right", parts)
+    del inputs["attention_mask"]
+    with torch.no_grad():
+        expected = model(**inputs).logits.flatten(0, 1)[places]
+        with maskops.attach(model, unpad=True, probe=False):
+            torch.testing.assert_close(model(**inputs).logits.flatten(0, 1)[places], expected, atol=1e-5, rtol=0)
+
+
 def test_heads_and_poolers_see_the_rows_that_they_know():
     parts = zoo.documents("bert", LENGTHS)
     inputs = zoo.arrive("padded right", "bert", parts).inputs

@@ -165,7 +165,8 @@ class _Steps:
         call.set("cu_seq_lens_q", offsets)
         call.set("cu_seq_lens_k", offsets)
         if states is not None:
-            keys = _side(torch.ones(states.shape[:2], device=states.device) if mask is None else mask != 0, None)
+            all_kept = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            keys = _side(all_kept if mask is None else mask != 0, None)
             call.set(_KEYS, keys.packed(states))
             call.set(_KEY_MASK, None)
             call.set("cu_seq_lens_k", cu_seqlens_from_lengths(keys.lengths))
