@@ -22,6 +22,21 @@ MUTATIONS = (
         "return None",
         LOSS,
     ),
+    Mutation(
+        "losses: kept labels are those of the first columns",
+        LOSSES,
+        "found[:, length - keep :]",
+        "found[:, :keep]",
+        LOSS,
+    ),
+    Mutation("losses: every pair of a 4-D mask is seen", LOSSES, "~seen.any(1)", "~seen.any(1) & False", LOSS),
+    Mutation(
+        "losses: documents of a forward without hooks forgotten",
+        LOSSES,
+        "_apart.found[0][0] != id(self)",
+        "_apart.found[0][0] == id(self)",
+        LOSS,
+    ),
     Mutation("losses: given shifted labels shifted again", LOSSES, "target = shift_labels", "target = labels", LOSS),
     Mutation(
         "losses: fractions of items cut off",

@@ -200,7 +200,7 @@ def _refuse(call: Call, counting: _Counting) -> None:
 class _Embedding:
     """Hooks around one embedding of positions."""
 
-    def __init__(self, owner: nn.Module, names: list[str]) -> None:
+    def __init__(self, owner: Any, names: list[str]) -> None:
         self.owner = owner
         self.names = names
 
