@@ -143,7 +143,7 @@ def test_masked_tokens_that_scale_a_row_are_refused_where_documents_share_it() -
             module(**zoo.arrive("packed by cu", "esm", parts).inputs)
 
 
-def test_places_in_images_are_asked_for() -> None:
+def _qwen2_vl() -> Any:
     config = transformers.Qwen2VLConfig(
         text_config={
             "vocab_size": 64,
@@ -161,7 +161,55 @@ def test_places_in_images_are_asked_for() -> None:
         vision_end_token_id=63,
     )
     config._attn_implementation = "eager"
-    module = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def _along_axes() -> Tensor:
+    """Positions (3, 10) of a document with an image of 2 x 3 patches between three tokens and one."""
+    image = torch.tensor([[3] * 6, [3, 3, 3, 4, 4, 4], [3, 4, 5, 3, 4, 5]])
+    text = torch.arange(3).expand(3, 3)
+    return torch.cat([text, image, torch.full((3, 1), 6)], 1)
+
+
+@pytest.mark.parametrize("is_device", [False, True])
+@pytest.mark.parametrize("wanted", [torch.int64, torch.int32])
+def test_documents_by_positions_along_three_axes(
+    is_device: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image inside a document is no boundary, nor is the sound that follows its video."""
+    if is_device:
+        monkeypatch.setattr(arrival, "values_can_be_read", lambda tensors, device: False)
+    one = torch.cat([_along_axes(), torch.arange(2, 5).expand(3, 3)], 1)  # goes back to 2, 3, 4
+    rows = torch.cat([one, torch.zeros(3, 1), one, _along_axes()], 1).to(wanted)[:, None]
+    found = arrival.of_tokens(rows, None, None)
+    assert found is not None
+    assert found.ids[0].tolist() == [0] * 13 + [1] + [2] * 13 + [3] * 10
+    alone = arrival.of_tokens(one.to(wanted)[:, None], None, None)
+    assert alone is None if not is_device else alone is not None and not alone.ids.any()
+    kept = torch.ones(1, 37, dtype=torch.bool)
+    kept[0, [5, 28]] = False
+    found = arrival.of_tokens(rows.masked_fill(~kept, 0), None, kept)
+    assert found is not None
+    assert found.ids[kept].tolist() == [0] * 12 + [1] + [2] * 13 + [3] * 9
+
+
+def test_positions_along_three_axes_that_restart_are_documents() -> None:
+    module = _qwen2_vl().model.language_model
+    parts = [torch.randint(1, 60, (1, 10)), torch.randint(1, 60, (1, 10)), torch.randint(1, 60, (1, 1))]
+    places = [_along_axes()[:, None], _along_axes()[:, None], torch.zeros(3, 1, 1, dtype=torch.int64)]
+    row, told = torch.cat(parts, 1), torch.cat(places, 2)
+    with torch.no_grad():
+        expected = [module(input_ids=ids, position_ids=at) for ids, at in zip(parts, places, strict=True)]
+        with _attached(module):
+            for options in ({}, {"attention_mask": torch.ones_like(row)}):
+                found = module(input_ids=row, position_ids=told, use_cache=False, **options).last_hidden_state
+                torch.testing.assert_close(
+                    found, torch.cat([one.last_hidden_state for one in expected], 1), atol=1e-5, rtol=0
+                )
+
+
+def test_places_in_images_are_asked_for() -> None:
+    module = _qwen2_vl()
     parts = zoo.documents("llama", (4, 3))
     expected = zoo.one_at_a_time(module, "llama", parts, gradients=False)
     batch = zoo.arrive("packed by cu", "llama", parts)

@@ -379,7 +379,7 @@ def test_which_position_ids_speak_of_the_order_of_tokens():
         assert found is not None, shape
         assert torch.equal(found, both), shape
     found = arrival.text_positions(images, 2, 5)
-    assert found is not None and torch.equal(found, both)
+    assert found is not None and torch.equal(found, images)
     for positions in (None, images[:2], both.float(), both[:, :4], row.expand(3, 5)):
         assert arrival.text_positions(positions, 2, 5) is None
 
@@ -390,8 +390,9 @@ def test_places_in_images_are_no_beginnings_of_documents():
     row = [*text, *image, (4, 4, 4), (0, 0, 0), *picture, (2, 2, 2), *text]
     positions = torch.tensor(row).T[:, None]
     found = arrival.text_positions(positions, 1, len(row))
-    assert found is not None
-    assert found[0].tolist() == [*range(7), 0, *range(5), 0, 1]
+    documents = arrival.of_tokens(found, None, None)
+    assert documents is not None
+    assert documents.ids[0].tolist() == [0] * 7 + [1] + [2] * 5 + [3] * 2
 
 
 def test_arguments_of_another_part_are_not_taken_for_ones_own():

@@ -94,8 +94,11 @@ def of_tokens(
     neither one more than that token's nor further on by their distance in the row (over a hole). Nothing else is read
     from positions: a row may begin with any, and those of padding say nothing.
 
+    Of the places along the three axes of MRoPE any may go back inside a document, but never all of them to where it
+    began: there another one begins. Those of tokens that are not kept say nothing: models fill them with zeros.
+
     Args:
-        positions: integers (batch, length) or None.
+        positions: integers (batch, length), or (3, batch, length) along three axes, or None.
         segments: integers (batch, length), 0 = padding, or None.
         kept: bool (batch, length) or None, True = a real token.
         is_continued: the tokens go on behind those of a filled cache, so that a restart is an error.
@@ -114,7 +117,7 @@ def of_tokens(
             kept = None
         if positions is None and segments is None:
             return None
-    batch, length = given.shape
+    batch, length = given.shape[-2:]
     device = given.device
     place = torch.arange(length, device=device)
     if kept is None:
@@ -128,7 +131,11 @@ def of_tokens(
         has_previous = kept & (previous >= 0)
     at = previous.clamp(min=0)
     begins = torch.zeros_like(has_previous)
-    if positions is not None:
+    if positions is not None and positions.dim() == 3:
+        read = positions if kept is None else torch.where(kept, positions, torch.iinfo(positions.dtype).max)
+        lowest = read.cummin(2).values.gather(2, at.expand(3, batch, length))
+        begins = begins | (positions <= lowest).all(0)
+    elif positions is not None:
         step = positions - positions.gather(1, at)
         begins = begins | ((step != 1) & (step != place - previous))
     if segments is not None:
@@ -238,18 +245,17 @@ def text_positions(position_ids: Tensor | None, batch: int, length: int) -> Tens
     """Position ids as (batch, length), None where they say nothing about the order of the tokens.
 
     ``(1, length)`` and ``(length,)`` hold for every row. Of the rows of a 3-D tensor (MRoPE) the first of four is
-    the text's. Three of them are places in images, from which only the beginnings of documents are read: tokens that
-    stand nowhere further on than any token before them, as only the first of a document does.
+    the text's. Three of them are places in images and stay (3, batch, length): only the beginnings of documents are
+    read from them.
     """
     if position_ids is None or position_ids.dtype not in INTEGERS:
         return None
     if position_ids.dim() == 3:
-        if position_ids.shape[0] == 3 and position_ids.shape[2] == length:
-            position_ids = _places_from_restarts(position_ids)
-        elif position_ids.shape[0] == 4:
-            position_ids = position_ids[0]
-        else:
+        if position_ids.shape[0] == 3 and position_ids.shape[1] in (1, batch) and position_ids.shape[2] == length:
+            return position_ids.expand(3, batch, length)
+        if position_ids.shape[0] != 4:
             return None
+        position_ids = position_ids[0]
     if position_ids.dim() == 1:
         position_ids = position_ids[None]
     if position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
@@ -257,17 +263,8 @@ def text_positions(position_ids: Tensor | None, batch: int, length: int) -> Tens
     return position_ids.expand(batch, length)
 
 
-def _places_from_restarts(places: Tensor) -> Tensor:
-    """int64 (batch, length) that restart where a document of MRoPE begins, from its (3, batch, length) places."""
-    lowest = places.cummin(2).values
-    before = torch.nn.functional.pad(lowest, (1, 0), value=-1)[:, :, :-1]
-    begins = (places <= before).all(0)
-    slot = torch.arange(places.shape[2], device=places.device)
-    return slot - torch.where(begins, slot, 0).cummax(1).values
-
-
 def given_positions(call: Call, batch: int, length: int) -> Tensor | None:
-    """Position ids (batch, length) that the caller gave for the tokens of a call, None if there are none.
+    """Position ids (batch, length) that the caller gave for the tokens of a call, or (3, batch, length); None without.
 
     The decoder of an encoder-decoder is told by ``decoder_position_ids``: ``position_ids`` are the encoder's, unless
     the forward of the decoder takes them.

@@ -164,7 +164,7 @@ class _Tell:
             return
         batch, length = call.sizes
         positions = given_positions(call, batch, length)
-        if positions is None:
+        if positions is None or positions.dim() == 3:
             has_ids = call.tensor("input_ids") is not None
             counts_padding = counting.by == "mask" or (counting.by == "tokens" and has_ids) or counting.is_multimodal
             places = places_of_call(call, counts_padding=counts_padding)
