@@ -1,6 +1,7 @@
 """Session settings: memory that was never written holds NaN, numbers are seeded, skips are counted by reason."""
 
 import ctypes
+import gc
 import os
 import sys
 from collections import Counter
@@ -58,6 +59,16 @@ def _seeded() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Chooses the tests of another device."""
     placement.place(config, items)
+
+
+def pytest_collection_finish() -> None:
+    """Benchmarks collect garbage before they measure: not, each time, all that a session has imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries complain about what is alive when Python ends
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import re
@@ -75,6 +76,16 @@ def no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "peaks", lambda device, dtype: machine.Peaks(1.0, 2.0, 3.0))
 
 
+@pytest.fixture
+def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    _leave_garbage(monkeypatch)
+
+
+def _leave_garbage(patch: pytest.MonkeyPatch) -> None:
+    """Collecting what a whole test session has alive takes a third of a second, and a run does it sixty times."""
+    patch.setattr(gc, "collect", lambda generation=2: 0)
+
+
 def load(folder: Path) -> sources.Subject:
     return sources.load(str(folder), torch.float32, CPU)
 
@@ -88,6 +99,7 @@ def execute(folder: Path, **options: Any) -> ModelReport:
 def reports(encoder: Path, decoder: Path) -> dict[str, ModelReport]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "peaks", lambda device, dtype: machine.Peaks(1.0, 2.0, 3.0))
+        _leave_garbage(patch)
         return {"embedding": execute(encoder, documents=10), "language": execute(decoder, documents=10)}
 
 
@@ -152,6 +164,7 @@ class _Contaminated(ways._Attached):
 
 
 @needs_extension
+@pytest.mark.usefixtures("no_collections")
 def test_a_way_that_is_wrong_has_no_speed_and_one_that_fails_says_why(decoder: Path) -> None:
     @contextlib.contextmanager
     def contaminated(model: Any, pooling: sources.Pooling) -> Iterator[ways.Runner]:
@@ -360,6 +373,7 @@ def test_how_many_documents_fit_into_the_time() -> None:
 
 
 @needs_extension
+@pytest.mark.usefixtures("no_collections")
 def test_the_command_line_measures_a_folder(
     decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
