@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskops
-from maskops.cli.bench.machine import describe, load_average
+from maskops.cli.bench.machine import describe
+from maskops.cli.bench.others import Others
 from maskops.cli.bench.report import aligned
 from maskops.cli.bench.timing import interleave
 
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    load = load_average()
+    others = Others()
     results = []
     rows = [["", "", "ms", "±", "GB/s", "error", "maskops is faster"]]
     for dtype in (torch.float32, torch.bfloat16):
@@ -134,14 +135,18 @@ def main(arguments: list[str] | None = None) -> None:
                         "error": apart,
                     }
                 )
-    host = describe(CPU, torch.float32, load)
+    host = describe(CPU, torch.float32)
     print(f"{host.device}, {host.threads} threads, {host.instruction_set}; torch {host.torch}, maskops {host.commit}")
     print(f"peak of reading: {host.peaks.read:.1f} GB/s")
-    print(f"load average before: {load:.1f} processors (trust speeds only near 0)")
+    taken = others.taken()
+    print(f"other programs kept {taken:.1f} processors busy (trust speeds only near 0)")
     print("\n".join(aligned(rows, indent="")))
     if options.json is not None:
         options.json.write_text(
-            json.dumps({"machine": host.__dict__ | {"peaks": host.peaks.__dict__}, "rows": results}, indent=1) + "\n"
+            json.dumps(
+                {"machine": host.__dict__ | {"peaks": host.peaks.__dict__, "load": taken}, "rows": results}, indent=1
+            )
+            + "\n"
         )
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import maskops
 from maskops import masks
-from maskops.cli.bench.machine import describe, load_average
+from maskops.cli.bench.machine import describe
+from maskops.cli.bench.others import Others
 from maskops.cli.bench.report import aligned
 from maskops.cli.bench.timing import Timing, interleave
 
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    load = load_average()
+    others = Others()
     rows = [["", "torch ms", "±", "maskops ms", "±", "ratio"]]
     results = []
     for contest in contests():
@@ -176,9 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
                     "difference": apart,
                 }
             )
-    host = describe(CPU, torch.float32, load)
+    host = describe(CPU, torch.float32)
     print(f"{host.device}, {host.threads} threads, {host.instruction_set}; torch {host.torch}, maskops {host.commit}")
-    print(f"load average before: {load:.1f} processors (trust speeds only near 0)")
+    print(f"other programs kept {others.taken():.1f} processors busy (trust speeds only near 0)")
     print(f"huge pages {'on' if host.huge_pages else 'off'}; largest relative difference of any result and gradient:")
     print(f"{max(float(result['difference']) for result in results):.1e}")  # type: ignore[arg-type]
     print("\n".join(aligned(rows, indent="")))

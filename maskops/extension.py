@@ -40,6 +40,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     for name in ("maskops_instruction_sets", "maskops_instruction_set", "maskops_cuda_reason"):
         getattr(library, name).restype = ctypes.c_char_p
     library.maskops_select_instruction_set.argtypes = [ctypes.c_char_p]
+    library.maskops_limit_multiply_add.argtypes = [ctypes.c_int64]
+    library.maskops_limit_multiply_add.restype = ctypes.c_double
+    library.maskops_limit_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.maskops_limit_read.restype = ctypes.c_float
+    library.maskops_limit_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.maskops_limit_copy.restype = None
     return library, None
 
 
@@ -77,6 +83,30 @@ def instruction_sets() -> tuple[str, ...]:
 def instruction_set() -> str | None:
     """The instruction set in use; None without the extension."""
     return None if _library is None else str(_library.maskops_instruction_set().decode())
+
+
+def limit_multiply_add(rounds: int) -> float:
+    """Multiplies and adds in registers on the calling thread, without the interpreter's lock; how many operations.
+
+    Like the two below, a limit of the machine to hold kernels against; RuntimeError without the extension.
+    """
+    return float(_loaded().maskops_limit_multiply_add(rounds))
+
+
+def limit_read(source: torch.Tensor) -> float:
+    """The sum of a contiguous float32 tensor on the processor, read once on the calling thread."""
+    return float(_loaded().maskops_limit_read(source.data_ptr(), source.numel()))
+
+
+def limit_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies a contiguous float32 tensor past the caches on the calling thread; `target` is aligned to 64 bytes."""
+    _loaded().maskops_limit_copy(target.data_ptr(), source.data_ptr(), source.numel())
+
+
+def _loaded() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError(f"this needs the C++ extension: {_reason}")
+    return _library
 
 
 def select_instruction_set(name: str) -> None:

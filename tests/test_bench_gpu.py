@@ -265,7 +265,7 @@ def test_events_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def made_report(**changes: Any) -> report.Report:
-    host = machine.describe(CPU, torch.float32, 0.0)
+    host = machine.describe(CPU, torch.float32)
     return report.Report(host, {"capability": "9.0"}, {"mode": "full", "dtype": "bfloat16"}, **changes)
 
 

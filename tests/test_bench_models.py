@@ -17,10 +17,10 @@ import torch
 
 import maskops
 from maskops import extension
-from maskops.cli.bench import batches, chart, corpus, machine, training
+from maskops.cli.bench import batches, chart, corpus, machine, memory, training
 from maskops.cli.bench.measure import WRONG_ABOVE
 from maskops.cli.bench.models import chart as picture
-from maskops.cli.bench.models import command, memory, parts, sources, ways, work
+from maskops.cli.bench.models import command, parts, sources, ways, work
 from maskops.cli.bench.models import measure as measuring
 from maskops.cli.bench.models.report import ModelReport, render
 from maskops.cli.main import main
@@ -92,7 +92,7 @@ def load(folder: Path) -> sources.Subject:
 
 def execute(folder: Path, **options: Any) -> ModelReport:
     with maskops.use_backend(fallback="error"):
-        return command.execute(load(folder), TINY, mode="tiny", seed=0, load=0.0, texts=(TEXTS, 1), **options)
+        return command.execute(load(folder), TINY, mode="tiny", seed=0, texts=(TEXTS, 1), **options)
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +428,7 @@ def trained() -> training.TrainingReport:
     text = corpus.Corpus(documents, "none", 31, 1.0, 1, "random tokens")
     with pytest.MonkeyPatch.context() as patch, maskops.use_backend(fallback="error"):
         patch.setattr(machine, "peaks", lambda device, dtype: machine.Peaks(1.0, 2.0, 3.0))
-        return training.execute(RECIPE, mode="tiny", device=CPU, dtype=torch.float32, seed=0, load=0.0, text=text)
+        return training.execute(RECIPE, mode="tiny", device=CPU, dtype=torch.float32, seed=0, text=text)
 
 
 @needs_extension

@@ -1,6 +1,7 @@
 """`python -m maskops bench`: the options, the order of events and the exit status."""
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -14,12 +15,14 @@ from torch import Tensor
 
 import maskops
 from maskops.backend import ENVIRONMENT_VARIABLE
-from maskops.cli.bench import batches, chart, corpus, machine, training, variants
+from maskops.cli.bench import batches, chart, corpus, machine, output, training, variants
 from maskops.cli.bench.compilation import command as compilation
+from maskops.cli.bench.cpu import command as cpu
 from maskops.cli.bench.gpu import command as gpu
 from maskops.cli.bench.jobs import JOBS, Settings
 from maskops.cli.bench.measure import Row, Table, check, measure, split
 from maskops.cli.bench.models import command as models
+from maskops.cli.bench.others import Others
 from maskops.cli.bench.progress import Progress
 from maskops.cli.bench.report import Report, SweepPoint, Waste, render
 from maskops.cli.bench.sweep import cut_documents, lengths_with_fill
@@ -132,10 +135,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "work",
         nargs="?",
-        choices=["text", "train", "gpu", "compile"],
+        choices=["text", "train", "cpu", "gpu", "compile"],
         default="text",
         help="text: real documents (default), on a real model with --model. train: a small model of transformers to a "
-        "fixed loss, padded stock against packed maskops. gpu: every kernel of a device against the best peer that is "
+        "fixed loss, padded stock against packed maskops. cpu: every kernel of the processor against its peers and "
+        "against what the machine can do. gpu: every kernel of a device against the best peer that is "
         "installed. "
         "compile: the device kernels, compiled for machines that are not here",
     )
@@ -154,9 +158,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="let torch's allocator ask for huge pages (THP_MEM_ALLOC_ENABLE=1), for all variants alike",
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="contests (gpu) or kernels (compile) whose name contains TEXT"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="lines (cpu), contests (gpu) or kernels (compile) whose name contains TEXT",
     )
     models.add_options(parser)
+    cpu.add_options(parser)
     gpu.add_options(parser)
     compilation.add_options(parser)
     parser.set_defaults(run=run)
@@ -164,6 +172,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the benchmark; 0 if every row is right and maskops refused nothing."""
+    if options.work == "cpu":
+        return cpu.run(options)
     if options.work == "gpu":
         return gpu.run(options)
     if options.work == "compile":
@@ -196,18 +206,7 @@ def run(options: argparse.Namespace) -> int:
                 return training.run(options, dtype, amount)
             return models.run(options, dtype, amount)
         report = execute(plan, mode=mode, device=device, dtype=dtype, seed=options.seed)
-    print(render(report), end="")
-    if options.json is not None:
-        report.write_json(options.json)
-        print(f"\nnumbers: {options.json}")
-    if options.chart is not None:
-        reason = chart.available()
-        if reason is None:
-            chart.draw(report, options.chart)
-            print(f"chart: {options.chart}")
-        else:
-            print(f"no chart: {reason}")
-    return 1 if report.problems() else 0
+    return output.deliver(report, render(report), options, functools.partial(chart.draw, report))
 
 
 def execute(
@@ -231,7 +230,7 @@ def execute(
         rows: The variants.
         text: The documents; read as the plan says by default.
     """
-    started, load = time.perf_counter(), machine.load_average()
+    started, others = time.perf_counter(), Others()
     settings = Settings(
         batch_size=plan.batch_size,
         vocabulary=plan.vocabulary,
@@ -256,7 +255,7 @@ def execute(
                 seconds=plan.read_seconds,
             )
         progress.stage("measuring the machine's peaks")
-        host = machine.describe(device, dtype, load)
+        host = machine.describe(device, dtype)
         documents = text.documents[: plan.micro_batches * plan.batch_size]
         tables = _tables(plan, rows, text.documents, documents, settings, progress, pace)
         step = next(table for table in tables if table.job == _STEP.name and table.backward)
@@ -266,7 +265,7 @@ def execute(
     lengths = sorted(text.lengths)
     return Report(
         mode=mode,
-        machine=host,
+        machine=replace(host, load=others.taken()),
         documents={
             "source": text.source,
             "tokenizer": text.tokenizer,

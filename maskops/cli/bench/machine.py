@@ -32,7 +32,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what a run was made. `load`: processors that other programs kept busy just before."""
+    """Where and with what a run was made. `load`: processors that other programs took during the run, see `Others`."""
 
     device: str
     threads: int
@@ -49,13 +49,12 @@ class Machine:
     peaks: Peaks
 
 
-def describe(device: torch.device, dtype: torch.dtype, load: float) -> Machine:
-    """Collects all of it; measuring the peaks takes about a second.
+def describe(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Collects all of it but the load, which is known at the end; measuring the peaks takes about a second.
 
     Args:
         device: Where the work is done.
         dtype: Of the matrix product that shows the peak.
-        load: `load_average()` before this process did anything.
     """
     return Machine(
         device=device_name(device),
@@ -68,15 +67,10 @@ def describe(device: torch.device, dtype: torch.dtype, load: float) -> Machine:
         commit=commit(),
         platform=f"{platform.system()} {platform.machine()}",
         huge_pages=huge_pages(),
-        load=load,
+        load=0.0,
         command=" ".join(["python -m maskops", *sys.argv[1:]]),
         peaks=peaks(device, dtype),
     )
-
-
-def load_average() -> float:
-    """Processors that were busy in the last minute; 0 where the system does not count them."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def device_name(device: torch.device) -> str:

@@ -10,14 +10,15 @@ from typing import Any
 
 from maskops.cli.bench.machine import Machine
 from maskops.cli.bench.measure import Row, Shares, Table
+from maskops.cli.bench.timing import Timing
 
 SCHEMA = 1
 """Version of the JSON's layout."""
 
 HABIT = "what people do"
 
-BUSY_ABOVE = 0.5
-"""Load average above which speeds say more about other programs than about this one."""
+BUSY_ABOVE = 0.2
+"""Processors taken by others above which speeds say more about them than about this program."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,9 @@ class Report:
 
 def to_plain(value: Any) -> Any:
     """Dataclasses to dictionaries, with the properties that readers of the JSON want to have computed."""
-    if isinstance(value, Row):
-        plain = {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-        timing = value.timing
-        plain["timing"] = timing and {
-            "median": timing.median,
-            "spread": timing.spread,
-            "seconds": [round(seconds, 7) for seconds in timing.seconds],
-        }
-        return plain
+    if isinstance(value, Timing):
+        seconds = [float(f"{seconds:.7g}") for seconds in value.seconds]
+        return {"median": value.median, "spread": value.spread, "seconds": seconds}
     if isinstance(value, Shares):
         return {**dataclasses.asdict(value), "ceiling": value.ceiling}
     if dataclasses.is_dataclass(value):
@@ -120,6 +115,13 @@ def render(report: Report) -> str:
     if problems:
         blocks.append("\n".join(["PROBLEMS", *(f"  {problem}" for problem in problems)]))
     return "\n\n".join(blocks) + "\n"
+
+
+def busy(machine: Machine) -> list[tuple[str, str]]:
+    """A line of a heading, label and words, where others took processors; none where they did not."""
+    if machine.load <= BUSY_ABOVE:
+        return []
+    return [("BUSY", f"other programs kept {machine.load:.1f} processors busy: do not trust these speeds")]
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "  ", left: int = 1) -> Iterator[str]:
@@ -159,6 +161,7 @@ def _heading(report: Report) -> str:
     )
     lines = [
         ("device", f"{machine.device}, {machine.threads} threads, {machine.platform}"),
+        *busy(machine),
         ("kernels", f"{machine.instruction_set}; backends: {backends}"),
         (
             "versions",
@@ -175,8 +178,6 @@ def _heading(report: Report) -> str:
         ("", "against float64, 1 = plain torch's own and a few roundings; above 2 a row prints WRONG and no speed"),
         ("command", f"{machine.command} ({report.mode} run, {report.seconds:.0f} s)"),
     ]
-    if machine.load > BUSY_ABOVE:
-        lines.insert(1, ("BUSY", f"other programs kept {machine.load:.1f} processors busy: do not trust these speeds"))
     return "\n".join(["maskops bench text", *aligned(lines, left=2)])
 
 

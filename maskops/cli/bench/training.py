@@ -7,6 +7,8 @@ agree, and what differs is how long they take.
 import argparse
 import contextlib
 import copy
+import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -21,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskops.cli.bench import chart, corpus, machine
+from maskops.cli.bench import chart, corpus, machine, output
 from maskops.cli.bench.batches import Batch, collate
 from maskops.cli.bench.machine import Machine
 from maskops.cli.bench.models.ways import PLAIN, WAYS, Runner, Way
+from maskops.cli.bench.others import Others
 from maskops.cli.bench.progress import Progress
-from maskops.cli.bench.report import BUSY_ABOVE, HABIT, SCHEMA, aligned, to_plain
+from maskops.cli.bench.report import HABIT, SCHEMA, aligned, busy, to_plain
 from maskops.cli.bench.timing import once
 
 SAME_CURVE = 0.02
@@ -131,20 +134,9 @@ def run(options: argparse.Namespace, dtype: torch.dtype, mode: str) -> int:
     if importlib.util.find_spec("transformers") is None:
         print("bench train: transformers is not installed: pip install 'transformers>=5.23,<6'", file=sys.stderr)
         return 2
-    load = machine.load_average()
-    report = execute(
-        RECIPES[mode], mode=mode, device=torch.device(options.device), dtype=dtype, seed=options.seed, load=load
-    )
-    print(render(report), end="")
-    if options.json is not None:
-        report.write_json(options.json)
-        print(f"\nnumbers: {options.json}")
-    if options.chart is not None:
-        reason = chart.available()
-        if reason is None:
-            draw(report, options.chart)
-        print(f"chart: {options.chart}" if reason is None else f"no chart: {reason}")
-    return 1 if report.problems() else 0
+    device = torch.device(options.device)
+    report = execute(RECIPES[mode], mode=mode, device=device, dtype=dtype, seed=options.seed)
+    return output.deliver(report, render(report), options, functools.partial(draw, report))
 
 
 def build(recipe: Recipe, seed: int) -> Any:
@@ -206,7 +198,6 @@ def execute(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-    load: float,
     text: corpus.Corpus | None = None,
     ways: Sequence[Way] | None = None,
 ) -> TrainingReport:
@@ -218,13 +209,12 @@ def execute(
         device: Where.
         dtype: Of the weights.
         seed: Of documents and weights.
-        load: Processors that were busy before.
         text: The documents; read by default.
         ways: The rows, the one that others are compared with first.
     """
     import transformers
 
-    started = time.perf_counter()
+    started, others = time.perf_counter(), Others()
     chosen = trained_ways() if ways is None else ways
     with Progress(recipe.steps) as progress, contextlib.ExitStack() as stack:
         progress.stage("reading docstrings")
@@ -237,7 +227,7 @@ def execute(
                 seed=seed,
                 seconds=120.0,
             )
-        host = machine.describe(device, dtype, load)
+        host = machine.describe(device, dtype)
         first = build(recipe, seed).to(device=device, dtype=dtype).eval()
         trainers = [_Trainer(way, copy.deepcopy(first), recipe, stack) for way in chosen]
         reached = _train(trainers, text.documents, recipe, device, progress)
@@ -248,7 +238,7 @@ def execute(
     lengths = text.lengths
     return TrainingReport(
         mode=mode,
-        machine=host,
+        machine=dataclasses.replace(host, load=others.taken()),
         settings={
             **{name: getattr(recipe, name) for name in recipe.__dataclass_fields__},
             "dtype": str(dtype).removeprefix("torch."),
@@ -301,6 +291,7 @@ def render(report: TrainingReport) -> str:
     """The report as text."""
     machine, settings, documents = report.machine, report.settings, report.documents
     lines = [
+        *busy(machine),
         ("device", f"{machine.device}, {machine.threads} threads, {machine.platform}, {machine.instruction_set}"),
         (
             "versions",
@@ -320,8 +311,6 @@ def render(report: TrainingReport) -> str:
         ("columns", "time to the loss: seconds of all steps until it is reached, the rows step by step in turn"),
         ("command", f"{machine.command} ({report.mode} run, {report.seconds:.0f} s)"),
     ]
-    if machine.load > BUSY_ABOVE:
-        lines.insert(1, ("BUSY", f"other programs kept {machine.load:.1f} processors busy: do not trust these speeds"))
     goal = f"To a loss of {settings['until']:g} nats"
     rows = [[goal, "seconds", "a step, ms", "±", "less time", "last loss"]]
     slow = report.curves[0]
@@ -375,12 +364,12 @@ def draw(report: TrainingReport, path: Path) -> None:
     chart.heading(steps, "The same curve ...", f"loss of a token in nats; {apart}")
     chart.heading(seconds, "... in less time", "the rows step by step in turn on one machine")
     machine = report.machine
-    busy = f" · BUSY: {machine.load:.1f} processors taken by others" if machine.load > BUSY_ABOVE else ""
+    warning = "".join(f" · {label}: {text}" for label, text in busy(machine))
     figure.text(
         0.012,
         0.03,
         f"{machine.device}, {machine.threads} threads, {report.settings['dtype']} · torch {machine.torch}, "
-        f"transformers {report.settings['transformers']}, maskops {machine.maskops} ({machine.commit}){busy}",
+        f"transformers {report.settings['transformers']}, maskops {machine.maskops} ({machine.commit}){warning}",
         fontsize=7.5,
         color=chart.THEIRS,
     )

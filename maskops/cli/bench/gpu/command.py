@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join([f"precompiled {len(chosen[int(part) :: int(parts)])} contests", *failed]))
         return 1 if failed else 0
     report = Report(
-        machine=machine.describe(device, dtype, machine.load_average()),
+        machine=machine.describe(device, dtype),
         details=details(device),
         settings={"mode": mode, "dtype": str(dtype).removeprefix("torch."), "seed": options.seed, "only": options.only},
     )

@@ -125,6 +125,15 @@ class Contest(ABC):
         del backward
         return None
 
+    def written(self, backward: bool) -> float:
+        """Bytes among them that are written to new memory."""
+        del backward
+        return 0.0
+
+    def scratch(self) -> float:
+        """Bytes that a step cannot do without beyond its results."""
+        return 0.0
+
 
 def step(contest: Contest, contender: Contender, backward: bool) -> tuple[Callable[[], object], Callable[[], Leaves]]:
     """What happens untimed before each step, and the step, which returns the result and the gradients."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from maskops.cli.bench.chart import FAINT, HABIT_COLOUR, INK, OURS, PADDING, THEIRS, bare, heading, number
 from maskops.cli.bench.models.report import TITLES, ModelReport
-from maskops.cli.bench.report import BUSY_ABOVE, HABIT
+from maskops.cli.bench.report import HABIT, busy
 
 _PARTS = (("gemm", "matrix products"), ("attention", "attention"), ("loss", "loss"), ("rest", "other"))
 _PART_COLOURS = {"gemm": OURS[1], "attention": OURS[0], "loss": HABIT_COLOUR, "rest": PADDING}
@@ -60,14 +60,14 @@ def draw(report: ModelReport, path: Path) -> None:
     heading(speeds, TITLES[report.model["task"]], "real tokens per second, × of the best row without maskops")
     heading(parts, "Where the time of a batch goes", "attention and loss are what kernels can take away")
     machine = report.machine
-    busy = f" · BUSY: {machine.load:.1f} processors taken by others" if machine.load > BUSY_ABOVE else ""
+    warning = "".join(f" · {label}: {text}" for label, text in busy(machine))
     figure.text(0.012, 0.93, f"{report.model['name']} on {report.documents['count']} docstrings", fontsize=14,
                 weight="bold", color=INK)  # fmt: skip
     figure.text(
         0.012,
         0.02,
         f"{machine.device}, {machine.threads} threads, {report.settings['dtype']} · torch {machine.torch}, "
-        f"transformers {report.settings['transformers']}, maskops {machine.maskops} ({machine.commit}){busy}",
+        f"transformers {report.settings['transformers']}, maskops {machine.maskops} ({machine.commit}){warning}",
         fontsize=7.5,
         color=THEIRS,
     )

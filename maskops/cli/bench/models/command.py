@@ -1,6 +1,8 @@
 """`python -m maskops bench text --model`: how much is measured, and the order of events."""
 
 import argparse
+import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -9,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from maskops.cli.bench import batches, chart, corpus, machine
+from maskops.cli.bench import batches, corpus, machine, output
 from maskops.cli.bench.models import chart as picture
 from maskops.cli.bench.models.measure import measure
 from maskops.cli.bench.models.report import ModelReport, render
 from maskops.cli.bench.models.sources import PACKAGES, ModelError, Subject, load
 from maskops.cli.bench.models.ways import WAYS, Way, chosen
 from maskops.cli.bench.models.work import Cut, groups_of
+from maskops.cli.bench.others import Others
 from maskops.cli.bench.progress import Progress
 
 FIXED_DOCUMENTS = 256
@@ -92,7 +95,6 @@ def run(options: argparse.Namespace, dtype: torch.dtype, mode: str) -> int:
     """Measures one model; 0 if every row is right and maskops refused nothing, 2 if there is nothing to measure."""
     device = torch.device(options.device)
     amount = AMOUNTS[mode]
-    load_before = machine.load_average()
     try:
         subject = load(options.model, dtype, device)
     except ModelError as error:
@@ -105,18 +107,8 @@ def run(options: argparse.Namespace, dtype: torch.dtype, mode: str) -> int:
         documents=options.documents,
         repeats=options.repeats,
         seed=options.seed,
-        load=load_before,
     )
-    print(render(report), end="")
-    if options.json is not None:
-        report.write_json(options.json)
-        print(f"\nnumbers: {options.json}")
-    if options.chart is not None:
-        reason = chart.available()
-        if reason is None:
-            picture.draw(report, options.chart)
-        print(f"chart: {options.chart}" if reason is None else f"no chart: {reason}")
-    return 1 if report.problems() else 0
+    return output.deliver(report, render(report), options, functools.partial(picture.draw, report))
 
 
 def execute(
@@ -125,7 +117,6 @@ def execute(
     *,
     mode: str,
     seed: int,
-    load: float,
     documents: int | None = None,
     repeats: int | None = None,
     texts: tuple[Sequence[str], int] | None = None,
@@ -138,7 +129,6 @@ def execute(
         amount: How much.
         mode: Its name in the header.
         seed: Of the order of the documents.
-        load: Processors that were busy before.
         documents: Instead of the amount's.
         repeats: Instead of the amount's.
         texts: The documents and how many files they come from; read by default.
@@ -146,7 +136,7 @@ def execute(
     """
     import transformers
 
-    started = time.perf_counter()
+    started, others = time.perf_counter(), Others()
     embedding = subject.task == "embedding"
     repeats = amount.repeats if repeats is None else repeats
     wanted = amount.documents if documents is None else documents
@@ -161,7 +151,7 @@ def execute(
             texts = corpus.read_texts(characters=_CHARACTERS_A_DOCUMENT * most, seed=seed, seconds=120.0)
         tokens = tokenise(subject, texts[0], most, limit)
         progress.stage("measuring the machine's peaks")
-        host = machine.describe(device, dtype, load)
+        host = machine.describe(device, dtype)
         seconds = [
             estimate(subject, rows, tokens[:count], size, host.peaks.multiply_add) * repeats
             for count in range(1, len(tokens) + 1)
@@ -184,7 +174,7 @@ def execute(
     config = subject.model.config
     return ModelReport(
         mode=mode,
-        machine=host,
+        machine=dataclasses.replace(host, load=others.taken()),
         model={
             "name": subject.name,
             "task": subject.task,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskops.cli.bench.batches import Batch, taken
 from maskops.cli.bench.measure import WRONG_ABOVE, Row, Shares
-from maskops.cli.bench.models.memory import Peak, tidy
+from maskops.cli.bench.memory import Peak, tidy
 from maskops.cli.bench.models.parts import split
 from maskops.cli.bench.models.sources import Subject
 from maskops.cli.bench.models.ways import Runner, Way

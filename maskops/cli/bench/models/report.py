@@ -9,7 +9,7 @@ from typing import Any
 from maskops.cli.bench.machine import Machine
 from maskops.cli.bench.measure import Shares
 from maskops.cli.bench.models.measure import ModelRow
-from maskops.cli.bench.report import BUSY_ABOVE, HABIT, SCHEMA, aligned, shares_table, to_plain
+from maskops.cli.bench.report import HABIT, SCHEMA, aligned, busy, shares_table, to_plain
 
 TITLES = {"embedding": "Sentence embeddings, forward", "language": "Language-model training step, forward + backward"}
 _COMPARED = {"cosine": "1 - cosine", "loss": "loss, nats", "gradient": "gradient"}
@@ -81,6 +81,7 @@ def _heading(report: ModelReport) -> str:
     origin = model["origin"]
     passes = "" if settings["positions"] is None else f", at most {settings['positions']:,} positions a pass"
     lines = [
+        *busy(machine),
         ("device", f"{machine.device}, {machine.threads} threads, {machine.platform}, {machine.instruction_set}"),
         (
             "versions",
@@ -114,8 +115,6 @@ def _heading(report: ModelReport) -> str:
         ("", f"errors: against one document at a time in float64, {settings['checked']} documents; {_own(report)}"),
         ("command", f"{machine.command} ({report.mode} run, {report.seconds:.0f} s)"),
     ]
-    if machine.load > BUSY_ABOVE:
-        lines.insert(1, ("BUSY", f"other programs kept {machine.load:.1f} processors busy: do not trust these speeds"))
     return "\n".join(["maskops bench text --model", *aligned(lines, left=2)])
 
 

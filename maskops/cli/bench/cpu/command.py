@@ -1,0 +1,149 @@
+"""`python -m maskops bench cpu`: how much is measured, the order of events, and the instruction set of both sides."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import maskops
+from maskops import extension
+from maskops.backend import ENVIRONMENT_VARIABLE
+from maskops.cli.bench import machine, output
+from maskops.cli.bench.cpu import chart
+from maskops.cli.bench.cpu.contest import MODES, Entry
+from maskops.cli.bench.cpu.helper import Helper
+from maskops.cli.bench.cpu.limits import Gauge, Limits
+from maskops.cli.bench.cpu.measure import Helper as HelperLike
+from maskops.cli.bench.cpu.measure import Pace, Result, measure
+from maskops.cli.bench.cpu.report import CpuReport, render
+from maskops.cli.bench.cpu.rows import entries
+from maskops.cli.bench.others import Others
+from maskops.cli.bench.progress import Progress
+
+PACES = {
+    "full": Pace(budget=8.0, min_rounds=3, max_rounds=60, compiled=True, repeats=True),
+    "quick": Pace(budget=1.0, min_rounds=3, max_rounds=20, compiled=False, repeats=False),
+}
+
+_CAPABILITIES = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "ONEDNN_MAX_CPU_ISA": "ALL",
+    },
+}
+"""What keeps torch and its libraries to an instruction set; they read it when they are loaded."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of this work alone."""
+    group = parser.add_argument_group("cpu")
+    group.add_argument(
+        "--instruction-set",
+        choices=list(_CAPABILITIES),
+        help="maskops and torch both with this one, which the processor must have (default: the widest of both)",
+    )
+
+
+def environment(instruction_set: str) -> dict[str, str]:
+    """What a process needs to have before it starts for both sides to use an instruction set."""
+    return {ENVIRONMENT_VARIABLE: f"cpu:{instruction_set}", **_CAPABILITIES[instruction_set]}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures the table; 0 if every row is right and maskops refused nothing, 2 if there is nothing to measure."""
+    if (reason := extension.reason()) is not None:
+        print(f"bench cpu: {reason}", file=sys.stderr)
+        return 2
+    if options.instruction_set is not None:
+        if options.instruction_set not in extension.instruction_sets():
+            have = ", ".join(extension.instruction_sets())
+            print(f"--instruction-set {options.instruction_set}: this machine has {have}", file=sys.stderr)
+            return 2
+        wanted = environment(options.instruction_set)
+        if any(os.environ.get(name) != value for name, value in wanted.items()):
+            sys.stdout.flush()
+            os.environ.update(wanted)
+            os.execv(sys.executable, [sys.executable, "-m", "maskops", *sys.argv[1:]])
+    mode = "quick" if options.quick else "full"
+    chosen = select(list(entries(options.seed)), options.only, quick=options.quick)
+    if not chosen:
+        print(f"--only {options.only!r}: no line of the table has this in its name", file=sys.stderr)
+        return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    with (
+        contextlib.nullcontext() if asked else maskops.use_backend(fallback="error"),
+        Helper(options.seed, torch.get_num_threads()) as helper,
+    ):
+        gauge = Gauge(torch.get_num_threads())
+        report = execute(chosen, PACES[mode], gauge.measure, helper, mode=mode, seed=options.seed)
+
+    def draw(path: Path) -> None:
+        chart.draw(report, path)
+
+    return output.deliver(report, render(report), options, draw)
+
+
+def select(table: Sequence[Entry], only: str, *, quick: bool) -> list[Entry]:
+    """The entries of a run, with the lines whose "group, mode: name" contains the text."""
+    found = []
+    for entry in table:
+        if quick and not entry.quick:
+            continue
+        place = f"{entry.group}, {MODES[entry.mode]}"
+        lines = tuple(line for line in entry.lines if only in f"{place}: {line.name}")
+        if lines:
+            found.append(dataclasses.replace(entry, lines=lines))
+    return found
+
+
+def execute(
+    chosen: Sequence[Entry],
+    pace: Pace,
+    gauge: Callable[[], Limits],
+    helper: HelperLike | None,
+    *,
+    mode: str,
+    seed: int,
+) -> CpuReport:
+    """Measures the entries one after another.
+
+    Args:
+        chosen: The entries.
+        pace: How long each.
+        gauge: Measures the machine's limits.
+        helper: For contenders that want huge pages.
+        mode: Name of the pace.
+        seed: Of the values.
+    """
+    started, others = time.perf_counter(), Others()
+    results: list[Result] = []
+    with Progress(float(len(chosen))) as progress:
+        progress.stage("measuring what plain torch reaches")
+        host = machine.describe(torch.device("cpu"), torch.float32)
+        for entry in chosen:
+            progress.stage(f"{entry.group}, {MODES[entry.mode]}: {entry.lines[0].name}")
+            results.append(measure(entry, pace, gauge, helper))
+            progress.advance(1.0)
+    return CpuReport(
+        mode=mode,
+        machine=dataclasses.replace(host, load=others.taken()),
+        settings={"dtype": "float32", "seed": seed, **dataclasses.asdict(pace)},
+        results=tuple(results),
+        seconds=time.perf_counter() - started,
+    )
