@@ -81,7 +81,7 @@ inline int64_t tiles_per_batch_element(int64_t q_len, int64_t k_len) {
 }
 
 // Checks lengths and operands against the program: std::invalid_argument with the words of maskops/layouts.py and
-// masks.py.
+// lowering.py.
 void check_plan(const PlanRequest& request);
 
 // Plans a request that check_plan has accepted.

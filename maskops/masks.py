@@ -1,4 +1,4 @@
-"""Masks: what each of them means, how they combine, and how they become spans of keys.
+"""Masks: what each of them means, and how they combine.
 
 A mask is a combination of
 
@@ -13,16 +13,13 @@ intersect; without a layout the whole row of the batch is one sequence whose ord
 outside every sequence see nothing. Patterns are evaluated inside the sequence, bottom-right aligned: query row ``i``
 stands at key ``diag = k_end - q_end + i``, so that the last query sees the last key.
 
-The meaning of every mask is stated here, by the function that makes it, and the lowering of a ``Mask`` puts the two
-halves together: its layouts become sequences (``layouts.py``, where padding and documents are read), its patterns are
-a union of spans with symbolic ends (``bounds.py``, where no mask has a name), and both become a ``RowSpans``
-(``spans.py``), so that no kernel ever knows a name.
+The meaning of every mask is stated here, by the function that makes it: layouts (``layouts.py``, where padding and
+documents are read) and a union of spans with symbolic ends (``bounds.py``, where no mask has a name). ``lowering.py``
+puts the two halves together to a ``RowSpans`` (``spans.py``), so that no kernel ever knows a name.
 """
 
 from __future__ import annotations
 
-import functools
-import numbers
 import operator
 import sys
 from dataclasses import dataclass
@@ -31,34 +28,21 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from maskops.backend import planner
+from maskops import lowering
 from maskops.bounds import (
     FIRST,
     LAST,
     Bound,
     Conjunct,
     Conjuncts,
-    Extremum,
     Term,
     counts_from_first,
     intersection,
     renumbered,
-    span_program,
     union,
 )
 from maskops.checks import INTEGERS as _INTEGERS
-from maskops.layouts import (
-    DOCUMENTS,
-    CuSeqlensNames,
-    Layout,
-    Sequences,
-    check_shapes,
-    check_values,
-    first_true,
-    resolve,
-    values_can_be_read,
-)
-from maskops.ops.plan import registration
+from maskops.layouts import DOCUMENTS, CuSeqlensNames, Layout, Sequences
 from maskops.spans import RowSpans, is_for_devices
 
 __all__ = [
@@ -73,8 +57,6 @@ __all__ = [
     "prefix",
     "sliding_window",
 ]
-
-_LONGEST = 2**31 - 1
 
 
 # ---- the mask --------------------------------------------------------------------------------------------------------
@@ -179,25 +161,41 @@ class Mask:
                 CPU (elsewhere under ``maskops.validate()``) values that describe no layout, such as a decreasing
                 ``cu_seqlens``.
         """
-        plan_batch, on_device = self._check_structure(q_len, k_len, batch, device, positions)
-        order, bits = is_for_devices(on_device, order), is_for_devices(on_device, bits)
-        backend = planner(on_device.type)
-        whole = None if positions else self._whole_mask()
-        if whole is not None:
-            return registration.dense_plan(whole, plan_batch, grad=grad, order=order, positions=None, bits=bits)
-        if backend is not None and not self.is_dense:
-            program, operands = self._program(on_device)
-            # Of lengths that are traced the operator decides itself, when it runs.
-            is_short = all(not _is_known(x) or x < registration.MAX_LENGTH for x in (q_len, k_len))
-            is_short = is_short and registration.fits_a_kernel(program)
-            if is_short and len(operands) <= registration.MAX_OPERANDS:
-                if backend != "cpu":  # whose operators do not look at values
-                    self._check_values(q_len, k_len, plan_batch, on_device)
-                wanted = {"grad": grad, "order": order, "positions": positions}
-                return registration.build_plan(
-                    backend, program, operands, plan_batch, q_len, k_len, on_device, **wanted
-                )
-        return self._spans_by_torch(q_len, k_len, plan_batch, on_device, grad, order, positions, bits)
+        return lowering.lower(
+            self, q_len, k_len, batch=batch, device=device, grad=grad, order=order, positions=positions, bits=bits
+        )
+
+    def spans_in(
+        self,
+        sequences: Sequences,
+        q_len: int,
+        k_len: int,
+        *,
+        batch: int,
+        device: torch.device,
+        grad: bool = True,
+        order: bool | None = None,
+        positions: bool = False,
+        bits: bool | None = None,
+    ) -> RowSpans:
+        """Plan the patterns of the mask inside sequences that no layout describes; layouts of the mask are not read.
+
+        Plain torch operations on any device, without a sync.
+
+        Args:
+            sequences: the sequence of each query row, broadcastable to (batch, q_len). A sequence may begin before the
+                first key (``k_start < 0``, a cache that has dropped keys): patterns count from there.
+            q_len: query rows of one batch element.
+            k_len: keys of one batch element.
+            batch: batch elements of the plan: 1 or the batch of q.
+            device: where the tensors of ``sequences`` are.
+            grad: as in ``spans``.
+            order: as in ``spans``.
+            positions: as in ``spans``.
+            bits: as in ``spans``.
+        """
+        order, bits = is_for_devices(device, order), is_for_devices(device, bits)
+        return lowering.spans_of(self, sequences, None, q_len, k_len, batch, device, grad, order, positions, bits)
 
     def to_dense(
         self, q_len: int, k_len: int, *, batch: int | None = None, device: torch.device | str | None = None
@@ -232,290 +230,9 @@ class Mask:
         if shown < batch * heads:
             print(f"... and {batch * heads - shown} more", file=out)
 
-    # ---- lowering ----------------------------------------------------------------------------------------------------
-
-    def _program(self, device: torch.device) -> tuple[str, list[Tensor]]:
-        """The mask as a program of ``build_plan`` (see ``ops/plan/registration.py``) with its operands."""
-        operands = list(self.operands)
-        layouts = []
-        for layout in self.layouts:
-            number = len(operands)
-            if layout.tensor is None and torch.compiler.is_compiling():
-                # Text would pin a symbolic length to one value.
-                operands.append(torch.full((1,), layout.length, dtype=torch.int64, device=device))
-                layouts.append(f"key_lengths {number}")
-                continue
-            if layout.tensor is None:
-                layouts.append(f"key_length {layout.length}")
-                continue
-            operands.append(layout.tensor)
-            if layout.kind != "cu_seqlens":
-                layouts.append(f"{layout.kind} {number}")
-                continue
-            keys = number
-            if layout.keys is not None and layout.keys is not layout.tensor:
-                keys = len(operands)
-                operands.append(layout.keys)
-            layouts.append(f"{layout.names.program_word} {number} {keys} {int(layout.keys is not None)}")
-        return " ".join([*layouts, span_program(self.conjuncts)]), operands
-
-    def _check_structure(
-        self, q_len: int, k_len: int, batch: int | None, device: torch.device | str | None, positions: bool
-    ) -> tuple[int, torch.device]:
-        """Check shapes and devices; the batch of the plan and the device it is built on."""
-        for name, length in (("q_len", q_len), ("k_len", k_len)):
-            _check_length(name, length, "an int")
-            if _is_known(length) and not 0 <= length <= _LONGEST:
-                raise ValueError(f"{name}={length}: expected 0 to {_LONGEST}")
-        if batch is not None:
-            _check_length("batch", batch, "an int or None")
-            if _is_known(batch) and batch < 0:
-                raise ValueError(f"batch={batch} is negative")
-        named = [pair for layout in self.layouts for pair in layout.tensors()]
-        prefixes, dense_masks = self._operands_by_use()
-        named += [("prefix: lengths", tensor) for tensor in prefixes]
-        named += [("dense: mask", tensor) for tensor in dense_masks]
-        where = named[0][1].device if device is None and named else torch.device("cpu" if device is None else device)
-        if named and where == torch.device(where.type) and named[0][1].device.type == where.type:
-            where = named[0][1].device  # a device without an index is whichever one the tensors are on
-        for name, tensor in named:
-            if tensor.device != where:
-                raise ValueError(f"{name} is on {tensor.device}, the plan on {where}: move it with .to({str(where)!r})")
-
-        sizes: list[tuple[str, int]] = []
-        packed = None
-        for layout in self.layouts:
-            check_shapes(layout, q_len, k_len)
-            if layout.kind == "cu_seqlens":
-                packed = layout
-            elif layout.tensor is not None:
-                sizes.append((layout.tensors()[0][0], layout.batch()))
-        documents_layout = next((layout for layout in self.layouts if layout.is_documents), None)
-        for tensor in prefixes:
-            if tensor.numel() == 1:
-                continue
-            if documents_layout is None:
-                sizes.append(("prefix: lengths", tensor.shape[0]))
-            elif documents_layout.kind == "cu_seqlens" and documents_layout.tensor is not None:
-                n_sequences = documents_layout.tensor.shape[0] - 1
-                if tensor.shape[0] != n_sequences:
-                    raise ValueError(
-                        f"prefix: lengths has {tensor.shape[0]} elements, {documents_layout.names.queries} describes "
-                        f"{n_sequences} sequences"
-                    )
-        for tensor in dense_masks:
-            if tensor.shape[2] != q_len or tensor.shape[3] != k_len:
-                raise ValueError(
-                    f"dense: mask has shape {tuple(tensor.shape)}, expected (batch|1, heads|1, {q_len}, {k_len}) for "
-                    f"q_len={q_len} and k_len={k_len}"
-                )
-            sizes.append(("dense: mask", tensor.shape[0]))
-
-        natural, source = 1, ""
-        for name, size in sizes:
-            if size == 1:
-                continue
-            if source and size != natural:
-                raise ValueError(f"{name} has batch {size}, {source} has batch {natural}")
-            natural, source = size, name
-        if packed is not None:
-            wrong = f"that of {source} is {natural}" if natural != 1 else f"got {batch}"
-            if natural != 1 or batch not in (None, 1):
-                names = packed.names
-                raise ValueError(
-                    f"{names.owner}{names.queries} describes one packed row, so the batch must be 1; {wrong}: "
-                    f"{names.fix_of_batch}"
-                )
-        if batch is not None and source and natural != batch:
-            raise ValueError(f"{source} has batch {natural}, q has batch {batch}")
-        # Ordinals count over the whole batch, so whoever reads them needs every batch element.
-        shared_ids = documents_layout is not None and documents_layout.kind == "ids" and documents_layout.batch() == 1
-        by_ordinal = positions or (shared_ids and any(tensor.numel() > 1 for tensor in prefixes))
-        return (batch if by_ordinal and batch is not None else natural), where
-
-    def _operands_by_use(self) -> tuple[list[Tensor], list[Tensor]]:
-        dense_numbers = {number for conjunct in self.conjuncts for number in conjunct.dense}
-        prefixes = [tensor for number, tensor in enumerate(self.operands) if number not in dense_numbers]
-        return prefixes, [self.operands[number] for number in sorted(dense_numbers)]
-
-    def _check_values(self, q_len: int, k_len: int, batch: int, device: torch.device) -> None:
-        """The checks that read values, where they may be read; the C++ op makes the same ones with the same words."""
-        prefixes, _ = self._operands_by_use()
-        tensors = [tensor for layout in self.layouts for _, tensor in layout.tensors()] + prefixes
-        if not tensors or not values_can_be_read(tensors, device):
-            return
-        n_sequences = check_values(self.layouts, q_len, k_len, batch)
-        has_cu_seqlens_first = next((x.kind == "cu_seqlens" for x in self.layouts if x.is_documents), False)
-        for tensor in prefixes:
-            flat = tensor.reshape(-1)
-            at = first_true(flat < 0)
-            if at is not None:
-                raise ValueError(f"prefix: lengths[{at[0]}]={int(flat[at])} is negative")
-            if n_sequences is not None and not has_cu_seqlens_first and 1 != flat.shape[0] < n_sequences:
-                raise ValueError(
-                    f"prefix: lengths has {flat.shape[0]} elements, documents(ids) holds {n_sequences} sequences"
-                )
-
-    def _spans_by_torch(
-        self,
-        q_len: int,
-        k_len: int,
-        batch: int,
-        device: torch.device,
-        grad: bool,
-        order: bool,
-        positions: bool,
-        bits: bool,
-    ) -> RowSpans:
-        """The meaning of a mask, in plain torch operations without a sync."""
-        self._check_values(q_len, k_len, batch, device)
-        sequences = resolve(self.layouts, batch, q_len, k_len, device)
-        whole = self._whole_mask()
-        return self._spans_of(sequences, whole, q_len, k_len, batch, device, grad, order, positions, bits)
-
-    def spans_in(
-        self,
-        sequences: Sequences,
-        q_len: int,
-        k_len: int,
-        *,
-        batch: int,
-        device: torch.device,
-        grad: bool = True,
-        order: bool | None = None,
-        positions: bool = False,
-        bits: bool | None = None,
-    ) -> RowSpans:
-        """Plan the patterns of the mask inside sequences that no layout describes; layouts of the mask are not read.
-
-        Plain torch operations on any device, without a sync.
-
-        Args:
-            sequences: the sequence of each query row, broadcastable to (batch, q_len). A sequence may begin before the
-                first key (``k_start < 0``, a cache that has dropped keys): patterns count from there.
-            q_len: query rows of one batch element.
-            k_len: keys of one batch element.
-            batch: batch elements of the plan: 1 or the batch of q.
-            device: where the tensors of ``sequences`` are.
-            grad: as in ``spans``.
-            order: as in ``spans``.
-            positions: as in ``spans``.
-            bits: as in ``spans``.
-        """
-        order, bits = is_for_devices(device, order), is_for_devices(device, bits)
-        return self._spans_of(sequences, None, q_len, k_len, batch, device, grad, order, positions, bits)
-
-    def _spans_of(
-        self,
-        sequences: Sequences,
-        whole: Tensor | None,
-        q_len: int,
-        k_len: int,
-        batch: int,
-        device: torch.device,
-        grad: bool,
-        order: bool,
-        positions: bool,
-        bits: bool,
-    ) -> RowSpans:
-        """The plan of the patterns in ``sequences``; ``whole`` is the tensor of a mask that is nothing but dense."""
-        shape = (batch, q_len)
-        row = torch.arange(q_len, device=device)
-        inside = ((row >= sequences.q_start) & (row < sequences.q_end)).expand(shape)
-        k_start = torch.where(inside, sequences.k_start, 0)
-        k_end = torch.where(inside, torch.maximum(sequences.k_end, sequences.k_start), 0)
-        diag = torch.where(inside, k_end - sequences.q_end + row, 0)
-        ordinal = sequences.ordinal.expand(shape)
-        seeing = inside if sequences.row_holes is None else inside & ~sequences.row_holes
-
-        def value(bound: Bound) -> Tensor:
-            if isinstance(bound, Extremum):
-                better = torch.maximum if bound.pick == "max" else torch.minimum
-                return functools.reduce(better, [value(part) for part in bound.parts])
-            if bound.kind == "first":
-                return k_start
-            if bound.kind == "last":
-                return k_end
-            if bound.kind == "diag":
-                return diag + bound.value
-            if bound.kind == "prefix":
-                return k_start + bound.value
-            if bound.kind == "prefix_of":
-                lengths = self.operands[bound.value].reshape(-1).to(torch.int64)
-                if lengths.shape[0] == 0:
-                    return k_start
-                return k_start + lengths[ordinal.clamp(0, lengths.shape[0] - 1)]
-            chunk = torch.div(diag - k_start, bound.value, rounding_mode="floor")
-            return k_start + (chunk if bound.kind == "chunk_start" else chunk + 1) * bound.value
-
-        starts, ends = [], []
-        for conjunct in self.conjuncts:
-            start = torch.minimum(torch.maximum(value(conjunct.start), k_start).clamp(min=0), k_end)
-            end = torch.minimum(torch.maximum(value(conjunct.end), start), k_end)
-            starts.append(torch.where(seeing, start, 0))
-            ends.append(torch.where(seeing, end, 0))
-        start, end = torch.stack(starts), torch.stack(ends)
-        key_holes = None if sequences.key_holes is None else sequences.key_holes.expand(batch, k_len)
-        where = None
-        if positions:
-            ordinal = torch.where(inside, ordinal, -1)
-            where = torch.stack((diag, k_start, ordinal)).to(torch.int32)
-        if self.is_dense:
-            exact = self._exact(start, end, k_len, key_holes) if whole is None else whole
-            return registration.dense_plan(exact, batch, grad=grad, order=order, positions=where, bits=bits)
-        if len(self.conjuncts) > 1:
-            start, end = _disjoint(start, end, k_len)
-        return registration.derive_plan(
-            start, end, k_len, key_holes=key_holes, dense=None, grad=grad, order=order, positions=where, bits=bits
-        )
-
-    def _exact(self, start: Tensor, end: Tensor, k_len: int, key_holes: Tensor | None) -> Tensor:
-        """Every pair of a dense mask: bool (batch, heads|1, q_len, k_len), from the spans of its conjuncts."""
-        key = torch.arange(k_len, device=start.device)
-        exact = None
-        for number, conjunct in enumerate(self.conjuncts):
-            inside = (key >= start[number].unsqueeze(-1)) & (key < end[number].unsqueeze(-1))
-            allowed = functools.reduce(torch.logical_and, [self.operands[i] for i in conjunct.dense], inside[:, None])
-            exact = allowed if exact is None else exact | allowed
-        assert exact is not None
-        return exact if key_holes is None else exact & ~key_holes[:, None, None]
-
-    def _whole_mask(self) -> Tensor | None:
-        """The tensor of a mask that is ``dense`` and nothing else."""
-        if self.layouts or len(self.conjuncts) != 1 or len(self.conjuncts[0].dense) != 1:
-            return None
-        conjunct = self.conjuncts[0]
-        return self.operands[conjunct.dense[0]] if (conjunct.start, conjunct.end) == (FIRST, LAST) else None
-
-
-def _check_length(name: str, length: object, expected: str) -> None:
-    if isinstance(length, bool) or not isinstance(length, (int, numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{name} is {type(length).__name__}, expected {expected}")
-
-
-def _is_known(length: int | torch.SymInt) -> bool:
-    """Whether a length may be compared: comparing one that is traced would bound it for all calls to come."""
-    return not isinstance(length, torch.SymInt) and not torch.compiler.is_compiling()
-
 
 def _bracketed(text: str, sign: str) -> str:
     return f"({text})" if f" {sign} " in text else text
-
-
-def _disjoint(start: Tensor, end: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
-    """Sort the spans of each row by (start, end) and clip each to begin at the end of those before it.
-
-    Equal starts go by end, so that a span that another contains keeps its place from row to row: the bounds of a tile
-    are then tight.
-    """
-    order = (start * (k_len + 1) + end).sort(dim=0).indices
-    start, end = start.gather(0, order), end.gather(0, order)
-    starts, ends = [start[0]], [end[0]]
-    for span in range(1, start.shape[0]):
-        begin = torch.maximum(start[span], ends[-1])
-        starts.append(begin)
-        ends.append(torch.maximum(end[span], begin))
-    return torch.stack(starts), torch.stack(ends)
 
 
 # ---- the masks -------------------------------------------------------------------------------------------------------

@@ -355,7 +355,7 @@ def test_varlen_attention(
 ) -> None:
     if is_planned_by == "torch":
         # The path of other devices, and of a process without the extension.
-        monkeypatch.setattr("maskops.masks.planner", lambda device: None)
+        monkeypatch.setattr("maskops.lowering.planner", lambda device: None)
     elif planner("cpu") is None:
         pytest.skip("the C++ extension is not built, so there is no operator")
     with pytest.raises(error, match=f"^{re.escape(message)}"):

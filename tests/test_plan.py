@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import maskops
-from maskops import masks
+from maskops import lowering, masks
 from maskops.backend import planner
 from maskops.ops.plan import registration
 from tests.served import DEVICE
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def by_torch(mask, q_len, k_len, batch=None, grad=True, order=False, positions=False, bits=False, device=None):
-    plan_batch, device = mask._check_structure(q_len, k_len, batch, device, positions)
+    plan_batch, device = lowering.check_structure(mask, q_len, k_len, batch, device, positions)
     with unittest.mock.patch.object(registration, "mask_compiler", return_value=None):
-        return mask._spans_by_torch(q_len, k_len, plan_batch, device, grad, order, positions, bits)
+        return lowering.spans_by_torch(mask, q_len, k_len, plan_batch, device, grad, order, positions, bits)
 
 
 def check_same(mask, q_len, k_len, **keywords):

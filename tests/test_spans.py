@@ -21,7 +21,7 @@ from maskops.spans import KEY_TILE, TILE_ROWS, RowSpans, build_row_spans, tiles_
 def path(request, monkeypatch):
     """Plan with the torch path and with the operator."""
     if request.param == "torch":
-        monkeypatch.setattr("maskops.masks.planner", lambda device: None)
+        monkeypatch.setattr("maskops.lowering.planner", lambda device: None)
     elif planner("cpu") is None:
         pytest.skip("the C++ extension is not built, so there is no operator")
     return request.param

@@ -160,7 +160,7 @@ def test_two_graphs_of_the_reference(layout: str) -> None:
 
 def test_two_graphs_of_plans_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks planned by torch operations, as on every device without a kernel of its own for that; dense ones too."""
-    monkeypatch.setattr("maskops.masks.planner", lambda device: None)
+    monkeypatch.setattr("maskops.lowering.planner", lambda device: None)
 
     def plans(holes: Tensor, cu_seqlens: Tensor, ids: Tensor, lengths: Tensor) -> list[tuple[Tensor | None, ...]]:
         length = holes.shape[1]

@@ -13,7 +13,7 @@ using plan_text::refuse;
 using plan_text::require;
 using plan_text::text_of;
 
-// ---- value checks, in the words of layouts.py and masks.py ----
+// ---- value checks, in the words of layouts.py and lowering.py ----
 
 void check_lengths(const char* name, const PlanOperand& operand, int64_t k_len) {
   const int64_t count = count_of(operand);

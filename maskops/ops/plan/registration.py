@@ -12,7 +12,7 @@ span ``span`` and two bounds, start and end, in postfix order over the values of
 ``varlen`` is ``cu_seqlens`` whose errors name the arguments of ``varlen_attention``.
 
 ``causal() & sliding_window(256, 0) & documents(cu_seqlens=cu)`` is ``cu_seqlens 0 0 0 span diag -256 diag 1``. What the
-words mean is written in ``layouts.py`` and ``bounds.py``; ``masks.py`` makes the programs, and its torch path is the
+words mean is written in ``layouts.py`` and ``bounds.py``; ``lowering.py`` makes the programs, and its torch path is the
 meaning the operator is tested against.
 
 ``compile_mask``: a bool mask in, its RowSpans out, with its bits; the mask is read once. ``dense_plan`` calls it, or
