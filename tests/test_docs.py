@@ -1,5 +1,6 @@
 """The documents: examples run, figures are those of the stored run, links lead somewhere, names exist."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -176,3 +177,11 @@ def test_names_that_the_documents_use_exist(document: str) -> None:
         for name in path.strip(".").split("."):
             assert hasattr(found, name), f"{document} names maskops{path}"
             found = getattr(found, name)
+
+
+@pytest.mark.parametrize("name", [name for name in maskops.__all__ if inspect.isfunction(getattr(maskops, name))])
+def test_help_says_what_every_argument_is(name: str) -> None:
+    function = getattr(maskops, name)
+    documented = (inspect.getdoc(function) or "").partition("Args:\n")[2]
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"^    (?:[\w, ]*\b)?{argument}\b[\w, ]*:", documented, re.M), argument

@@ -86,7 +86,7 @@ Part = Callable[[Installation, "Options"], None]
 
 
 class Options(NamedTuple):
-    """The arguments of ``attach`` that its parts read."""
+    """The arguments of ``maskops.attach`` but the model."""
 
     loss: bool
     fuse_lm_head: bool
@@ -104,49 +104,11 @@ PARTS: tuple[Part, ...] = (
 """What ``attach`` installs beyond attention, in this order; each adds steps, attributes and notes to the report."""
 
 
-def attach(
-    model: nn.Module,
-    *,
-    loss: bool = True,
-    fuse_lm_head: bool = False,
-    unpad: bool = False,
-    probe: bool = True,
-    backend: str | None = None,
-) -> Attachment:
-    """Let a model of transformers compute its attention with maskops.
-
-    Every way in which a batch arrives is served: 2-D masks padded left or right, 4-D masks, position ids that restart,
-    ``cu_seq_lens_q`` and ``cu_seq_lens_k``, segments in an integer mask, several packed rows, caches, cross-attention.
-
-    Models with layers that carry a state along the row (state spaces, linear attention, short convolutions), or that
-    make attention masks of their own, are attached for padded batches; a packed batch raises there, unless the probe
-    shows that it is right. Vision and audio towers keep their own attention.
-
-    Args:
-        model: a ``PreTrainedModel``, or a module that holds some.
-        loss: also serve ``loss_function`` where it is transformers' loss of causal or masked language models or of a
-            class for every token: nothing is predicted across documents or from padding, a batch without targets has
-            loss 0, and no float32 copy is made of the logits. ``shift_labels`` and ``num_items_in_batch`` are taken as
-            they are given. The loss of other models, and one that was set, stays; the report says whose it is.
-        fuse_lm_head: also fuse the output layer into that loss: while the model trains on labels, its logits never
-            exist, and those of its output are None. Evaluation, generation and calls without labels have theirs.
-            Refused unless loss and gradients of a probe batch are equal, which is tried even without ``probe``.
-        unpad: padded calls without a cache run packed inside the model and come back padded, 0 where there was padding.
-            Batches with padding between two tokens of one document stay as they are.
-        probe: run two random documents through the model, one at a time with its own eager attention and together
-            with maskops, and compare layer by layer; costs some ten forwards of a few tokens. Without it, and where it
-            cannot run, the report says *unproven* and why.
-        backend: name of a backend of maskops for the attention; None for the fastest.
-
-    Returns:
-        The handle, with ``report`` and ``detach()``; also a context manager.
-
-    Raises:
-        AttachError: a model that cannot be served or whose probe fails, with the reason and the table of the probe; it
-            is left as it was.
-    """
+def attach(model: nn.Module, options: Options) -> Attachment:
+    """``maskops.attach``, whose documentation says what the options are."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model is {model!r:.80}: expected a module, such as a PreTrainedModel of transformers")
+    backend = options.backend
     if backend not in (None, backends.AUTO, *backends.BACKENDS):
         known = ", ".join(map(repr, (backends.AUTO, *backends.BACKENDS)))
         raise ValueError(f"attach: backend is {backend!r}: expected one of {known}, or None for the fastest")
@@ -167,14 +129,13 @@ def attach(
     served = tuple(inner for inner in models if id(inner) not in apart)
     refusals.refuse(model, served)
     name = register(backend)
-    options = Options(loss, fuse_lm_head, unpad, probe, backend)
     report = Report(type(models[0]).__name__, name)
     report.notes += [
         f"{name} ({type(tower).__name__}) keeps its own attention: its input is no text"
         for name, tower in towers.items()
     ]
-    reference = probing.reference(model, models[0], report) if probe else None
-    if not probe:
+    reference = probing.reference(model, models[0], report) if options.probe else None
+    if not options.probe:
         report.unproven = "probe=False"
     with contextlib.ExitStack() as undo:
         installation = Installation(model, served, calls.Steps(backend), undo, report)
@@ -190,7 +151,7 @@ def attach(
         if reference is not None:
             probing.prove(models[0], reference, report, installation.steps)
             ways = refusals.settle(report)
-            if unpad and ways and unpadding.runs_packed(served):
+            if options.unpad and ways and unpadding.runs_packed(served):
                 raise AttachError(
                     f"attach: unpad=True runs {report.model} on packed rows, which it does not take: "
                     f"{report.arrivals[min(ways)].reason}. Leave unpad out",

@@ -35,60 +35,13 @@ Prompts = PackedBatch | PaddedBatch | Mapping[str, Any] | Iterable[Tokens]
 def packed_prefill(
     model: Any,
     prompts: Prompts,
-    *,
-    cache: str | Cache = "dynamic",
-    max_length: int | None = None,
-    chunk_size: int | None = None,
-    expand_size: int = 1,
-    pad_token_id: int | None = None,
+    cache: str | Cache,
+    max_length: int | None,
+    chunk_size: int | None,
+    expand_size: int,
+    pad_token_id: int | None,
 ) -> dict[str, Any]:
-    """Runs many prompts through an attached model without padding, and returns what ``model.generate`` goes on from.
-
-    All prompts but their last tokens stand one after the other in one row (or several, see ``chunk_size``); their keys
-    and values go, left-padded, into a cache of one row a prompt. ``generate`` then computes one token of each prompt a
-    step. The result is that of ``generate`` on each prompt alone. For encoder-decoders the prompts are what the encoder
-    reads: it runs packed, and ``generate`` starts from its outputs.
-
-    Beams and samples need ``expand_size``. Not for ``assistant_model`` and ``prompt_lookup_num_tokens``: transformers'
-    assisted decoding (5.23) goes wrong from any cache that is filled already, whatever attention computes it.
-
-    Example::
-
-        with maskops.attach(model):
-            prompts = tokenizer(texts)["input_ids"]  # lists of token ids, no padding
-            inputs = maskops.packed_prefill(model, prompts)
-            tokens = model.generate(**inputs, max_new_tokens=64)
-            answers = tokens[:, inputs["input_ids"].shape[1] :]
-
-    Args:
-        model: a causal language model or an encoder-decoder of transformers, attached by ``maskops.attach``; or a
-            module around one that adds no tokens, such as a compiled model.
-        prompts: a list or a tensor of token ids each; a ``PackedBatch`` or ``PaddedBatch``; or what a tokenizer
-            returns: a mapping with ``input_ids`` and, if they are padded on either side, ``attention_mask``. No prompt
-            is empty.
-        cache: ``"dynamic"``, ``"static"``, or an empty ``Cache`` of transformers for as many rows as there are prompts,
-            which is filled in place: a ``DynamicCache`` or ``StaticCache`` with sliding layers or without, quantised
-            or offloaded. Encoder-decoders: only ``"dynamic"``; ask ``generate`` for its ``cache_implementation``.
-        max_length: tokens of a row of the static cache, those of the longest prompt and the generated ones together.
-            Needed for ``cache="static"``, refused otherwise.
-        chunk_size: tokens of a packed row at most; prompts go into as few rows as fit, one forward call each, and
-            longer prompts come in pieces (encoders: in a row of their own). None: one row. The memory of activations
-            grows with the row.
-        expand_size: ``num_beams`` or ``num_return_sequences`` of the call of ``generate``, whichever is larger:
-            ``generate`` repeats the tokens of each prompt that often, but not a cache that it is given.
-        pad_token_id: what stands before shorter prompts; nothing attends to it. By default that of the generation
-            config, or its end-of-sequence token, or 0.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, int64 (prompts, longest prompt), left-padded, and ``past_key_values`` with
-        the keys and values of all columns but the last. Encoder-decoders: the same two right-padded, and
-        ``encoder_outputs`` with hidden states (prompts, longest prompt, width), 0 in the padding.
-
-    Raises:
-        TypeError: arguments of the wrong type.
-        ValueError: a prompt without tokens, a model that is not attached, a cache that is not empty, too short or keeps
-            more than keys and values (states of recurrent layers mix the prompts of a row).
-    """
+    """``maskops.packed_prefill``, whose documentation says what the arguments are."""
     if not is_attached(model):
         raise ValueError(
             f"model ({type(model).__name__}) is not attached, and its own attention would let the prompts of a row see "
