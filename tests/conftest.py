@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from maskops import extension
+from maskops.backend import planner
 from tests import interpreter, placement
 from tools import emulation
 
@@ -54,6 +55,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def _seeded() -> None:
     """The numbers of a test are the same in every run, alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "op"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """For tests of plans: by torch operations and by the operator, which state the same meaning twice."""
+    if request.param == "torch":
+        monkeypatch.setattr("maskops.lowering.planner", lambda device: None)
+    elif planner("cpu") is None:
+        pytest.skip("the C++ extension is not built, so there is no operator")
+    return str(request.param)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

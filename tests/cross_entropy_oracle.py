@@ -1,9 +1,7 @@
 """What the tests of cross-entropy share: a token-by-token oracle, problems, and the check of a whole case."""
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,16 +25,6 @@ IGNORE = -100
 def needs_extension() -> None:
     if (reason := maskops.backends()["cpu"]) != "available":
         pytest.skip(f"cpu: {reason}")
-
-
-@contextlib.contextmanager
-def running_on(name: str) -> Iterator[None]:
-    """Runs on this backend and no other, or skips with the reason why it is not there."""
-    available = maskops.backends()[name]
-    if available != "available":
-        pytest.skip(f"{name}: {available}")
-    with maskops.use_backend(name, fallback="error" if name != "reference" else "warn"):
-        yield
 
 
 class Outputs(NamedTuple):

@@ -1,5 +1,11 @@
-"""Which backends a test is for, and the device that the session runs on."""
+"""Which backends a test is for, how it runs on one, and the device that the session runs on."""
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+import maskops
 from maskops import backend
 from maskops.backend import BACKENDS
 
@@ -25,6 +31,16 @@ def for_devices(op: str) -> tuple[str, ...]:
 def kernels_here() -> list[str]:
     """The backends of AT_HOME that are kernels and can run."""
     return [name for name in AT_HOME if name != backend.REFERENCE and BACKENDS[name].unavailable() is None]
+
+
+@contextlib.contextmanager
+def running_on(name: str) -> Iterator[None]:
+    """Runs on this backend and no other, or skips with the reason why it is not there."""
+    available = maskops.backends()[name]
+    if available != "available":
+        pytest.skip(f"{name}: {available}")
+    with maskops.use_backend(name, fallback="error" if name != "reference" else "warn"):
+        yield
 
 
 place(DEVICE)

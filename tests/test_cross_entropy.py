@@ -19,8 +19,8 @@ from tests.cross_entropy_oracle import (
     check_case,
     needs_extension,
     problem,
-    running_on,
 )
+from tests.served import running_on
 
 pytestmark = pytest.mark.devices
 

@@ -18,8 +18,8 @@ from tests.cross_entropy_oracle import (
     WEIGHTS,
     needs_extension,
     problem,
-    running_on,
 )
+from tests.served import running_on
 
 pytestmark = pytest.mark.devices
 

@@ -24,8 +24,8 @@ from tests.cross_entropy_oracle import (
     instruction_set,
     needs_extension,
     problem,
-    running_on,
 )
+from tests.served import running_on
 
 pytestmark = pytest.mark.devices
 

@@ -9,9 +9,8 @@ import torch
 from maskops import backend as backends
 from maskops.ops.linear_cross_entropy import device_chunks
 from tests import test_triton_linear_loss as common
-from tests.cross_entropy_oracle import running_on
-from tests.served import DEVICE
-from tests.test_linear_cross_entropy import RETURNS, Problem, check
+from tests.linear_cross_entropy_oracle import RETURNS, Problem, check
+from tests.served import DEVICE, running_on
 
 NAME = "cuda"
 pytestmark = pytest.mark.devices

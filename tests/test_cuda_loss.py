@@ -25,9 +25,8 @@ from tests.cross_entropy_oracle import (
     distributions,
     gradients,
     problem,
-    running_on,
 )
-from tests.served import DEVICE
+from tests.served import DEVICE, running_on
 from tools import emulation
 
 NAME = "cuda"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import maskops
 from maskops.testing import error_budget
-from tests.cross_entropy_oracle import RETURNS, check_case, running_on, token_by_token
+from tests.cross_entropy_oracle import RETURNS, check_case, token_by_token
 from tests.fuzz import Property, dtypes
+from tests.served import running_on
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import maskops
 from maskops import masks
 from tests.fuzz import STRIDES, Property, dtypes, strided
-from tests.test_softmax import check, coins, noise
+from tests.softmax_oracle import check, coins, noise
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

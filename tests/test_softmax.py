@@ -1,8 +1,7 @@
 """maskops.masked_softmax against its definition in float64, on every backend."""
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,90 +12,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskops
 from maskops import extension, masks
 from maskops.spans import build_row_spans
-from maskops.testing import error_budget
-from tests.served import AT_HOME, DEVICE
+from tests.served import AT_HOME, running_on
+from tests.softmax_oracle import (
+    DTYPES,
+    HOLES,
+    INF,
+    LENGTHS,
+    NAN,
+    check,
+    coins,
+    definition,
+    gradient_of,
+    needs_extension,
+    noise,
+    strided,
+)
 
 pytestmark = pytest.mark.devices
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INF, NAN = math.inf, math.nan
 
 
 @pytest.fixture(params=AT_HOME)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    name = request.param
-    if (reason := maskops.backends()[name]) != "available":
-        pytest.skip(f"{name}: {reason}")
-    with maskops.use_backend(name, fallback="error" if name != "reference" else "warn"):
-        yield name
-
-
-def needs_extension() -> None:
-    if (reason := maskops.backends()["cpu"]) != "available":
-        pytest.skip(f"cpu: {reason}")
-
-
-def definition(x: Tensor, allowed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Weights and lse in x's dtype, softmax by softmax; shares no code with the package."""
-    rows, visible = x.movedim(dim, -1), allowed.expand(x.shape).movedim(dim, -1)
-    weights, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -INF)
-    for index in itertools.product(*map(range, rows.shape[:-1])):
-        values = rows[index][visible[index]]
-        if values.numel() and values.max() > -INF:
-            shifted = torch.exp(values - values.max())
-            weights[index][visible[index]] = shifted / shifted.sum()
-            lse[index] = values.max() + torch.log(shifted.sum())
-    return weights.movedim(-1, dim), lse
-
-
-def wide_softmax(x: Tensor, allowed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The same of finite scores by torch, in float64: quicker than softmax by softmax."""
-    scores = x.double().masked_fill(~allowed, -INF)
-    return torch.softmax(scores, dim).nan_to_num(0.0), scores.logsumexp(dim)
-
-
-def gradient_of(weights: Tensor, grad_weights: Tensor, grad_lse: Tensor, dim: int) -> Tensor:
-    inner = (weights * grad_weights).sum(dim, keepdim=True)
-    return weights * (grad_weights - inner + grad_lse.unsqueeze(dim))
-
-
-def noise(*sizes: int, seed: int = 0, scale: float = 3.0) -> Tensor:
-    return scale * torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
-
-
-def coins(*sizes: int, seed: int = 0, share: float = 0.6) -> Tensor:
-    return torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def check(x: Tensor, mask: Any, allowed: Tensor, dim: int = -1) -> None:
-    """Weights, lse and the gradient of both, within the error budget. ``allowed``: what the mask means."""
-    dim %= x.dim()
-    x = x.detach()
-    leaf = x.requires_grad_()
-    weights, lse = maskops.masked_softmax(leaf, mask, dim, return_lse=True)
-    assert weights.shape == x.shape and weights.dtype == x.dtype and weights.is_contiguous()
-    assert lse.shape == (*x.shape[:dim], *x.shape[dim + 1 :])
-    assert lse.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    allowed = allowed.expand(x.shape)
-    oracle_weights, oracle_lse = wide_softmax(x.detach(), allowed, dim)
-    plain_x = x.detach().masked_fill(~allowed, -INF)
-    plain = torch.softmax(plain_x, dim).nan_to_num(0.0)
-    budget = error_budget(weights.detach(), plain, oracle_weights, x.dtype)
-    assert budget.passed, ("weights", budget)
-    assert not weights.detach()[~allowed].any()
-    budget = error_budget(lse.detach(), plain_x.float().logsumexp(dim), oracle_lse, torch.float32)
-    assert budget.passed, ("lse", budget)
-
-    grad_weights = noise(*x.shape, seed=1, scale=1.0).to(x.dtype)
-    grad_lse = noise(*lse.shape, seed=2, scale=1.0).to(lse.dtype)
-    (grad,) = torch.autograd.grad((weights, lse), leaf, (grad_weights, grad_lse))
-    assert grad.shape == x.shape and grad.dtype == x.dtype
-    oracle = gradient_of(oracle_weights, grad_weights.double(), grad_lse.double(), dim)
-    plain_grad = gradient_of(plain.float(), grad_weights.float(), grad_lse.float(), dim).to(x.dtype)
-    magnitude = max(float(grad_weights.abs().max()), float(grad_lse.abs().max())) if x.numel() else None
-    budget = error_budget(grad, plain_grad, oracle, x.dtype, magnitude)
-    assert budget.passed, ("gradient", budget)
-    assert not grad[~allowed].any()
+    with running_on(request.param):
+        yield request.param
 
 
 # ---- bool masks -----------------------------------------------------------------------------------------------------
@@ -140,32 +78,6 @@ def test_every_broadcast_of_small_shapes(backend: str) -> None:
 def test_integers_count_as_bool(backend: str, dtype: torch.dtype) -> None:
     mask = coins(2, 1, 1, 9)
     check(noise(2, 3, 4, 9), mask.to(dtype), mask)
-
-
-def strided(kind: str) -> tuple[Tensor, Tensor]:
-    """x (4, 6, 40) and a mask of its sizes, with strides of a kind."""
-    x, mask = noise(4, 6, 40), coins(4, 6, 40)
-    if kind == "transposed":
-        return noise(40, 6, 4).permute(2, 1, 0), mask
-    if kind == "outer dimensions swapped":
-        return noise(6, 4, 40).transpose(0, 1), mask
-    if kind == "every second element":
-        return noise(4, 6, 80)[:, :, ::2], mask
-    if kind == "rows with a gap":
-        return noise(4, 6, 50)[:, :, 3:43], coins(4, 7, 41)[:, 1:, :40]
-    if kind == "expanded":
-        return noise(4, 1, 40).expand(4, 6, 40), mask
-    if kind == "expanded along the row":
-        return noise(4, 6, 1).expand(4, 6, 40), mask
-    if kind == "mask transposed":
-        return x, coins(40, 6, 4).permute(2, 1, 0)
-    if kind == "mask with gaps":
-        return x, coins(8, 12, 120)[::2, ::2, ::3]
-    if kind == "mask expanded over rows":
-        return x, coins(4, 1, 40).expand(4, 6, 40)
-    if kind == "mask expanded along rows":
-        return x, coins(4, 6, 1).expand(4, 6, 40)
-    return x, coins(40).expand(4, 6, 40)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +148,6 @@ def test_broadcast_mask_is_not_materialised() -> None:
 
 # ---- masks of queries and keys --------------------------------------------------------------------------------------
 
-LENGTHS = torch.tensor([70, 33])
-HOLES = coins(2, 70, share=0.8)
 MASKS: dict[str, masks.Mask] = {
     "full": masks.full(),
     "causal": masks.causal(),
@@ -441,284 +351,3 @@ def test_instruction_sets_agree() -> None:
                         assert torch.allclose(a.double(), b.double(), rtol=0.0, atol=8 * torch.finfo(a.dtype).eps), name
     finally:
         extension.select_instruction_set(widest)
-
-
-# ---- gradients and torch --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.processor
-def test_gradcheck_of_the_reference() -> None:
-    mask = coins(2, 3, 4)
-    mask[0, 1] = False
-
-    def run(x: Tensor) -> Any:
-        weights, lse = maskops.masked_softmax(x, mask, return_lse=True, backend="reference")
-        return weights, lse.masked_fill(~mask.any(-1), 0.0)
-
-    x = noise(2, 3, 4).double().requires_grad_()
-    assert torch.autograd.gradcheck(run, x) and torch.autograd.gradgradcheck(run, x)
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_second_derivative(backend: str, dim: int) -> None:
-    mask = coins(4, 9)
-    mask[1], mask[:, 2] = False, False
-
-    def second(x: Tensor, where: str) -> Tensor:
-        weights, lse = maskops.masked_softmax(x, mask, dim, return_lse=True, backend=where)
-        squares = weights.square().sum() + lse.masked_fill(~mask.any(dim), 0.0).square().sum()
-        (grad,) = torch.autograd.grad(squares, x, create_graph=True)
-        (grad_of_grad,) = torch.autograd.grad(grad.square().sum(), x)
-        return grad_of_grad
-
-    actual = second(noise(4, 9).requires_grad_(), backend)
-    expected = second(noise(4, 9).double().requires_grad_(), "reference")
-    assert expected.abs().max() > 0.1 and torch.allclose(actual.double(), expected, atol=1e-4)
-
-
-def test_gradient_of_one_result_alone(backend: str) -> None:
-    x, mask = noise(3, 7).requires_grad_(), coins(3, 7)
-    weights, lse = maskops.masked_softmax(x, mask, return_lse=True)
-    (of_lse,) = torch.autograd.grad(lse.sum(), x, retain_graph=True)
-    assert torch.allclose(of_lse, weights, atol=1e-6)
-    (of_weights,) = torch.autograd.grad(weights[:, 1].sum(), x)
-    assert torch.allclose(of_weights.sum(-1), torch.zeros(3), atol=1e-6)
-
-
-def test_function_transforms(backend: str) -> None:
-    x, mask = noise(4, 9), coins(4, 9)
-
-    def loss(x: Tensor, mask: Tensor) -> Tensor:
-        return maskops.masked_softmax(x, mask).square().sum()
-
-    expected = torch.autograd.grad(loss(leaf := x.clone().requires_grad_(), mask), leaf)[0]
-    assert torch.allclose(torch.func.grad(loss)(x, mask), expected, atol=1e-6)
-    # Per-sample gradients, and the gradient of a vmapped function: neither falls back to a loop, which would warn.
-    assert torch.allclose(torch.vmap(torch.func.grad(loss))(x, mask), expected, atol=1e-6)
-    assert torch.allclose(torch.func.grad(lambda x: torch.vmap(loss)(x, mask).sum())(x), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("in_dim", [0, 1, 2])
-def test_vmap(backend: str, in_dim: int) -> None:
-    x, mask = noise(3, 4, 5, 5), coins(4, 1, 5)
-    plan = masks.padding(torch.tensor([5, 2, 0, 4])) & masks.causal()
-    for given, dim in ((mask, -1), (mask, 0), (plan, -1), (None, 1)):
-        one = torch.stack([maskops.masked_softmax(sample, given, dim) for sample in x])
-        vmapped = torch.vmap(lambda x, given=given, dim=dim: maskops.masked_softmax(x, given, dim), in_dim)
-        assert torch.equal(vmapped(x.movedim(0, in_dim)), one)
-    weights, lse = torch.vmap(lambda m: maskops.masked_softmax(x[0], m, return_lse=True))(coins(3, 4, 5, 5))
-    expected = [maskops.masked_softmax(x[0], m, return_lse=True) for m in coins(3, 4, 5, 5)]
-    assert torch.equal(weights, torch.stack([pair[0] for pair in expected]))
-    assert torch.equal(lse, torch.stack([pair[1] for pair in expected]))
-
-
-@pytest.mark.processor
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp loads its decompositions
-def test_forward_mode_is_refused_by_the_kernel() -> None:
-    needs_extension()
-    with pytest.raises(NotImplementedError, match=r"forward mode|jvp"):
-        torch.func.jvp(lambda x: maskops.masked_softmax(x, None, backend="cpu"), (noise(9),), (noise(9),))
-
-
-def test_autocast(backend: str) -> None:
-    x = noise(3, 9).bfloat16()
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert maskops.masked_softmax(x, None).dtype == torch.softmax(x, -1).dtype
-        assert maskops.masked_softmax(x.float(), None).dtype == torch.float32
-
-
-@pytest.fixture
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile(backend: str) -> None:
-    mask = masks.padding(torch.tensor([9, 4])) & masks.causal()
-
-    def step(x: Tensor, visible: Tensor) -> Any:
-        one = maskops.masked_softmax(x, visible, 1)
-        two, lse = maskops.masked_softmax(x, mask, return_lse=True)
-        return one + two, lse[0]
-
-    for x in (noise(2, 9, 9), noise(9, 2, 9).transpose(0, 1)):
-        outcomes = []
-        for run in (compiled(step), step):
-            leaf = x.detach().clone().requires_grad_()
-            outputs = run(leaf, coins(2, 1, 9))
-            (grad,) = torch.autograd.grad(sum(output.sum() for output in outputs), leaf)
-            outcomes.append((*outputs, grad))
-        for a, b in zip(*outcomes, strict=True):
-            assert a.stride() == b.stride() and torch.allclose(a, b, atol=1e-6)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_lengths_do_not_recompile(backend: str) -> None:
-    def step(x: Tensor, lengths: Tensor) -> Any:
-        weights = maskops.masked_softmax(x, masks.padding(lengths))
-        return maskops.masked_softmax(weights, torch.arange(x.shape[1]) < lengths[:, None, None])
-
-    run = compiled(step, dynamic=True)
-    for length in (7, 20, 33):
-        x, lengths = noise(2, length, length).requires_grad_(), torch.tensor([length, 3])
-        weights = run(x, lengths)
-        assert torch.allclose(weights, step(x, lengths), atol=1e-6)
-        weights.sum().backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def test_export(backend: str) -> None:
-    class Layer(torch.nn.Module):
-        def forward(self, x: Tensor, lengths: Tensor) -> Any:
-            visible = torch.arange(x.shape[-1]) < lengths[:, None, None]
-            return maskops.masked_softmax(x, masks.padding(lengths)), maskops.masked_softmax(x, visible, 1)
-
-    length = torch.export.Dim("length", min=2)
-    sizes = {"x": {0: torch.export.Dim("batch"), 1: length, 2: length}, "lengths": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(Layer(), (noise(3, 9, 9), torch.tensor([9, 3, 1])), dynamic_shapes=sizes)
-    for batch, size in ((3, 9), (4, 20)):
-        x, lengths = noise(batch, size, size), torch.arange(batch) + 2
-        for a, b in zip(program.module()(x, lengths), Layer()(x, lengths), strict=True):
-            assert torch.allclose(a, b, atol=1e-6)
-
-
-@pytest.mark.processor
-def test_opcheck() -> None:
-    needs_extension()
-    absent = torch.empty(0, dtype=torch.int32)
-    plan = (masks.padding(HOLES) & masks.causal()).spans(70, 70, grad=False)
-    spans = (plan.start, plan.end, plan.key_valid)
-    calls: list[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], int]] = [
-        (noise(3, 5, 7), absent, (absent,) * 3, 1),
-        (noise(5, 3, 7).transpose(0, 1), coins(3, 1, 7).expand(3, 5, 7), (absent,) * 3, 2),
-        (noise(2, 3, 70, 70), absent, spans, 3),
-        (noise(2, 0, 7), absent, (absent,) * 3, 1),
-    ]
-    for x, mask, bounds, dim in calls:
-        for return_lse in (True, False):
-            arguments = (x, mask, *bounds, dim, return_lse)
-            torch.library.opcheck(torch.ops.maskops.masked_softmax_forward.default, arguments)
-            weights, lse = torch.ops.maskops.masked_softmax_forward(*arguments)
-            grad_lse = torch.ones_like(lse) if return_lse else torch.empty(0)
-            backward = (noise(*x.shape), grad_lse, weights, *bounds, dim)
-            torch.library.opcheck(torch.ops.maskops.masked_softmax_backward.default, backward)
-
-
-@pytest.mark.processor
-def test_fake_and_meta_tensors() -> None:
-    x = torch.empty(2, 3, 4, 5, device="meta").transpose(1, 2)
-    with maskops.use_backend("reference"):
-        weights = maskops.masked_softmax(x, torch.empty(2, 1, 1, 5, dtype=torch.bool, device="meta"))
-    assert weights.stride() == torch.softmax(x, -1).stride()
-
-
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "mask_shape", "message"),
-    [
-        (
-            (2, 5, 5),
-            (2, 1, 1, 5),
-            r"mask has shape \(2, 1, 1, 5\), x has shape \(2, 5, 5\): a mask must broadcast to x without enlarging it, "
-            r"and these two give \(2, 2, 5, 5\)\. Use mask\.squeeze\(1\), shape \(2, 1, 5\)$",
-        ),
-        ((2, 5, 5), (1, 1, 1, 5), r"these two give \(1, 2, 5, 5\)\. Use mask\.squeeze\(0\), shape \(1, 1, 5\)$"),
-        ((2, 5, 5), (2, 5), r"enlarging it\. Use mask\.unsqueeze\(1\), shape \(2, 1, 5\)$"),
-        ((2, 3, 5, 5), (2, 5, 5), r"Use mask\.unsqueeze\(1\), shape \(2, 1, 5, 5\)$"),
-        ((2, 3, 5, 5), (2, 5), r"Use mask\.reshape\(2, 1, 1, 5\), or masks\.key_padding\(mask\)$"),
-        ((5,), (2, 5), r"and these two give \(2, 5\)$"),
-        ((2, 5), (2, 4), r"x has shape \(2, 5\): a mask must broadcast to x without enlarging it$"),
-    ],
-)
-def test_masks_that_do_not_broadcast(shape: tuple[int, ...], mask_shape: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        maskops.masked_softmax(noise(*shape), coins(*mask_shape))
-
-
-PLAN = masks.causal().spans(4, 4)
-TWO = masks.padding(torch.tensor([4, 2]))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([1.0], None), TypeError, r"^x: expected a tensor of scores, got list$"),
-        ((torch.ones(3, dtype=torch.int64), None), TypeError, r"^x has dtype torch\.int64: expected float32"),
-        ((torch.ones(3), [True]), TypeError, r"^mask: expected a tensor of bool or 0/1 integers, a mask of maskops"),
-        (
-            (torch.ones(3), torch.ones(3)),
-            TypeError,
-            r"^mask has dtype torch\.float32: .*masked_softmax\(x \+ mask, None",
-        ),
-        (
-            (torch.ones(3), torch.ones(3, dtype=torch.uint16)),
-            TypeError,
-            r"^mask has dtype torch\.uint16: expected bool",
-        ),
-        ((torch.ones(3), torch.tensor([0, 2, 1])), ValueError, r"^mask\[1\]=2: a mask holds 0 and 1"),
-        ((torch.ones(3), torch.ones(3, dtype=torch.bool, device="meta")), ValueError, r"^mask is on meta, x on cpu"),
-        ((torch.ones(2, 3), None, 2), IndexError, r"^dim is 2: x has shape \(2, 3\), expected -2 to 1$"),
-        ((torch.ones(2, 3), None, 1.0), TypeError, r"^dim is a float: expected an int$"),
-        ((torch.ones(2, 3), None, True), TypeError, r"^dim is a bool: expected an int$"),
-        ((torch.ones(4), masks.causal()), ValueError, r"^x has shape \(4,\): a mask of queries and keys needs scores"),
-        ((torch.ones(5, 5), PLAN), ValueError, r"^mask is a plan for 4 queries and 4 keys, .*mask\.spans\(5, 5\)$"),
-        (
-            (torch.ones(3, 4, 4), TWO.spans(4, 4)),
-            ValueError,
-            r"^mask is a plan for a batch of 2, x has shape \(3, 4, 4\)",
-        ),
-        (
-            (torch.ones(4, 4, device="meta"), PLAN),
-            ValueError,
-            r"^mask is a plan on cpu, x is on meta: plan it with dev",
-        ),
-        ((torch.ones(6, 4, 4), TWO), ValueError, r"is for a batch of 2, x has .* pass x\.unflatten\(0, \(2, 3\)\)$"),
-        (
-            (torch.ones(2, 4, 4), masks.dense(coins(2, 3, 4, 4))),
-            ValueError,
-            r"^mask holds a dense mask with shape \(2, 3",
-        ),
-    ],
-)
-def test_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        maskops.masked_softmax(*arguments)
-
-
-@pytest.mark.processor
-def test_named_backend_refuses() -> None:
-    with pytest.raises(ValueError, match=r"backend 'cpu' cannot run maskops\.masked_softmax: .*not float64"):
-        maskops.masked_softmax(torch.ones(3, dtype=torch.float64), None, backend="cpu")
-
-
-@pytest.mark.processor
-@pytest.mark.parametrize("place", range(6))
-def test_operator_refuses_what_it_cannot_read(place: int) -> None:
-    """What only a direct call of the operator can bring about; the kernels rely on it for their memory accesses."""
-    needs_extension()
-    x = noise(2, 4, 5)
-    plan = masks.causal().spans(4, 5, grad=False)
-    absent = torch.empty(0, dtype=torch.int32)
-    spans = [plan.start, plan.end, plan.key_valid]
-    mask, dim = absent, 2
-    if place == 0:
-        mask, spans = coins(2, 4, 4), [absent] * 3
-    elif place == 1:
-        mask, spans = torch.ones(2, 4, 5), [absent] * 3
-    elif place == 2:
-        dim = 1
-    elif place == 3:
-        spans[0] = spans[0][:, :, :3]
-    elif place == 4:
-        spans[2] = spans[2][:, :4]
-    else:
-        dim = 3
-    with pytest.raises(ValueError, match=r"^masked_softmax: "):
-        torch.ops.maskops.masked_softmax_forward(x, mask, *spans, dim, False)

@@ -16,17 +16,6 @@ from maskops import masks
 from maskops.backend import planner
 from maskops.spans import KEY_TILE, TILE_ROWS, RowSpans, build_row_spans, tiles_per_batch_element
 
-
-@pytest.fixture(params=["torch", "op"])
-def path(request, monkeypatch):
-    """Plan with the torch path and with the operator."""
-    if request.param == "torch":
-        monkeypatch.setattr("maskops.lowering.planner", lambda device: None)
-    elif planner("cpu") is None:
-        pytest.skip("the C++ extension is not built, so there is no operator")
-    return request.param
-
-
 # ---- the prose, row by row -------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskops
 from maskops.ops.linear_cross_entropy import device_chunks
-from tests.cross_entropy_oracle import running_on
-from tests.served import DEVICE
-from tests.test_linear_cross_entropy import IGNORE, MASK, RETURNS, WEIGHTS, Problem, check, gradients
+from tests.linear_cross_entropy_oracle import IGNORE, MASK, RETURNS, WEIGHTS, Problem, check, gradients
+from tests.served import DEVICE, running_on
 
 pytestmark = pytest.mark.devices
 

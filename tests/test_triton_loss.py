@@ -22,8 +22,8 @@ from tests.cross_entropy_oracle import (
     distributions,
     gradient,
     problem,
-    running_on,
 )
+from tests.served import running_on
 from tests.test_cross_entropy_numerics import confident_oracle, confident_problem
 
 pytestmark = pytest.mark.devices

@@ -13,9 +13,8 @@ from maskops import masks
 from maskops.ops import triton_language
 from maskops.ops.softmax import triton_kernels
 from maskops.spans import build_row_spans
-from tests.cross_entropy_oracle import running_on
-from tests.served import DEVICE
-from tests.test_softmax import HOLES, LENGTHS, check, coins, definition, gradient_of, noise, strided
+from tests.served import DEVICE, running_on
+from tests.softmax_oracle import HOLES, LENGTHS, check, coins, definition, gradient_of, noise, strided
 
 pytestmark = pytest.mark.devices
 

@@ -4,7 +4,7 @@ from tests.mutations import Mutation
 
 HOSTILE = ("tests/test_hostile.py",)
 PLAN = ("tests/test_plan.py",)
-VALUES = ("tests/test_masks.py",)
+VALUES = ("tests/test_masks_errors.py",)
 
 PROGRAM = "csrc/cpu/plan_program.cpp"
 SPANS = "csrc/cpu/plan_spans.cpp"

@@ -2,7 +2,7 @@
 
 from tests.mutations import Mutation
 
-SOFTMAX_TESTS = ("tests/test_softmax.py",)
+SOFTMAX_TESTS = ("tests/test_softmax.py", "tests/test_softmax_torch.py", "tests/test_softmax_errors.py")
 
 SOFTMAX = "csrc/cpu/softmax.inc"
 

@@ -2,7 +2,7 @@
 
 from tests.mutations import Mutation
 
-LINEAR = ("tests/test_linear_cross_entropy.py",)
+LINEAR = ("tests/test_linear_cross_entropy.py", "tests/test_linear_cross_entropy_cost.py")
 
 CHUNKS = "maskops/ops/linear_cross_entropy/chunks.py"
 LINEAR_LAYER = "maskops/ops/linear_cross_entropy/registration.py"
