@@ -100,6 +100,21 @@ def alone(name):
     return torch.cat([output.logits for output in outputs]).detach(), loss.detach(), gradients(model, loss)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama", "t5"])
+def test_forwards_called_without_hooks_give_a_row_a_document_or_raise(name):
+    """As wrappers with adapters call them. BERT's pooler is a module and still handed the documents."""
+    model, parts, logits = classifier(name), documents(name), alone(name)[0]
+    packed, padded = arrive("packed by cu", name, parts), arrive("padded right", name, parts)
+    with torch.no_grad(), maskops.attach(model, probe=False):
+        torch.testing.assert_close(model.forward(**padded).logits, logits, rtol=0, atol=1e-5)
+        if name == "bert":
+            torch.testing.assert_close(model.forward(**packed).logits, logits, rtol=0, atol=1e-5)
+            return
+        with pytest.raises(ValueError, match=r"its forward was called without its hooks.*call the model inside"):
+            model.forward(**packed)
+        assert model.base_model(**packed) is not None  # not the business of a classifier
+
+
 @pytest.mark.parametrize("name", [*CLASSIFIERS, *PAIRS])
 def test_classifiers_give_one_row_for_each_document(name):
     logits, loss, expected = alone(name)

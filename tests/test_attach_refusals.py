@@ -276,11 +276,14 @@ def test_a_vision_tower_keeps_its_attention(llava: Any) -> None:
     assert state(llava)[1:] == before[1:]
 
 
-def test_attention_weights_are_refused() -> None:
-    model = models.FAMILIES["llama"].build()
-    ids = models.documents("llama")[0].tokens[None]
-    with maskops.attach(model), pytest.raises(ValueError, match="output_attentions"):
-        model(ids, output_attentions=True)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2 does not ask its attention, and would answer ()
+def test_attention_weights_are_refused(name: str) -> None:
+    model = models.FAMILIES[name].build()
+    ids = models.documents(name)[0].tokens[None]
+    with maskops.attach(model, probe=False):
+        with pytest.raises(ValueError, match=r"output_attentions.*detach the model for this call"):
+            model(ids, output_attentions=True)
+        assert model(ids, output_attentions=False).logits.isfinite().all()
     model.config.output_attentions = True
     with pytest.raises(AttachError, match=r"output_attentions.*config\.output_attentions = False"):
         maskops.attach(model)

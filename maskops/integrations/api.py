@@ -28,7 +28,8 @@ def attach(
 
     Models with layers that carry a state along the row (state spaces, linear attention, short convolutions), or that
     make attention masks of their own, are attached for padded batches; a packed batch raises there, unless the probe
-    shows that it is right. Vision and audio towers keep their own attention.
+    shows that it is right. Vision and audio towers keep their own attention. A deep copy of an attached model computes
+    with maskops too and cannot be detached: copy a model before it is attached, or after ``detach``.
 
     Args:
         model: a ``PreTrainedModel``, or a module that holds some.

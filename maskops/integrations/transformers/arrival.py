@@ -383,7 +383,8 @@ def check_arguments(call: Call) -> None:
     Raises:
         TypeError: offsets that are no tensor, position ids that are no integers.
         ValueError: a 2-D mask that is not of these tokens, offsets by a name that neither transformers nor the model
-            knows, ``seq_idx`` by itself, and different offsets for the two sides of self-attention.
+            knows, ``seq_idx`` by itself, different offsets for the two sides of self-attention, and
+            ``output_attentions``, which some models would answer with nothing.
     """
     for name in _LENGTHS:
         value = call.arguments.get(name)
@@ -398,6 +399,11 @@ def check_arguments(call: Call) -> None:
                 f"{type(call.module).__name__} was given {name}, which nothing reads: the cumulative lengths of packed "
                 "documents are called cu_seq_lens_q and cu_seq_lens_k"
             )
+    if call.arguments.get("output_attentions"):
+        raise ValueError(
+            f"{type(call.module).__name__} was asked for attention weights (output_attentions), which maskops never "
+            "makes: leave it out, or detach the model for this call"
+        )
     if call.parent is not None:
         return
     mask = call.tensor("attention_mask")

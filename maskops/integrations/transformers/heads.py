@@ -5,6 +5,7 @@ A head of transformers takes a row for one document, which begins in the first c
 - a classifier (``*ForSequenceClassification``) sees a row for each document, while the model inside it runs the packed
   row as it came: only the last hidden states are laid out anew, so that the first token, the last one, the last that
   is not padding, the last end-of-sequence token or the mean mean what they say. Labels are (n_documents,);
+  A classifier whose ``forward`` is called by itself, past the hooks, raises for packed rows;
 - a pooler (``pooler_output``) is handed the first tokens of all documents;
 - question answering stays token by token; places of answers are (n_documents,), counted inside each document;
 - multiple choice is refused.
@@ -87,6 +88,11 @@ def _before(call: Call) -> None:
         call.notes["tokens"] = around.tokens
         parent.notes["inside"] = call
         return
+    if parent is None and (head := _classifier_around(call)) is not None and tokens_of_call(call) is not None:
+        raise ValueError(
+            f"{type(head).__name__}: its forward was called without its hooks, as wrappers with adapters do, and would "
+            "take the packed row for one document: call the model inside the wrapper, or give a padded batch"
+        )
     if _is_a(call.module, "ForMultipleChoice"):
         if any(call.arguments.get(name) is not None for name in _TOLD_BY[:2]):
             raise ValueError(_multiple_choice(call))
@@ -186,6 +192,19 @@ def _classify(call: Call, tokens: Tokens, width: int) -> None:
         call.remove(name)
     places = _ends_everywhere(index, tokens)
     call.notes["classification"] = _Classification(tokens, places, packed, segments)
+
+
+def _classifier_around(call: Call) -> nn.Module | None:
+    """The classifier that runs a call, where it is no call itself and the model inside hands out no pooled output."""
+    if torch.compiler.is_compiling() or isinstance(getattr(call.module, "pooler", None), nn.Module):
+        return None
+    frame = call.frame
+    while frame is not None:
+        around = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if isinstance(around, nn.Module) and around is not call.module and _is_a(around, "ForSequenceClassification"):
+            return around if getattr(around, "base_model", None) is call.module else None
+        frame = frame.f_back
+    return None
 
 
 def _ends_everywhere(index: Tensor, tokens: Tokens) -> Tensor:
