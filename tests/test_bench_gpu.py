@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from maskops.cli.bench import machine
-from maskops.cli.bench.gpu import attention, command, measure, precompile, report, rivals, schedule
-from maskops.cli.bench.gpu.contest import Contender, Contest, Setting
+from maskops.cli.bench.contests.contest import Contender, Contest, Setting
+from maskops.cli.bench.gpu import command, measure, precompile, report, rivals, schedule
 from maskops.cli.bench.timing import Timing
 from maskops.cli.main import main
 
@@ -118,8 +118,8 @@ def test_compiling_beforehand_launches_nothing(
     assert capsys.readouterr().out == "precompiled 1 contests\n"
 
 
-def contest(**keywords: Any) -> attention.AttentionContest:
-    return attention.AttentionContest("group", "name", SETTING, heads=4, head_dim=8, **keywords)
+def contest(**keywords: Any) -> rivals.Attention:
+    return rivals.Attention("group", "name", SETTING, heads=4, head_dim=8, **keywords)
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,29 @@ def test_figures_are_written_from_the_json() -> None:
         "tables": [{"job": job, "backward": True, "rows": rows} for job in ("attention", "step")]
         + [{"job": "loss", "backward": True, "rows": rows[:1]}],
     }
-    kernels = {
-        "machine": {"threads": 2},
-        "rows": [{"name": "attention", "torch": [0.25, 0.5, 0.5], "maskops": [0.125, 0.25, 0.5], "ratio": 2.0}],
-    }
-    written = readme.figures(result, kernels)
-    assert "| attention | 500.0 | 250.0 | 2.00x |" in written
+    written = readme.figures(result)
     assert "| padded (what people do) | 1.5 (0.50x) | 1.5 (0.50x) | 1.5 (0.50x) |" in written
     assert "| **ours** | WRONG |  | WRONG |" in written
     assert "75% of all positions are padding" in written
+
+
+def test_figures_of_kernels_are_written_from_the_json() -> None:
+    def run(ratio: float | None, **changes: Any) -> dict[str, Any]:
+        goals = [{"peers": ["SDPA"], "at_least": 1.3, "aim": 2.0}, {"peers": ["a", "b"], "at_least": 3.0, "aim": None}]
+        reached = [{"goal": goals[0], "ratio": ratio, "peer": "SDPA"}, {"goal": goals[1], "ratio": 3.5, "peer": "b"}]
+        outcome = {"line": {"name": "dense", "ours": "maskops"}, "reached": reached, "share": 0.854}
+        limits = {"multiply_add": 200.0, "read": 30.0, "copy": 50.0, "touch": 10.0}
+        rows = [{"name": "maskops", "problem": None, **changes}]
+        result = {"group": "attention", "mode": "training", "rows": rows, "outcomes": [outcome]}
+        machine = {"device": "a CPU", "threads": 2, "instruction_set": "avx2", "torch": "2.13.0", "load": 0.1}
+        return {"machine": machine, "results": [{**result, "before": limits, "after": limits}]}
+
+    written = readme.kernel_figures({"avx2": run(1.25), "avx512": run(1.5)})
+    assert "| attention, forward + backward: dense | SDPA | 1.3x | 2x | **1.25x** (85%) | 1.50x (85%) |" in written
+    assert "|  | best of 2: b | 3x |  | 3.50x | 3.50x |" in written
+    assert "limits 200 GFLOP/s, read 30.0 GB/s, copy 50.0 GB/s, first touch 10.0 GB/s" in written
+    assert "| 2x | WRONG |" in readme.kernel_figures({"avx2": run(None, problem="WRONG: by far")})
+    assert "No run is stored here" in readme.kernel_figures({})
 
 
 def test_figures_of_real_models_are_written_from_the_json() -> None:

@@ -2,7 +2,9 @@
 
 The runs:
     python -m maskops bench --json benchmarks/results/cpu.json --chart benchmarks/results/cpu.png
-    python -m benchmarks.kernels --json benchmarks/results/kernels.json
+    python -m maskops bench cpu --instruction-set avx2 --json benchmarks/results/cpu-kernels-avx2.json
+    python -m maskops bench cpu --instruction-set avx512 --json benchmarks/results/cpu-kernels-avx512.json
+        with --chart benchmarks/results/cpu-kernels-avx2.png and -avx512.png
     python -m benchmarks.padding --json benchmarks/results/padding.json
     python -m maskops bench text --model minilm --full --json benchmarks/results/minilm.json
     python -m maskops bench text --model smollm2 --full --json benchmarks/results/smollm2.json
@@ -30,6 +32,7 @@ from typing import Any
 from benchmarks.audit import COLUMNS, OURS, cell
 from benchmarks.padding import EARLIER
 from maskops.backend import BACKENDS, FEATURES
+from maskops.cli.bench.cpu.contest import MODES
 from maskops.cli.bench.gpu.report import summary, tables_of
 from maskops.cli.bench.report import BUSY_ABOVE
 from tools.environment import ROOT
@@ -37,7 +40,9 @@ from tools.environment import ROOT
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 CHART = RESULT.with_suffix(".png")
-KERNELS = RESULT.with_name("kernels.json")
+KERNELS = {name: RESULT.with_name(f"cpu-kernels-{name}.json") for name in ("avx2", "avx512")}
+"""Results of `maskops bench cpu`, by instruction set; the picture lies beside each."""
+
 PADDING = RESULT.with_name("padding.json")
 MODELS = (RESULT.with_name("minilm.json"), RESULT.with_name("smollm2.json"))
 TRAINING = RESULT.with_name("train.json")
@@ -61,14 +66,14 @@ AUDITED = (
 """Families in the table of the README; the others stand in the JSON."""
 BLOCKS = {
     name: (f"<!-- {name}: begin (python -m tools.readme) -->\n", f"<!-- {name}: end -->\n")
-    for name in ("results", "models", "gpu", "padding", "audit", "features")
+    for name in ("results", "kernels", "models", "gpu", "padding", "audit", "features")
 }
 NOT_YET = "compiled and interpreted; not yet run on a GPU"
 NOT_YET_BUT = {"triton": NOT_YET, "cuda": "compiled, and run as host code; not yet run on a GPU"}
 
 
-def figures(result: dict[str, Any], kernels: dict[str, Any] | None = None) -> str:
-    """The tables of the README for a run of `maskops bench` and one of `benchmarks.kernels`."""
+def figures(result: dict[str, Any]) -> str:
+    """The tables of the README for a run of `maskops bench`."""
     machine, documents, settings = result["machine"], result["documents"], result["settings"]
     random = result["waste"][0]
     lines = [
@@ -91,19 +96,65 @@ def figures(result: dict[str, Any], kernels: dict[str, Any] | None = None) -> st
         name = f"{row['name']} (what people do)" if row["habit"] else row["name"]
         name = f"**{name}**" if row["ours"] else name
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    if kernels is not None:
-        lines += [
-            "",
-            f"Kernel against kernel, with no padding to skip (float32; attention: 8 sequences of 512, 12 heads of 64; "
-            f"cross-entropy: 4096 rows over 32,000 words; {kernels['machine']['threads']} threads):",
-            "",
-            "| | torch, ms | maskops, ms | ratio |",
-            "|---|---|---|---|",
-        ]
-        for row in kernels["rows"]:
-            theirs, ours = (statistics.median(row[name]) * 1e3 for name in ("torch", "maskops"))
-            lines.append(f"| {row['name']} | {theirs:.1f} | {ours:.1f} | {row['ratio']:.2f}x |")
     return "\n".join(lines) + "\n"
+
+
+def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
+    """The table of `maskops bench cpu`, from its runs by instruction set; a sentence where there is none."""
+    if not runs:
+        return "`python -m maskops bench cpu` holds each kernel against torch and the machine. No run is stored here.\n"
+    lines = []
+    picture = next((path for name in runs if (path := KERNELS[name].with_suffix(".png")).exists()), None)
+    if picture is not None:
+        place = picture.relative_to(ROOT).as_posix()
+        lines += [f"![Times the speed of torch, kernel by kernel, and the share of the limits]({place})", ""]
+    for name, run in runs.items():
+        lines += [f"{name}: {_place(run['machine'])}; {_limits(run)}.{_busy(run['machine'])}", ""]
+    lines += [
+        "Times the speed of the quickest peer of its kind, medians of interleaved rounds, bold below what is wanted at "
+        "least; in brackets the share of what the machine does at most (multiplications in registers, reading, "
+        "copying, writing to new memory), measured around each row; errors are at most twice torch's own, or a row "
+        "has no speed. `python -m maskops bench cpu` repeats it.",
+        "",
+        f"| | against | at least | aim | {' | '.join(runs)} |",
+        f"|---|---|---|---|{'---|' * len(runs)}",
+    ]
+    found: dict[tuple[str, str, str, int], tuple[dict[str, Any], dict[str, str]]] = {}
+    for name, run in runs.items():
+        for result in run["results"]:
+            speeds = {row["name"]: row for row in result["rows"]}
+            for outcome in result["outcomes"]:
+                for number, reached in enumerate(outcome["reached"]):
+                    key = (result["group"], result["mode"], outcome["line"]["name"], number)
+                    own = speeds.get(outcome["line"]["ours"], {})
+                    found.setdefault(key, (reached, {}))[1][name] = _reached(outcome, reached, own, number)
+    for (group, mode, line, number), (reached, cells) in found.items():
+        work = "" if number else f"{group}, {MODES[mode]}: {line}"
+        goal = reached["goal"]
+        peer = goal["peers"][0] if len(goal["peers"]) == 1 else f"best of {len(goal['peers'])}: {reached['peer']}"
+        aim = "" if goal["aim"] is None else f"{goal['aim']:.3g}x"
+        columns = " | ".join(cells.get(name, "") for name in runs)
+        lines.append(f"| {work} | {peer} | {goal['at_least']:.3g}x | {aim} | {columns} |")
+    return "\n".join(lines) + "\n"
+
+
+def _reached(outcome: dict[str, Any], reached: dict[str, Any], own: dict[str, Any], number: int) -> str:
+    """A ratio, bold where it is too low; beside the first of a line the share of the limit."""
+    if reached["ratio"] is None:
+        return str(own.get("problem") or "-").split(":")[0]
+    ratio = f"{reached['ratio']:.2f}x"
+    text = ratio if reached["ratio"] >= reached["goal"]["at_least"] else f"**{ratio}**"
+    return text if number or outcome["share"] is None else f"{text} ({outcome['share']:.0%})"
+
+
+def _limits(run: dict[str, Any]) -> str:
+    """The middle of the limits that were measured."""
+    measured = [result[side] for result in run["results"] for side in ("before", "after")]
+    middle = {name: statistics.median(limits[name] for limits in measured) for name in measured[0]}
+    return (
+        f"limits {middle['multiply_add']:.0f} GFLOP/s, read {middle['read']:.1f} GB/s, copy {middle['copy']:.1f} GB/s, "
+        f"first touch {middle['touch']:.1f} GB/s"
+    )
 
 
 def padding_figures(runs: dict[str, Any], batch_size: int = 32) -> str:
@@ -316,10 +367,10 @@ def features(results: Sequence[dict[str, Any]] | None = None) -> str:
 
 def updated(readme: str) -> str:
     """The README with the features that are declared, and with the figures of the stored run if one is stored."""
-    blocks = {"features": features(), "gpu": gpu_figures(on_gpus())}
+    runs = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in KERNELS.items() if path.exists()}
+    blocks = {"features": features(), "gpu": gpu_figures(on_gpus()), "kernels": kernel_figures(runs)}
     if RESULT.exists():
-        kernels = json.loads(KERNELS.read_text(encoding="utf-8")) if KERNELS.exists() else None
-        blocks["results"] = figures(json.loads(RESULT.read_text(encoding="utf-8")), kernels)
+        blocks["results"] = figures(json.loads(RESULT.read_text(encoding="utf-8")))
     if PADDING.exists():
         blocks["padding"] = padding_figures(json.loads(PADDING.read_text(encoding="utf-8")))
     models = [json.loads(path.read_text(encoding="utf-8")) for path in MODELS if path.exists()]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maskops
-from maskops.cli.bench.gpu.attention import PACKED, PADDED, AttentionContest
-from maskops.cli.bench.gpu.contest import Contender, Function, Leaves
-from maskops.cli.bench.gpu.decode import DecodeContest
+from maskops.cli.bench.contests.attention import PACKED, PADDED, AttentionContest
+from maskops.cli.bench.contests.contest import Contender, Function, Leaves, always
+from maskops.cli.bench.contests.decode import DecodeContest
 
 SDPA, OURS = "SDPA", "maskops"
 CELLS = {"FLASH": SDPBackend.FLASH_ATTENTION, "MATH": SDPBackend.MATH}
@@ -129,7 +129,7 @@ class Decode(DecodeContest):
         """Torch on the whole cache, and maskops."""
 
         def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if not self._grouped:
+            if not self.grouped:
                 return F.scaled_dot_product_attention(q, k, v)
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
@@ -147,12 +147,8 @@ class Decode(DecodeContest):
             return torch.matmul(scores.softmax(-1), v).view(q.shape)
 
         def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return maskops.decode_attention(q, k, v, self._lengths)
+            return maskops.decode_attention(q, k, v, self.lengths)
 
         named = {SDPA: plain, UPCAST: upcast, HEADS_AS_ROWS: rows, PRODUCTS: products}
-        found = [Contender(name, _always(function)) for name, function in named.items()]
-        return [*found, Contender(OURS, _always(ours), ours=True)]
-
-
-def _always(function: Function) -> Callable[[Leaves], Function]:
-    return lambda leaves: function
+        found = [Contender(name, always(function)) for name, function in named.items()]
+        return [*found, Contender(OURS, always(ours), ours=True)]

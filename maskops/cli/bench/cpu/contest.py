@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from maskops.cli.bench.gpu.contest import Contest
+from maskops.cli.bench.contests.contest import Contest
 
 Mode = Literal["forward", "graph", "training"]
 """Without autograd; with autograd, which makes a graph; forward and backward."""

@@ -1,11 +1,12 @@
 """A second process whose allocator asks for huge pages: torch reads THP_MEM_ALLOC_ENABLE once, at its first allocation.
 
-It holds the same table, and checks and times a contender whenever it is told to, so that the rounds of both processes
+It holds the same table, and runs and times a contender whenever it is told to, so that the rounds of both processes
 are interleaved. What it is told and what it answers are lines of JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -45,12 +46,13 @@ class Helper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process is not None:
-            _pipe(self._process.stdin).close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+                _pipe(self._process.stdin).close()
             self._process.wait(30)
             _pipe(self._process.stdout).close()
 
     def prepare(self, entry: Entry, contender: str) -> Row:
-        """Checks a contender there, and keeps it."""
+        """Runs a contender there for its memory, and keeps it."""
         return Row(**self._ask({"prepare": _keys(entry)[0], "contender": contender}))
 
     def run(self, contender: str) -> float:
@@ -102,9 +104,8 @@ def serve(table: Sequence[Entry], questions: IO[str], answers: IO[str]) -> None:
                 runners.clear()
                 contest = None  # before the next one is made: both may not fit
                 contest, current = entry.make(), key
-            backward = entry.mode == "training"
             contender = next(each for each in contest.contenders() if each.name == question["contender"])
-            row, runner = checked(contest, contender, entry.mode, contest.exact(backward), contest.plain(backward))
+            row, runner = checked(contest, contender, entry.mode, None)
             if runner is not None:
                 runners[contender.name] = runner
             answer = dataclasses.asdict(row)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ _NUMEL = 48 << 20
 """Floats of a stream: six times the largest last-level cache that these machines have."""
 
 _REPEATS = 5
+_HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,19 @@ class Limits:
 
     Attributes:
         multiply_add: GFLOP/s in registers alone, in float32.
-        read: GB/s of reading what fits no cache.
+        read: GB/s of reading what fits no cache, in memory as torch's allocator gives it: no kernel chooses the pages
+            of its inputs.
         copy: GB/s of copying it, read and written bytes together.
         touch: GB/s of writing to memory that the system has just granted, in huge pages where it has some.
+        huge_read, huge_copy: The same in huge pages, for comparison.
     """
 
     multiply_add: float
     read: float
     copy: float
     touch: float
+    huge_read: float
+    huge_copy: float
 
     def best(self, other: Limits) -> Limits:
         """The higher of both, each."""
@@ -46,8 +53,7 @@ class Limits:
 
     def moved(self, other: Limits) -> dict[str, float]:
         """By what share each differs from that of another measurement."""
-        names = ("multiply_add", "read", "copy", "touch")
-        return {name: abs(getattr(self, name) / getattr(other, name) - 1.0) for name in names}
+        return {field.name: abs(getattr(self, field.name) / getattr(other, field.name) - 1.0) for field in fields(self)}
 
 
 class Gauge:
@@ -64,33 +70,42 @@ class Gauge:
 
     def __init__(self, threads: int, *, numel: int = _NUMEL, rounds: int = _ROUNDS) -> None:
         self._threads, self._rounds = threads, rounds
-        self._source = torch.ones(numel)
-        self._target = torch.zeros(numel)
+        self._source, self._target = torch.ones(numel), torch.zeros(numel)
+        self._huge_source, self._huge_target = _in_huge_pages(numel).fill_(1.0), _in_huge_pages(numel).zero_()
 
     def measure(self) -> Limits:
-        """All four; a fifth of a second."""
+        """All of them; half a second."""
         # Parts that begin at the alignment that streaming stores want.
         part = self._source.numel() // self._threads // 64 * 64
         size = 4 * part * self._threads
-        parts = [
-            tuple(x[thread * part : (thread + 1) * part] for x in (self._target, self._source))
-            for thread in range(self._threads)
-        ]
+
+        def read(source: Tensor, thread: int) -> None:
+            extension.limit_read(source[thread * part : (thread + 1) * part])
+
+        def copy(target: Tensor, source: Tensor, thread: int) -> None:
+            span = slice(thread * part, (thread + 1) * part)
+            extension.limit_copy(target[span], source[span])
+
         whole = 4 * self._source.numel()
         operations = self._threads * extension.limit_multiply_add(1) * self._rounds
         with ThreadPoolExecutor(self._threads) as pool:
+            _together(pool, self._threads, _keep_to_a_processor)
 
             def together(work: Callable[[int], object]) -> float:
                 return min(_together(pool, self._threads, work) for _ in range(_REPEATS))
 
             registers = together(lambda thread: extension.limit_multiply_add(self._rounds))
-            read = together(lambda thread: extension.limit_read(parts[thread][1]))
-            copy = together(lambda thread: extension.limit_copy(*parts[thread]))
+            own_read = together(functools.partial(read, self._source))
+            own_copy = together(functools.partial(copy, self._target, self._source))
+            huge_read = together(functools.partial(read, self._huge_source))
+            huge_copy = together(functools.partial(copy, self._huge_target, self._huge_source))
         return Limits(
             multiply_add=operations / registers * 1e-9,
-            read=max(size / read, whole / _best(self._source.sum)) * 1e-9,
-            copy=2 * max(size / copy, whole / _best(lambda: self._target.copy_(self._source))) * 1e-9,
-            touch=whole / min(_touch(whole) for _ in range(2)) * 1e-9,
+            read=max(size / own_read, whole / _best(self._source.sum)) * 1e-9,
+            copy=2 * max(size / own_copy, whole / _best(lambda: self._target.copy_(self._source))) * 1e-9,
+            touch=whole / min(_touch(whole) for _ in range(3)) * 1e-9,
+            huge_read=size / huge_read * 1e-9,
+            huge_copy=2 * size / huge_copy * 1e-9,
         )
 
 
@@ -108,6 +123,13 @@ def _together(pool: ThreadPoolExecutor, threads: int, work: Callable[[int], obje
     return max(end for _, end in times) - min(begun for begun, _ in times)
 
 
+def _keep_to_a_processor(thread: int) -> None:
+    """Two threads that wake on one processor stay there for longer than a measurement takes."""
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[thread % len(allowed)]})  # of the calling thread alone
+
+
 def _best(work: Callable[[], object]) -> float:
     def seconds() -> float:
         begun = time.perf_counter()
@@ -119,10 +141,18 @@ def _best(work: Callable[[], object]) -> float:
 
 def _touch(size: int) -> float:
     """Seconds of writing to so many fresh bytes, in huge pages where the system grants them."""
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    fresh: Tensor = torch.frombuffer(memory, dtype=torch.float32)
+    fresh = _in_huge_pages(size // 4)
     begun = time.perf_counter()
     fresh.zero_()
     return time.perf_counter() - begun
+
+
+def _in_huge_pages(numel: int) -> Tensor:
+    """Fresh float32 memory, aligned to a huge page; in pages that the system has where it grants none."""
+    # Private: memory that could be shared with a child takes small pages.
+    memory = mmap.mmap(-1, 4 * numel + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole: Tensor = torch.frombuffer(memory, dtype=torch.float32)
+    begin = -whole.data_ptr() % _HUGE_PAGE // 4
+    return whole[begin : begin + numel]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import maskops
 from maskops import masks
-from maskops.cli.bench.gpu.contest import Contender, Function, Leaves, Setting
-from maskops.cli.bench.gpu.losses import LinearLossContest, LossContest, SoftmaxContest
+from maskops.cli.bench.contests.contest import Contender, Function, Leaves, Setting, always
+from maskops.cli.bench.contests.losses import LinearLossContest, LossContest, SoftmaxContest
 from maskops.cli.bench.jobs import Outcome
 
 EAGER, COMPILED, GATHERED = "eager", "torch.compile", "rows gathered"
@@ -24,6 +24,8 @@ _ROWS_OF_LOGITS = 256
 class Loss(LossContest):
     """Mean cross-entropy; see the base class."""
 
+    _exact: Outcome | None = None
+
     def bytes(self, backward: bool) -> float:
         """Rows that count are read once, the gradient of all is written: what a single pass would move."""
         row = self.vocabulary * self._leaves[0].element_size()
@@ -32,6 +34,12 @@ class Loss(LossContest):
     def written(self, backward: bool) -> float:
         """Bytes of the gradient."""
         return float(self.rows * self.vocabulary * self._leaves[0].element_size()) if backward else 0.0
+
+    def exact(self, backward: bool) -> Outcome:
+        """See the base class; the loss is computed once."""
+        if self._exact is None:
+            self._exact = super().exact(True)
+        return self._exact if backward else {"loss": self._exact["loss"]}
 
     def contenders(self) -> list[Contender]:
         """Eager, compiled, on gathered rows; maskops in all its ways."""
@@ -58,14 +66,14 @@ class Loss(LossContest):
             return lambda logits: maskops.cross_entropy(logits, target, grad_buffer=buffer)
 
         return [
-            Contender(EAGER, _always(plain)),
+            Contender(EAGER, always(plain)),
             Contender(COMPILED, lambda leaves: self.setting.compiled(plain), compiles=True),
-            Contender(GATHERED, _always(gathered)),
+            Contender(GATHERED, always(gathered)),
             # Another loss, of all rows: what the mask saves; never compared with the others.
-            Contender(UNMASKED, _always(unmasked), ours=True, partial=True),
-            Contender(IN_PLACE, _always(in_place), ours=True, consumes=True),
+            Contender(UNMASKED, always(unmasked), ours=True, partial=True),
+            Contender(IN_PLACE, always(in_place), ours=True, consumes=True),
             Contender(REUSED, reused, ours=True),
-            Contender(OURS, _always(ours), ours=True),
+            Contender(OURS, always(ours), ours=True),
         ]
 
 
@@ -93,12 +101,12 @@ class LinearLoss(LinearLossContest):
             return maskops.linear_cross_entropy(hidden, weight, target)
 
         return [
-            Contender(EAGER, _always(plain)),
-            Contender(GATHERED, _always(gathered)),
-            Contender(UPCAST, _always(upcast)),
+            Contender(EAGER, always(plain)),
+            Contender(GATHERED, always(gathered)),
+            Contender(UPCAST, always(upcast)),
             Contender(CHUNKED, self._chunked(None)),
             Contender(CHUNKS_OF_256, self._chunked(256)),
-            Contender(OURS, _always(ours), ours=True),
+            Contender(OURS, always(ours), ours=True),
         ]
 
     def _chunked(self, rows: int | None) -> Callable[[Leaves], Function]:
@@ -147,11 +155,7 @@ class Softmax(SoftmaxContest):
             return maskops.masked_softmax(scores, mask)
 
         return [
-            Contender(EAGER, _always(filled)),
+            Contender(EAGER, always(filled)),
             Contender(COMPILED, lambda leaves: self.setting.compiled(filled), compiles=True),
-            Contender(OURS, _always(ours), ours=True),
+            Contender(OURS, always(ours), ours=True),
         ]
-
-
-def _always(function: Function) -> Callable[[Leaves], Function]:
-    return lambda leaves: function

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from maskops.cli.bench.contests.contest import Contender, Contest, Leaves
 from maskops.cli.bench.cpu.contest import HUGE_PAGES, Entry, Goal, Line, Mode
 from maskops.cli.bench.cpu.limits import STEADY, Limits
-from maskops.cli.bench.gpu.contest import Contender, Contest, Leaves
+from maskops.cli.bench.jobs import Outcome as Compared
 from maskops.cli.bench.measure import WRONG_ABOVE, error_multiple
 from maskops.cli.bench.memory import Peak, tidy
 from maskops.cli.bench.timing import Timing, without_collector
@@ -120,11 +121,15 @@ class Pace:
     repeats: bool
 
 
+Against = tuple[Compared, Compared]
+"""The sample in float64, and by plain torch."""
+
+
 class Helper(Protocol):
     """A process of its own with the same entries, whose allocator asks for huge pages."""
 
     def prepare(self, entry: Entry, contender: str) -> Row:
-        """Checks a contender there."""
+        """Runs a contender there for its memory, and keeps it; it was compared here, where it is a contender too."""
 
     def run(self, contender: str) -> float:
         """Seconds of a run there."""
@@ -186,21 +191,24 @@ class Runner:
 
 
 def checked(
-    contest: Contest,
-    contender: Contender,
-    mode: Mode,
-    exact: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    calls: int = 1,
+    contest: Contest, contender: Contender, mode: Mode, against: Against | None, calls: int = 1
 ) -> tuple[Row, Runner | None]:
-    """Runs a contender once against the formulas in float64, and once more for its memory."""
+    """Runs a contender once against the formulas, and once more for its memory.
+
+    Args:
+        contest: What it takes part in.
+        contender: Who.
+        mode: What is run.
+        against: The sample in float64 and by plain torch; None: it is not compared.
+        calls: As in `Entry`.
+    """
     row = Row(contender.name, contender.ours)
     try:
         runner = Runner(contest, contender, mode, calls)
         results = tuple(x.detach() for x in runner.run())
-        # A partial contender computes something else.
         error = None
-        if not contender.partial:
+        if against is not None:
+            exact, plain = against
             error = error_multiple(contest.sample(contender.layout, results), plain, exact, contest.setting.dtype)
         if error is not None and not error <= WRONG_ABOVE:
             return replace(row, error=error, problem=f"WRONG: {error:.3g} times torch's error"), None
@@ -230,7 +238,7 @@ def measure(entry: Entry, pace: Pace, gauge: Callable[[], Limits], helper: Helpe
     torch.compiler.reset()
     contest = entry.make()
     backward = entry.mode == "training"
-    exact, plain = contest.exact(backward), contest.plain(backward)
+    against = contest.exact(backward), contest.plain(backward)
     known = {contender.name: contender for contender in contest.contenders()}
     rows: dict[str, Row] = {}
     runs: dict[str, Callable[[], float]] = {}
@@ -239,13 +247,16 @@ def measure(entry: Entry, pace: Pace, gauge: Callable[[], Limits], helper: Helpe
         if known[base].compiles and not pace.compiled:
             continue
         if base == name:
-            row, runner = checked(contest, known[name], entry.mode, exact, plain, entry.calls)
+            # A partial contender computes something else.
+            compared = None if known[name].partial else against
+            row, runner = checked(contest, known[name], entry.mode, compared, entry.calls)
             if runner is not None:
                 runs[name] = runner.seconds
         elif helper is None:
             continue
         else:
-            row = replace(helper.prepare(entry, base), name=name)
+            row = replace(helper.prepare(entry, base), name=name, error=rows[base].error)
+            row = replace(row, problem=row.problem or rows[base].problem)
             if row.problem is None:
                 runs[name] = _run_of(helper, base)
         rows[name] = row

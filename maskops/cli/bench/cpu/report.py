@@ -119,10 +119,13 @@ def _limits(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
         ("read", "read", "GB/s"),
         ("copy", "copy", "GB/s"),
         ("touch", "first touch", "GB/s"),
+        ("huge_read", "in huge pages: read", "GB/s"),
+        ("huge_copy", "copy", "GB/s"),
     ):
         values = [getattr(limits, name) for limits in measured]
         ranges.append(f"{label} {min(values):,.1f} to {max(values):,.1f} {unit}")
-    yield "limits", ", ".join(ranges)
+    yield "limits", ", ".join(ranges[:3])
+    yield "", ", ".join(ranges[3:])
     moved = sum(result.moved > STEADY for result in results)
     if moved:
         text = f"those of {moved} of {len(results)} measurements differ by more than {STEADY:.0%} before and after: ~"

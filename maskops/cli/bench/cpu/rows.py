@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from maskops.cli.bench.contests.contest import Contest, Setting
 from maskops.cli.bench.cpu.attention import (
     BOOL_MASK,
     CHUNKS,
@@ -39,7 +40,6 @@ from maskops.cli.bench.cpu.losses import (
     Softmax,
 )
 from maskops.cli.bench.cpu.losses import UPCAST as UPCAST_EAGER
-from maskops.cli.bench.gpu.contest import Contest, Setting
 
 CPU = torch.device("cpu")
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +75,7 @@ def _of_attention(
     goals: Sequence[Goal],
     *,
     seed: int,
-    group: str = "attention, forward",
+    group: str = "attention",
     dtype: torch.dtype = torch.float32,
     share: float | None = None,
     mode: Mode = "forward",
@@ -119,7 +119,7 @@ def _attention(seed: int) -> Iterator[Entry]:
 
 
 def _packed(seed: int) -> Iterator[Entry]:
-    make = functools.partial(_of_attention, seed=seed, group="packed attention, forward", causal=False)
+    make = functools.partial(_of_attention, seed=seed, group="packed attention", causal=False)
     yield make("64 of 16 to 128", uniform(seed=seed), [Goal(LOOPS, 2.0, 2.5)], quick=True)
     yield make("64 log-normal, median 64, to 512", lognormal(seed=seed), [Goal(LOOPS, 1.8, 2.2)])
     for name, dtype in HALVES.items():
@@ -142,7 +142,7 @@ def _decode(seed: int) -> Iterator[Entry]:
 
 
 def _training(seed: int) -> Iterator[Entry]:
-    make = functools.partial(_of_attention, seed=seed, mode="training", group="attention, forward + backward")
+    make = functools.partial(_of_attention, seed=seed, mode="training", group="attention")
     batch = [512] * 8
     yield make("dense 512", batch, [Goal((SDPA,), 1.3)], share=0.8, causal=False)
     yield make("causal 512", batch, [Goal((SDPA,), 2.3)], share=0.8, quick=True)
@@ -154,7 +154,7 @@ def _training(seed: int) -> Iterator[Entry]:
 
 def _losses(seed: int) -> Iterator[Entry]:
     def loss(rows: int, vocabulary: int, ignored: float, dtype: torch.dtype = torch.float32) -> Callable[[], Contest]:
-        return functools.partial(Loss, Setting(CPU, dtype, seed=seed), rows, vocabulary, ignored, "")
+        return functools.partial(_loss, Setting(CPU, dtype, seed=seed), rows, vocabulary, ignored)
 
     def against(eager: float, huge_pages: float | None, compiled: float) -> tuple[Goal, ...]:
         found = [Goal((EAGER,), eager), Goal((COMPILED,), compiled)]
@@ -181,6 +181,12 @@ def _losses(seed: int) -> Iterator[Entry]:
     yield Entry(group, loss(4096, 32000, 0.75), (line,), quick=True)
     line = Line(masked, OURS, (Goal((GATHERED,), 10.0),), "copy + touch")
     yield Entry(group, loss(4096, 32000, 0.75), (line,), "training")
+
+
+@functools.lru_cache(maxsize=1)
+def _loss(setting: Setting, rows: int, vocabulary: int, ignored: float) -> Contest:
+    """Kept for the next entry: its values, and what they should give, take seconds to make."""
+    return Loss(setting, rows, vocabulary, ignored, "")
 
 
 def _linear_losses(seed: int) -> Iterator[Entry]:

@@ -1,5 +1,6 @@
 """`python -m maskops bench gpu`: every kernel of a device against the best that is installed beside it.
 
-`contest` says what a contest is, `attention`, `rivals`, `losses` and `decode` hold them, `measure` checks and times the
-contenders, `schedule` lists what is run, `report` keeps and shows it, `command` puts them together.
+The contests are those of `contests`; `rivals` (of attention), `losses` and `decode` say who takes part, `measure`
+checks and times the contenders, `schedule` lists what is run, `report` keeps and shows it, `command` puts them
+together.
 """

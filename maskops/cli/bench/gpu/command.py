@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from maskops.cli.bench import machine
-from maskops.cli.bench.gpu.contest import Setting
+from maskops.cli.bench.contests.contest import Setting
 from maskops.cli.bench.gpu.measure import Device, measure
 from maskops.cli.bench.gpu.precompile import precompile
 from maskops.cli.bench.gpu.report import Report, render

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maskops.cli.bench.gpu.contest import Contender, Contest, Leaves, step
+from maskops.cli.bench.contests.contest import Contender, Contest, Leaves, step
 from maskops.cli.bench.measure import WRONG_ABOVE, error_multiple
 from maskops.cli.bench.timing import Timing, once, without_collector
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from maskops.cli.bench.gpu.contest import step
+from maskops.cli.bench.contests.contest import step
 from maskops.cli.bench.gpu.schedule import Entry
 
 

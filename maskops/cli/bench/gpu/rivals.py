@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maskops
 from maskops import masks
-from maskops.cli.bench.gpu.attention import PACKED, PADDED, ROWS, AttentionContest
-from maskops.cli.bench.gpu.contest import Contender, Function, Leaves
+from maskops.cli.bench.contests.attention import PACKED, PADDED, ROWS, AttentionContest
+from maskops.cli.bench.contests.contest import Contender, Function, Leaves
 from maskops.masks import Mask
 from maskops.spans import RowSpans
 
@@ -27,8 +27,15 @@ _LONGEST_SCORES = 4096
 """Longest sequence whose scores are worth materialising."""
 
 
-def attention(contest: AttentionContest) -> list[Contender]:
-    """Everybody who can do a contest, peers first."""
+class Attention(AttentionContest):
+    """See the base class."""
+
+    def contenders(self) -> list[Contender]:
+        """Everybody who can do it, peers first."""
+        return _attention(self)
+
+
+def _attention(contest: AttentionContest) -> list[Contender]:
     found = [*_sdpa(contest), *_varlen(contest), *_flex(contest), *_naive(contest)]
     for index, backend in enumerate(contest.setting.backends("attention")):
         for layout in _our_layouts(contest):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from maskops.cli.bench import corpus
-from maskops.cli.bench.gpu.attention import AttentionContest
-from maskops.cli.bench.gpu.contest import Contest, Setting
-from maskops.cli.bench.gpu.decode import DecodeContest
-from maskops.cli.bench.gpu.losses import LinearLossContest, LossContest, SoftmaxContest
+from maskops.cli.bench.contests.contest import Contest, Setting
+from maskops.cli.bench.gpu.decode import Decode
+from maskops.cli.bench.gpu.losses import LinearLoss, Loss, Softmax
+from maskops.cli.bench.gpu.rivals import Attention
 
 _MODEL_WIDTH = 2048
 _TOKENS = 16384
@@ -71,7 +71,7 @@ def _attention(
     def make(name: str) -> Contest:
         found = lengths() if callable(lengths) else lengths
         n_heads = heads or _MODEL_WIDTH // head_dim
-        return AttentionContest(group, name, setting, found, heads=n_heads, head_dim=head_dim, **keywords)
+        return Attention(group, name, setting, found, heads=n_heads, head_dim=head_dim, **keywords)
 
     return Entry(group, name, make, quick)
 
@@ -113,7 +113,7 @@ def _with_mask(setting: Setting, name: str, lengths: Sequence[int], head_dim: in
         generator = torch.Generator().manual_seed(setting.seed)
         chosen = (torch.rand(size, size, generator=generator) < 0.5).fill_diagonal_(True)
         allowed = chosen.repeat_interleave(block, 0).repeat_interleave(block, 1).to(setting.device)
-        return AttentionContest(group, name, setting, lengths, heads=heads, head_dim=head_dim, allowed=allowed)
+        return Attention(group, name, setting, lengths, heads=heads, head_dim=head_dim, allowed=allowed)
 
     return Entry(group, name, make, quick=True)
 
@@ -151,21 +151,21 @@ def _until(tokens: int, draw: Callable[[], int], longest: int) -> list[int]:
 
 def _loss(setting: Setting, rows: int, vocabulary: int, ignored: float, *, quick: bool = False) -> Entry:
     name = f"{rows} x {vocabulary}, {ignored:.0%} ignored"
-    make = functools.partial(LossContest, setting, rows, vocabulary, ignored)
-    return Entry(LossContest.group, name, make, quick)
+    make = functools.partial(Loss, setting, rows, vocabulary, ignored)
+    return Entry(Loss.group, name, make, quick)
 
 
 def _linear_loss(
     setting: Setting, rows: int, width: int, vocabulary: int, ignored: float, *, quick: bool = False
 ) -> Entry:
     name = f"{rows} x {width} x {vocabulary}, {ignored:.0%} ignored"
-    make = functools.partial(LinearLossContest, setting, rows, width, vocabulary, ignored)
-    return Entry(LinearLossContest.group, name, make, quick)
+    make = functools.partial(LinearLoss, setting, rows, width, vocabulary, ignored)
+    return Entry(LinearLoss.group, name, make, quick)
 
 
 def _softmax(setting: Setting, batch: int, heads: int, length: int, *, quick: bool = False) -> Entry:
     name = f"{batch} x {heads} x {length} x {length}, padding, causal"
-    return Entry(SoftmaxContest.group, name, functools.partial(SoftmaxContest, setting, batch, heads, length), quick)
+    return Entry(Softmax.group, name, functools.partial(Softmax, setting, batch, heads, length), quick)
 
 
 def _decode(
@@ -181,8 +181,8 @@ def _decode(
 ) -> Entry:
     filled = "filled to a fifth and more" if ragged else "full"
     name = f"batch {batch}, heads {heads}/{kv_heads} of {head_dim}, {capacity} keys, {filled}"
-    make = functools.partial(DecodeContest, setting, batch, heads, kv_heads, capacity, head_dim, ragged)
-    return Entry(DecodeContest.group, name, make, quick)
+    make = functools.partial(Decode, setting, batch, heads, kv_heads, capacity, head_dim, ragged)
+    return Entry(Decode.group, name, make, quick)
 
 
 def _tiny(setting: Setting) -> Iterator[Entry]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskops import masks
-from maskops.cli.bench.gpu.contest import Contender, Contest, Leaves, Setting
+from maskops.cli.bench.contests.contest import Contest, Leaves, Setting
 from maskops.cli.bench.jobs import Outcome
 from maskops.masks import Mask
 
@@ -106,12 +106,6 @@ class AttentionContest(Contest):
     def upstream(self, layout: str, out: Tensor) -> Tensor:
         """Random, so that no gradient is 0 by itself."""
         return self.in_layout(self._packed[3], layout).to(out.dtype)
-
-    def contenders(self) -> list[Contender]:
-        """See `rivals`."""
-        from maskops.cli.bench.gpu import rivals  # which reads this class
-
-        return rivals.attention(self)
 
     def sample(self, layout: str, results: Sequence[Tensor]) -> Outcome:
         """The longest sequence, the first key head and its group of query heads."""

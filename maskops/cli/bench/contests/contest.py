@@ -75,6 +75,11 @@ class Contender:
     consumes: bool = False
 
 
+def always(function: Function) -> Callable[[Leaves], Function]:
+    """For a contender whose step needs nothing that is made before."""
+    return lambda leaves: function
+
+
 class Contest(ABC):
     """One computation.
 

@@ -1,0 +1,385 @@
+"""`bench cpu`: the table against the contests it names, tiny contests from end to end, and what figures hang on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskops
+from maskops import extension
+from maskops.cli.bench import chart as charts
+from maskops.cli.bench import machine, others
+from maskops.cli.bench.contests.contest import Contender, Contest, Setting
+from maskops.cli.bench.cpu import attention, chart, command, helper, limits, losses, measure, report, rows
+from maskops.cli.bench.cpu.contest import HUGE_PAGES, Entry, Goal, Line
+from maskops.cli.bench.timing import Timing
+from maskops.cli.main import main
+
+pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=f"extension: {extension.reason()}")
+
+CPU = torch.device("cpu")
+TINY = Setting(CPU, torch.float32, small=True)
+PACE = measure.Pace(budget=0.0, min_rounds=2, max_rounds=2, compiled=True, repeats=True)
+STEADY = limits.Limits(100.0, 10.0, 20.0, 5.0, 30.0, 40.0)
+
+
+@pytest.fixture(autouse=True)
+def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "peaks", lambda device, dtype: machine.Peaks(1000.0, 2.0, 3.0))
+
+
+def test_the_table_names_contenders_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Values take memory and time, and none are needed.
+    monkeypatch.setattr(Setting, "randn", lambda self, *size, stream=0: torch.zeros(1, dtype=self.dtype).expand(size))
+    table = list(rows.entries())
+    keys = [(entry.group, entry.mode, line.name) for entry in table for line in entry.lines]
+    assert len(set(keys)) == len(keys)
+    assert {entry.group for entry in table} == {entry.group for entry in table if entry.quick}
+    for entry in table:
+        contest = entry.make()
+        known = {contender.name: contender for contender in contest.contenders()}
+        assert {name.removesuffix(HUGE_PAGES) for name in entry.names()} <= set(known)
+        for line in entry.lines:
+            assert known[line.ours].ours and line.goals
+            floor = measure.limit_seconds(line.limit, contest, entry.mode == "training", STEADY)
+            assert (floor is None) == (line.limit is None) and floor != 0.0
+            for goal in line.goals:
+                assert goal.aim is None or goal.aim >= goal.at_least
+                peers = [known[peer.removesuffix(HUGE_PAGES)] for peer in goal.peers]
+                assert not any(peer.ours and not peer.partial for peer in peers)
+
+
+def tiny(contest: Contest, mode: Any = "training", limit: Any = None) -> Entry:
+    ours = [each.name for each in contest.contenders() if each.ours]
+    theirs = tuple(each.name for each in contest.contenders() if not each.ours)
+    lines = tuple(Line(name, name, (Goal(theirs, 1.0),), limit) for name in ours)
+    return Entry("group", lambda: contest, lines, mode)
+
+
+def of_attention(lengths: list[int], **keywords: Any) -> attention.Attention:
+    return attention.Attention("", "", dataclasses.replace(TINY, dtype=keywords.pop("dtype", torch.float32)), lengths,
+                               heads=4, head_dim=8, **keywords)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make, mode, limit",
+    [
+        (lambda: of_attention([6, 6]), "training", "multiply-add"),
+        (lambda: of_attention([6, 6], causal=False, kv_heads=2), "forward", "multiply-add"),
+        (lambda: of_attention([600], window=40), "forward", "multiply-add"),
+        (lambda: of_attention([5, 9, 2], dtype=torch.bfloat16), "training", "multiply-add"),
+        (lambda: attention.Decode(TINY, 2, 4, 2, 16, 8, False, ""), "forward", "read"),
+        (lambda: losses.Loss(TINY, 16, 40, 0.75, ""), "training", "copy + touch"),
+        (lambda: losses.LinearLoss(dataclasses.replace(TINY, dtype=torch.bfloat16), 16, 8, 40, 0.5, ""), "training",
+         "multiply-add"),
+        (lambda: losses.Softmax(TINY, 2, 2, 8, True, ""), "training", "copy + touch"),
+        (lambda: losses.Softmax(TINY, 2, 2, 8, False, ""), "graph", "copy"),
+    ],
+)  # fmt: skip
+def test_every_contender_computes_the_same(make: Any, mode: Any, limit: Any) -> None:
+    result = measure.measure(tiny(make(), mode, limit), PACE, lambda: STEADY, None)
+    for row in result.rows:
+        if row.name == losses.REUSED and "grad_buffer" not in inspect.signature(maskops.cross_entropy).parameters:
+            continue
+        assert row.problem is None, row
+        assert row.timing is not None and len(row.timing.seconds) == 2
+        assert row.error is None if row.name == losses.UNMASKED else (row.error is not None and row.error <= 2.0)
+    for outcome in result.outcomes:
+        if outcome.share is None:
+            assert outcome.line.ours == losses.REUSED
+            continue
+        assert outcome.share > 0.0
+        assert outcome.best.ratio is not None and outcome.reached[0].peer is not None
+
+
+class Doubled(Contest):
+    """Twice a tensor."""
+
+    group, name, setting = "group", "doubled", TINY
+
+    def __init__(self, *contenders: Contender) -> None:
+        self._contenders = contenders
+        self._x = torch.linspace(0.0, 1.0, 1 << 14).requires_grad_()
+
+    def contenders(self) -> tuple[Contender, ...]:
+        return self._contenders
+
+    def leaves(self, layout: str) -> tuple[Tensor, ...]:
+        return (self._x,)
+
+    def sample(self, layout: str, results: Any) -> dict[str, Tensor]:
+        return dict(zip(("out", "dx"), (x.double() for x in results), strict=False))
+
+    def exact(self, backward: bool) -> dict[str, Tensor]:
+        found = {"out": 2.0 * self._x.detach().double()}
+        return {**found, "dx": torch.full_like(found["out"], 2.0)} if backward else found
+
+    plain = exact
+
+    def bytes(self, backward: bool) -> float:
+        return 1e9
+
+    def written(self, backward: bool) -> float:
+        return 5e8
+
+
+def _failing(leaves: Any) -> Any:
+    raise NotImplementedError("this machine\nhas none")
+
+
+OURS = Contender("ours", lambda leaves: lambda x: x + x, ours=True)
+PEER = Contender("peer", lambda leaves: lambda x: x * 2.0)
+WRONG = Contender("wrong", lambda leaves: lambda x: x * 2.01)
+REFUSED = Contender("refused", _failing)
+COMPILED = Contender("compiled", lambda leaves: lambda x: x * 2.0, compiles=True)
+
+
+class StandIn:
+    """A helper whose runs take as long as it says."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def prepare(self, entry: Entry, contender: str) -> measure.Row:
+        self.asked.append(f"prepare {contender}")
+        return measure.Row(contender, False, memory=4, floor=2)
+
+    def run(self, contender: str) -> float:
+        self.asked.append(f"run {contender}")
+        return 1.0
+
+
+def doubled(*goals: Goal, contenders: tuple[Contender, ...] = (OURS, PEER, WRONG, REFUSED, COMPILED)) -> Entry:
+    lines = (Line("twice", "ours", goals, "copy + touch", 0.5, memory=1e-9),)
+    return Entry("group", lambda: Doubled(*contenders), lines)
+
+
+def executed(*chosen: Entry, pace: measure.Pace = PACE) -> report.CpuReport:
+    return command.execute(chosen, pace, lambda: STEADY, StandIn(), mode="quick", seed=0)
+
+
+def test_goals_are_held_against_the_quickest_that_is_right(tmp_path: Path) -> None:
+    slow = Goal(("peer" + HUGE_PAGES,), 3.0, 4.0)
+    entry = doubled(Goal(("peer", "wrong", "refused"), 1e-6), slow, Goal(("compiled",), 1e6))
+    found = executed(entry, pace=dataclasses.replace(PACE, compiled=False))
+    first, second, third = found.results[0].outcomes[0].reached
+    assert first.peer == "peer" and first.met and third.ratio is None and third.met is None
+    rows_of = {row.name: row for row in found.results[0].rows}
+    ours = rows_of["ours"].timing
+    assert ours is not None and second.ratio == pytest.approx(1.0 / ours.median, rel=0.5) and second.met
+    assert rows_of["wrong"].problem is not None and rows_of["wrong"].problem.startswith("WRONG: ")
+    assert rows_of["refused"].problem == "refused: NotImplementedError: this machine has none"
+    assert rows_of["ours"].floor == (1 << 16) and rows_of["peer" + HUGE_PAGES].memory == 4
+    share = found.results[0].outcomes[0].share
+    # Bytes over the copy, and those that are new over the first touch.
+    assert share == pytest.approx((1.0 / 20.0 + 0.5 / 5.0) / ours.median)
+    assert [text.split(": ")[2] for text in found.problems()] == ["wrong"]
+    text = report.render(found)
+    assert "PROBLEMS" in text and "WRONG" in text and "compiled: not measured" in text
+    if rows_of["ours"].memory:  # which a system may not tell
+        assert "the floor of memory, wanted 1e-09x" in text
+    found.write_json(tmp_path / "x.json")
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert stored["kind"] == "cpu" and stored["results"][0]["outcomes"][0]["reached"][1]["goal"]["aim"] == 4.0
+    assert stored["results"][0]["rows"][0]["timing"]["median"] > 0.0
+
+    missed = executed(doubled(Goal(("peer",), 1e6), contenders=(OURS, PEER)))
+    assert missed.problems() == [] and "peer, wanted 1e+06x" in report.render(missed)
+    assert executed(
+        doubled(Goal(("peer",), 1.0), contenders=(dataclasses.replace(OURS, make=_failing), PEER))
+    ).problems()
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    assert charts.available() is None, "the chart needs matplotlib: pip install matplotlib"
+    entries = [doubled(Goal(("peer",), 1e-6, 2.0), Goal(("peer",), 1e6), contenders=(OURS, PEER))]
+    chart.draw(executed(*entries, dataclasses.replace(entries[0], mode="training")), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rounds_between_limits_that_moved_are_repeated_once() -> None:
+    measured = [
+        limits.Limits(100.0, 10.0, copy, 5.0, 30.0, 40.0) for copy in (20.0, 25.0, 26.0, 26.5, 20.0, 30.0, 20.0, 30.0)
+    ]
+    entry = doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER))
+    gauge = iter(measured)
+    result = measure.measure(entry, PACE, lambda: next(gauge), None)
+    assert result.moved < limits.STEADY and result.before.copy == 26.0
+    result = measure.measure(entry, PACE, lambda: next(gauge), None)
+    assert result.moved == pytest.approx(0.5)
+    text = report.render(report.CpuReport("quick", executed().machine, {}, (result,), 1.0))
+    assert "those of 1 of 1 measurements differ by more than 5%" in text and "~" in text
+    other = dataclasses.replace(STEADY, multiply_add=1.0, read=50.0)
+    assert STEADY.best(other) == dataclasses.replace(STEADY, read=50.0)
+
+
+def test_everybody_gets_the_same_share_of_the_time() -> None:
+    pace = measure.Pace(budget=1.0, min_rounds=2, max_rounds=9, compiled=True, repeats=True)
+    turns: list[str] = []
+
+    def run(name: str, seconds: float) -> Any:
+        return lambda: turns.append(name) or seconds
+
+    found = measure.rounds({"a": run("a", 0.01), "b": run("b", 0.9), "c": run("c", 0.2)}, {"a"}, pace)
+    # Each may take a third of a second; b has used its share after the rounds that everybody gets, c after two more.
+    assert [len(found[name].seconds) for name in "abc"] == [2, 2, 2]
+    found = measure.rounds({"a": run("a", 0.01), "b": run("b", 0.9), "c": run("c", 0.1)}, {"a"}, pace)
+    assert [len(found[name].seconds) for name in "abc"] == [4, 2, 4]
+    assert measure.ratio(Timing((1.0, 2.0, 9.0)), Timing((3.0, 8.0))) == 3.5
+    assert {turns[index] for index in range(3)} == {"a", "b", "c"}
+
+
+def test_inputs_that_are_overwritten_come_back() -> None:
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.x = x
+            return x * 2.0
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            with torch.no_grad():
+                return ctx.x.copy_(grad * 2.0)
+
+    contender = Contender("in place", lambda leaves: Overwriting.apply, ours=True, consumes=True)
+    contest = Doubled(contender)
+    row, runner = measure.checked(contest, contender, "training", (contest.exact(True), contest.plain(True)))
+    assert row.problem is None and runner is not None and row.floor == 1 << 16  # the result; the gradient is no new one
+    runner.seconds()
+    runner.renew()
+    assert torch.equal(runner.run()[0], 2.0 * contest.leaves("")[0].detach())
+
+
+def test_the_helper_answers_line_by_line() -> None:
+    entry = doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER))
+    questions = [
+        {"prepare": ["group", "forward", "twice"], "contender": "peer"},
+        {"run": "peer"},
+        {"prepare": ["group", "forward", "twice"], "contender": "ours"},
+    ]
+    answers = io.StringIO()
+    helper.serve([entry], io.StringIO("\n".join(map(json.dumps, questions))), answers)
+    first, second, third = map(json.loads, answers.getvalue().splitlines())
+    assert measure.Row(**first).name == "peer" and second["seconds"] > 0.0 and third["ours"]
+
+    code = (
+        "import os, sys\n"
+        "for line in sys.stdin:\n"
+        "    prepared = '\"prepare\"' in line\n"
+        "    answer = '{\"name\": \"' + os.environ['THP_MEM_ALLOC_ENABLE'] + '\", \"ours\": false}'\n"
+        "    print(answer if prepared else '{\"seconds\": 2.5}', flush=True)\n"
+        "    if not prepared: break"
+    )
+    with helper.Helper(0, 1) as other:
+        other._line = [sys.executable, "-c", code]
+        assert other.prepare(entry, "peer") == measure.Row("1", False) and other.run("peer") == 2.5
+        with pytest.raises((RuntimeError, BrokenPipeError)):
+            other.run("peer")
+
+
+@pytest.mark.parametrize("instruction_set", extension.instruction_sets())
+def test_loops_that_measure_the_machine_do_their_work(instruction_set: str) -> None:
+    before = extension.instruction_set()
+    assert before is not None
+    try:
+        extension.select_instruction_set(instruction_set)
+        source = torch.arange(1.0, 1100.0)
+        target = torch.zeros(1104)
+        assert extension.limit_read(source) == source.sum()
+        extension.limit_copy(target[: len(source)], source)
+        assert torch.equal(target[: len(source)], source) and not target[len(source) :].any()
+        assert extension.limit_multiply_add(10) == 10 * extension.limit_multiply_add(1) > 0
+        assert extension.limit_multiply_add(0) == 0
+        found = limits.Gauge(3, numel=1 << 14, rounds=2000).measure()
+        assert all(value > 0.0 for value in dataclasses.astuple(found))
+    finally:
+        extension.select_instruction_set(before)
+
+
+def test_options_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = limits.Gauge(1, numel=1 << 12, rounds=10)
+    monkeypatch.setattr(command, "Gauge", lambda threads: small)
+    monkeypatch.setitem(command.PACES, "quick", PACE)
+    path = tmp_path / "x.json"
+    line = ["bench", "cpu", "--quick", "--only", "calls, tiny shapes, forward: masked", "--threads", "1"]
+    assert main([*line, "--json", str(path)]) == 0
+    assert f"numbers: {path}" in capsys.readouterr().out
+    assert len(json.loads(path.read_text())["results"]) == 1
+    wrong = doubled(Goal(("wrong",), 1.0), contenders=(OURS, WRONG))
+    monkeypatch.setattr(command, "entries", lambda seed: [dataclasses.replace(wrong, quick=True)])
+    assert main(["bench", "cpu", "--quick"]) == 1
+    assert main(["bench", "cpu", "--only", "no such thing"]) == 2
+    assert "no line of the table has this in its name" in capsys.readouterr().err
+
+
+def test_an_instruction_set_is_that_of_both_sides(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    class ReplacedError(Exception):
+        pass
+
+    def execv(program: str, arguments: list[str]) -> None:
+        started.append(arguments)
+        raise ReplacedError
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(extension, "instruction_sets", lambda: ("baseline", "avx2"))
+    monkeypatch.setattr(sys, "argv", ["maskops", "bench", "cpu", "--instruction-set", "avx2"])
+    with pytest.raises(ReplacedError):
+        main(["bench", "cpu", "--instruction-set", "avx2"])
+    assert started == [[sys.executable, "-m", "maskops", "bench", "cpu", "--instruction-set", "avx2"]]
+    assert os.environ["MASKOPS_BACKEND"] == "cpu:avx2" and os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert main(["bench", "cpu", "--instruction-set", "avx512"]) == 2
+    assert "this machine has baseline, avx2" in capsys.readouterr().err
+
+
+def test_processors_that_others_take_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a /proc of our own: idle time, guests and our descendants are not others'; stolen time is."""
+    tick = os.sysconf("SC_CLK_TCK")
+    clock = iter((100.0, 104.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+
+    def write(user: int, idle: int, steal: int, own: int, child: int, other: int) -> None:
+        (tmp_path / "stat").write_text(f"cpu  {user} 0 0 {idle} {idle} 0 0 {steal} {user} 0\ncpu0 1 2\n")
+        for number, parent, ticks in ((os.getpid(), 1, own), (7, os.getpid(), child), (8, 7, 0), (9, 1, other)):
+            (tmp_path / str(number)).mkdir(exist_ok=True)
+            words = " ".join(["S", str(parent), *["0"] * 9, str(ticks), "0", "0", "0", "0"])
+            (tmp_path / str(number) / "stat").write_text(f"{number} (a name) (with) brackets) {words}")
+
+    write(user=1000, idle=5000, steal=0, own=300, child=200, other=500)
+    (tmp_path / "self").mkdir()
+    watched = others.Others(tmp_path)
+    write(user=1000 + 6 * tick, idle=9000, steal=2 * tick, own=300 + 3 * tick, child=200 + tick, other=500 + 2 * tick)
+    assert watched.taken() == pytest.approx(1.0)
+    monkeypatch.undo()
+    assert others.Others(tmp_path / "nowhere").taken() == 0.0
+    real = others.Others()
+    assert real.taken() >= 0.0
+
+
+def test_work_of_this_process_is_not_that_of_others() -> None:
+    watched = others.Others()
+    busy_before, own_before = watched._read()
+    until = time.process_time() + 0.1
+    while time.process_time() < until:
+        pass
+    busy, own = watched._read()
+    if busy_before == 0.0:
+        pytest.skip("this system has no /proc")
+    assert own - own_before == pytest.approx(0.1, abs=0.05) and busy - busy_before > 0.05
