@@ -27,6 +27,27 @@ int workers_for(const Threads& threads, double shares, size_t n_tasks) {
   return static_cast<int>(std::min({static_cast<double>(threads.count), 1 + shares, std::max<double>(1, n_tasks)}));
 }
 
+// Tasks are handed out in runs, whose keys mostly lie side by side in memory: a long stream is read faster than many
+// short ones. Runs become shorter, so that the last ones level the threads. Gives where each begins, and the end.
+std::vector<int64_t> runs_of(const std::vector<DecodeTask>& tasks, int workers) {
+  int64_t keys = 0, taken = 0;
+  for (const DecodeTask& task : tasks) keys += task.key_end - task.key_begin;
+  std::vector<int64_t> begins;
+  int64_t wanted = 0, run = 0;
+  for (size_t i = 0; i < tasks.size(); i++) {
+    if (i == 0 || run >= wanted) {
+      begins.push_back(static_cast<int64_t>(i));
+      wanted = (keys - taken) / (2 * workers);
+      run = 0;
+    }
+    const int64_t own = tasks[i].key_end - tasks[i].key_begin;
+    run += own;
+    taken += own;
+  }
+  begins.push_back(static_cast<int64_t>(tasks.size()));
+  return begins;
+}
+
 // The hull of the keys that some query of [begin, end) of a sequence sees.
 void hull_of(const DecodeForward& p, int64_t batch, int64_t begin, int64_t end, int32_t& low, int32_t& high) {
   const auto k_len = static_cast<int32_t>(p.shape.k_len);
@@ -106,21 +127,26 @@ void decode_forward(const DecodeForward& p, const Threads& threads) {
   const double shares = std::max(2.0 * pairs * widths / FLOPS_PER_WORKER,
                                  keys * widths * static_cast<double>(bytes_of(shape.element)) / BYTES_PER_WORKER);
   const int workers = workers_for(threads, shares, tasks.size());
+  const std::vector<int64_t> runs = runs_of(tasks, workers);
   struct Context {
     const DecodeForward& p;
     const KernelTable& table;
     const std::vector<DecodeTask>& tasks;
     const std::vector<Group>& merges;
+    const std::vector<int64_t>& runs;
     std::vector<Memory> scratch;
-  } context{p, table, tasks, merges, {}};
+  } context{p, table, tasks, merges, runs, {}};
   const size_t bytes =
       table.decode_scratch(shape, p.spans.n_spans, static_cast<int>(std::min<int64_t>(rows, DECODE_ROWS)));
   context.scratch = scratch_for(workers, bytes);
   threads.run(
-      static_cast<int64_t>(tasks.size()), workers,
-      [](int64_t task, int worker, void* pointer) {
+      static_cast<int64_t>(runs.size()) - 1, workers,
+      [](int64_t run, int worker, void* pointer) {
         auto& context = *static_cast<Context*>(pointer);
-        context.table.decode_forward(context.p, context.tasks[task], context.scratch[worker].get());
+        for (int64_t task = context.runs[run], end = context.runs[run + 1]; task < end; task++) {
+          const DecodeTask* following = task + 1 < end ? &context.tasks[task + 1] : nullptr;
+          context.table.decode_forward(context.p, context.tasks[task], following, context.scratch[worker].get());
+        }
       },
       &context);
   threads.run(

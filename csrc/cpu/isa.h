@@ -33,7 +33,8 @@ struct KernelTable {
   void (*attention_bias)(const AttentionBackward&, const BiasTask&, char* scratch);
   size_t (*decode_scratch)(const AttentionShape&, int n_spans, int rows);
   int64_t (*decode_partial_width)(const AttentionShape&);  // floats of a row's partial result
-  void (*decode_forward)(const DecodeForward&, const DecodeTask&, char* scratch);
+  // The task after this one, of which the first keys are fetched, or nullptr.
+  void (*decode_forward)(const DecodeForward&, const DecodeTask&, const DecodeTask* following, char* scratch);
   void (*decode_merge)(const DecodeForward&, const DecodeTask*, int n_tasks, char* scratch);
   void (*cross_entropy_forward)(const CrossEntropyForward&, int64_t row_begin, int64_t row_end);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
