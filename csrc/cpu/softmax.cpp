@@ -3,12 +3,10 @@
 #include "softmax.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace maskops {
 namespace {
@@ -16,50 +14,65 @@ namespace {
 constexpr int64_t TASK_BYTES = 1 << 17;     // elements of a task
 constexpr int64_t STRIP_OVERHEAD = 1 << 7;  // what a strip costs beyond its elements, in bytes
 constexpr int64_t WORKER_BYTES = 1 << 18;   // waking a thread pays off for this much
+// Results of this size are written to memory that nobody touched before (advise_huge_pages). Where two threads touch a
+// page of that memory at once, both clear it, so that each takes whole pages.
+constexpr int64_t FRESH_BYTES = 32 << 20;
+constexpr int64_t HUGE_PAGE = 2 << 20;
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
+// The strips of each task: where it begins, and the end.
+std::vector<int64_t> tasks_of(int64_t n_strips, int64_t strip_bytes, const void* results, int64_t result_bytes,
+                              const Threads& threads) {
+  std::vector<int64_t> begins;
+  if (result_bytes < FRESH_BYTES || result_bytes / HUGE_PAGE < 4 * threads.count) {
+    const int64_t strips_per_task = std::max<int64_t>(1, TASK_BYTES / strip_bytes);
+    for (int64_t begin = 0; begin < n_strips; begin += strips_per_task) begins.push_back(begin);
+  } else {
+    // The results of the strips lie one behind the other, but for the strips of lanes, which share pages anyway.
+    const double bytes_of_strip = static_cast<double>(result_bytes) / static_cast<double>(n_strips);
+    const auto before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(results) % HUGE_PAGE);
+    for (int64_t end = -before; end < result_bytes; end += HUGE_PAGE) {
+      const auto begin = static_cast<int64_t>(static_cast<double>(std::max<int64_t>(end, 0)) / bytes_of_strip);
+      if (begins.empty() || begin > begins.back()) begins.push_back(begin);
+    }
+  }
+  begins.push_back(n_strips);
+  return begins;
+}
 
 template <class Parameters>
-void run_strips(const Parameters& p, const Threads& threads, size_t scratch_bytes,
+void run_strips(const Parameters& p, const SoftmaxOperand& results, const Threads& threads, size_t scratch_bytes,
                 void (*fn)(const Parameters&, int64_t begin, int64_t end, char* scratch)) {
   struct Job {
     const Parameters& p;
-    int64_t n_strips, strips_per_task;
+    std::vector<int64_t> begins;
     void (*fn)(const Parameters&, int64_t begin, int64_t end, char* scratch);
-    std::vector<std::unique_ptr<char, Free>> scratch;
+    std::vector<Memory> scratch;
   };
   const SoftmaxShape& shape = p.shape;
   const int64_t width = std::min<int64_t>(shape.lanes, kernels().softmax_width);
   const int64_t n_strips = shape.outer_count * ((shape.lanes + width - 1) / width);
   const int64_t strip_bytes = shape.length * width * bytes_of(shape.element) + STRIP_OVERHEAD;
-  Job job{p, n_strips, std::max<int64_t>(1, TASK_BYTES / strip_bytes), fn, {}};
-  const int64_t n_tasks = (n_strips + job.strips_per_task - 1) / job.strips_per_task;
   // In double: lengths by strides of 0 may exceed what memory could hold.
   const double useful = static_cast<double>(n_strips) * static_cast<double>(strip_bytes) / WORKER_BYTES;
   const int workers = static_cast<int>(std::clamp(useful, 1.0, static_cast<double>(threads.count)));
-  // Allocated before the team starts: a task cannot fail.
-  for (int worker = 0; worker < workers; worker++) {
-    job.scratch.emplace_back(static_cast<char*>(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64)));
-    if (job.scratch.back() == nullptr) throw std::bad_alloc();
-  }
+  const int64_t result_bytes = shape.outer_count * shape.length * shape.lanes * bytes_of(shape.element);
+  Job job{p, tasks_of(n_strips, strip_bytes, results.data, result_bytes, threads), fn,
+          scratch_for(workers, scratch_bytes)};
   const auto run_task = [](int64_t task, int worker, void* context) {
     const Job& job = *static_cast<const Job*>(context);
-    const int64_t begin = task * job.strips_per_task;
-    job.fn(job.p, begin, std::min(begin + job.strips_per_task, job.n_strips), job.scratch[worker].get());
+    job.fn(job.p, job.begins[task], job.begins[task + 1], job.scratch[worker].get());
   };
-  threads.run(n_tasks, workers, run_task, &job);
+  threads.run(static_cast<int64_t>(job.begins.size()) - 1, workers, run_task, &job);
 }
 
 }  // namespace
 
 void softmax_forward(const SoftmaxForward& p, const Threads& threads) {
-  run_strips(p, threads, kernels().softmax_forward_scratch(p), kernels().softmax_forward);
+  run_strips(p, p.weights, threads, kernels().softmax_forward_scratch(p), kernels().softmax_forward);
 }
 
 void softmax_backward(const SoftmaxBackward& p, const Threads& threads) {
-  run_strips(p, threads, kernels().softmax_backward_scratch(p), kernels().softmax_backward);
+  run_strips(p, p.grad_x, threads, kernels().softmax_backward_scratch(p), kernels().softmax_backward);
 }
 
 }  // namespace maskops

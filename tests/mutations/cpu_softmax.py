@@ -5,60 +5,63 @@ from tests.mutations import Mutation
 SOFTMAX_TESTS = ("tests/test_softmax.py", "tests/test_softmax_torch.py", "tests/test_softmax_errors.py")
 
 SOFTMAX = "csrc/cpu/softmax.inc"
+FORWARD = "csrc/cpu/softmax_forward.inc"
+BACKWARD = "csrc/cpu/softmax_backward.inc"
+SCHEDULE = "csrc/cpu/softmax.cpp"
 
 MUTATIONS = (
     Mutation(
         "softmax: masked elements are read",
-        SOFTMAX,
+        FORWARD,
         "if constexpr (MASK == SM_BYTES) value = sm_visible(mask + i) ? value : splat(-INFINITY);",
         "static_cast<void>(mask);",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: a strided mask taken as adjacent",
-        SOFTMAX,
+        FORWARD,
         "value = sm_visible(mask + i * strides.mask, strides.mask)",
         "value = sm_visible(mask + i, 1)",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: the ragged vector counts elements twice",
-        SOFTMAX,
+        FORWARD,
         "tail = lane >= splat_int((int32_t)(W - (n - i))) ? last",
         "tail = lane >= splat_int(0) ? last",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: one visible byte for all lanes",
-        SOFTMAX,
+        FORWARD,
         "value = splat_int(*mask) != 0 ? value : splat(-INFINITY);",
         "static_cast<void>(mask);",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: the buffer keeps what a block before left",
-        SOFTMAX,
+        FORWARD,
         "if (top > -INFINITY) total *= exp((double)top - raised);",
         "",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: lanes are not rescaled",
-        SOFTMAX,
+        FORWARD,
         "before[v] == splat(-INFINITY) ? (vf){} : sm_exp(before[v] - reference[v])",
         "before[v] == splat(-INFINITY) ? (vf){} : splat(1.0f)",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: nothing visible is NaN",
-        SOFTMAX,
+        FORWARD,
         "const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;",
         "const float scale = 1.0f / sum;",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: lanes of nothing visible are NaN",
-        SOFTMAX,
+        FORWARD,
         "scale[v] = total.sums[v] == (vf){} ? (vf){} :",
         "scale[v] =",
         SOFTMAX_TESTS,
@@ -72,7 +75,7 @@ MUTATIONS = (
     ),
     Mutation(
         "softmax: lse of an infinite score",
-        SOFTMAX,
+        FORWARD,
         "if (lse != nullptr) *lse = holds_nan ? NAN : INFINITY;",
         "",
         SOFTMAX_TESTS,
@@ -110,28 +113,28 @@ MUTATIONS = (
     ),
     Mutation(
         "softmax: a whole row behind one byte",
-        SOFTMAX,
+        FORWARD,
         "p.mask.along == 0 && *mask == 0",
         "p.mask.along == 0 && *mask == 2",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: gradients of masked elements reach the sum",
-        SOFTMAX,
+        BACKWARD,
         "return w == (vf){} ? (vf){} : w * g;",
         "return w * g;",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: sign of the gradient of the lse",
-        SOFTMAX,
+        BACKWARD,
         "if (grad_lse != nullptr) total -= *grad_lse;",
         "if (grad_lse != nullptr) total += *grad_lse;",
         SOFTMAX_TESTS,
     ),
     Mutation(
         "softmax: gradient of the lse of a lane",
-        SOFTMAX,
+        BACKWARD,
         "total.sums[v] -= load(values + v * W);",
         "total.sums[v] -= load(values);",
         SOFTMAX_TESTS,
