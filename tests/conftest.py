@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib.util
 import os
 import sys
 from collections import Counter
@@ -40,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton's interpreter computes with numpy, which warns of infinities and NaN that are meant.
     numpy.seterr(all="ignore")
     interpreter.hasten()
+    _keep_constants_of_sources_out_of_examples()
+    # Compilers make many objects that stay: by default each of them is looked at again and again.
+    gc.set_threshold(20_000, 20, 100)
     # On the small shapes of tests a second thread costs more than it brings; what depends on threads sets their number.
     torch.set_num_threads(1)
     placement.configure(config)
@@ -49,6 +53,17 @@ def pytest_configure(config: pytest.Config) -> None:
         reason = None if hasattr(config, "workerinput") else emulation.build()
         if reason is None and emulation.library().exists():
             extension.load_cuda_emulation(emulation.library())
+
+
+def _keep_constants_of_sources_out_of_examples() -> None:
+    """Hypothesis parses all of the package for the numbers in it, and again whenever a module is imported.
+
+    That takes seconds in each process, and would make the examples of a test depend on what ran before it.
+    """
+    if importlib.util.find_spec("hypothesis") is not None:
+        from hypothesis.internal.conjecture import providers
+
+        providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +91,12 @@ def pytest_collection_finish() -> None:
     """Benchmarks collect garbage before they measure: not, each time, all that a session has imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The same of what the tests of a file have imported and compiled, which benchmarks of the next would look at."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,22 +13,26 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 LENGTHS = (3, 2, 4)
 
 
-def printed_by(name: str) -> str:
+def printed_by(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What an example prints; in this process, which has imported what it imports."""
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
+
+
+@pytest.fixture(scope="module")
+def walkthrough() -> dict[int, str]:
+    """What the walkthrough prints, by step; in a process of its own, as users run it."""
     result = subprocess.run(
-        [sys.executable, EXAMPLES / name],
+        [sys.executable, EXAMPLES / "walkthrough.py"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         timeout=300,
     )
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def walkthrough() -> dict[int, str]:
-    """What the walkthrough prints, by step."""
-    text = printed_by("walkthrough.py")
+    text = result.stdout
     assert max(map(len, text.splitlines())) <= 120
     parts = re.split(r"^ ?(\d+)\. ", text, flags=re.MULTILINE)
     return {int(number): text for number, text in zip(parts[1::2], parts[2::2], strict=True)}
@@ -120,8 +125,8 @@ def test_the_way_from_sentences_to_a_step_is_short(name: str) -> None:
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 60
 
 
-def test_training_a_language_model() -> None:
-    text = printed_by("train_language_model.py")
+def test_training_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed_by("train_language_model.py", capsys)
     first, last = losses(text)
     assert first > 2.5 and last < 0.5 * first
     assert "6 documents in, 6 out as 6 sequences" in text and "6 BOS and 6 EOS added" in text
@@ -129,18 +134,18 @@ def test_training_a_language_model() -> None:
     assert re.search(r"^padded to 14 +54\.8% +84 ", text, flags=re.MULTILINE)
 
 
-def test_training_an_lstm() -> None:
-    text = printed_by("train_lstm.py")
+def test_training_an_lstm(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed_by("train_lstm.py", capsys)
     first, last = losses(text)
     assert first > 2.5 and last < 0.5 * first
     found = re.search(r"6 sentences together or alone: difference up to ([0-9.e+-]+)$", text, flags=re.MULTILINE)
     assert found is not None and float(found[1]) < 1e-5
 
 
-def test_attaching_a_model() -> None:
+def test_attaching_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert len((EXAMPLES / "attach_model.py").read_text(encoding="utf-8").splitlines()) < 60
     pytest.importorskip("transformers", reason="transformers is an optional extra")
-    text = printed_by("attach_model.py")
+    text = printed_by("attach_model.py", capsys)
     stock = re.search(r"^packed as transformers takes it: off by ([0-9.e+-]+) ", text, flags=re.MULTILINE)
     assert stock is not None and float(stock[1]) > 0.1
     ours = [float(x) for x in re.findall(r"with maskops: largest difference ([0-9.e+-]+)$", text, flags=re.MULTILINE)]

@@ -4,6 +4,7 @@ A probe returns what an op computes with a feature in use. It runs in float32 on
 reference; outputs and gradients must agree, and the feature must have changed something where it can.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -374,6 +375,14 @@ def _run(probe: Probe, backend: str, leaves: dict[str, Tensor]) -> list[Tensor]:
     return outputs + [gradient for gradient in gradients if gradient is not None]
 
 
+@functools.cache
+def _oracle(op: str, feature: str, dtype: torch.dtype) -> list[Tensor]:
+    """What the reference computes in float64 from the same inputs, rounded to ``dtype``; once for all backends."""
+    sizes, probe = PROBES[op, feature]
+    rounded = {name: x.detach().double().requires_grad_() for name, x in _leaves(sizes, dtype).items()}
+    return [result.detach() for result in _run(probe, REFERENCE, rounded)]
+
+
 def test_every_declared_feature_has_a_probe_and_every_lack_is_a_feature() -> None:
     assert set(PROBES) == {(op, feature) for op, features in FEATURES.items() for feature in features}
     for backend in BACKENDS.values():
@@ -398,8 +407,7 @@ def test_what_is_declared_is_true(op: str, feature: str, backend: str) -> None:
     dtypes = declared.ops[op].dtypes if feature in ("masks", "ignored") and declared.is_at_home("cpu") else ()
     for dtype in dtypes or (torch.float32,):
         ours = _run(probe, backend, _leaves(sizes, dtype))
-        rounded = {name: x.detach().double().requires_grad_() for name, x in _leaves(sizes, dtype).items()}
-        oracle = _run(probe, REFERENCE, rounded)
+        oracle = _oracle(op, feature, dtype)
         assert len(ours) == len(oracle)
         tolerance = TOLERANCES.get((op, feature), max(1e-5, 4 * torch.finfo(dtype).eps))
         for value, expected in zip(ours, oracle, strict=True):

@@ -226,10 +226,12 @@ def test_numbers_of_decoding_stay_open() -> None:
 
 
 def test_inductor() -> None:
-    """The default compiler, once: a training step over the stream, with open numbers."""
+    """The default compiler, once: a training step over the stream, with open numbers and one tensor in all roles."""
 
     def step(x: Tensor, cu_seqlens: Tensor, target: Tensor, softcap: float) -> Tensor:
         out = maskops.varlen_attention(x, x * 0.5, x + 1, cu_seqlens, mask=masks.causal(), softcap=softcap)
+        alike, lse = maskops.varlen_attention(x, x, x, cu_seqlens, cu_seqlens, mask=masks.causal(), return_lse=True)
+        out = out + alike * lse.nan_to_num(neginf=0.0).transpose(0, 1)[..., None]
         return maskops.cross_entropy(out.flatten(1) @ WEIGHT, target, cu_seqlens=cu_seqlens, shift=True, z_loss=1e-3)
 
     run = torch.compile(step, fullgraph=True, dynamic=True)
