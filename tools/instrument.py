@@ -19,7 +19,10 @@ THRESHOLDS = re.compile(
 )
 """How the schedules in csrc/cpu name what makes another thread, or a store past the caches, worth its while."""
 
-LEFT_OUT = (".git", ".venv", "build", "dist", "__pycache__", "*.so", "*.egg-info", "results", ".hypothesis")
+LEFT_OUT = (
+    *(".git", ".venv", "build", "dist", "__pycache__", "*.so", "*.egg-info", "results", ".hypothesis"),
+    "torch_maskops-*",  # what a source distribution is made from lies beside the sources for a moment
+)
 # Frames and lines for the reports; vector code that is not optimised at all would take minutes.
 READABLE = "-O1 -g1 -fno-omit-frame-pointer -Wno-uninitialized -Wno-maybe-uninitialized"
 ADDRESS = (
