@@ -114,8 +114,13 @@ class Attention(AttentionContest):
             sequences = zip(*(x.split(list(self.lengths)) for x in (q, k, v)), strict=True)
             with sdpa_kernel(kernel):
                 outs = [
-                    F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in one), is_causal=self.causal)
-                    for one in sequences
+                    F.scaled_dot_product_attention(
+                        query.transpose(0, 1)[None],
+                        key.transpose(0, 1)[None],
+                        value.transpose(0, 1)[None],
+                        is_causal=self.causal,
+                    )
+                    for query, key, value in sequences
                 ]
             return torch.cat([out[0].transpose(0, 1) for out in outs]).to(dtype)
 

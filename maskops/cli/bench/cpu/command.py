@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,9 @@ from maskops.cli.bench import machine, output
 from maskops.cli.bench.cpu import chart
 from maskops.cli.bench.cpu.contest import MODES, Entry
 from maskops.cli.bench.cpu.helper import Helper
-from maskops.cli.bench.cpu.limits import Gauge, Limits
+from maskops.cli.bench.cpu.limits import Gauge
+from maskops.cli.bench.cpu.measure import GaugeLike, Pace, Result, measure
 from maskops.cli.bench.cpu.measure import Helper as HelperLike
-from maskops.cli.bench.cpu.measure import Pace, Result, measure
 from maskops.cli.bench.cpu.report import CpuReport, render
 from maskops.cli.bench.cpu.rows import entries
 from maskops.cli.bench.others import Others
@@ -32,6 +32,9 @@ PACES = {
     "full": Pace(budget=8.0, min_rounds=3, max_rounds=60, compiled=True, repeats=True),
     "quick": Pace(budget=1.0, min_rounds=3, max_rounds=20, compiled=False, repeats=False),
 }
+
+LIMIT = 660.0
+"""Seconds after which nothing is repeated because limits moved: a run stays below a quarter of an hour."""
 
 _CAPABILITIES = {
     "avx2": {
@@ -115,7 +118,7 @@ def select(table: Sequence[Entry], only: str, *, quick: bool) -> list[Entry]:
 def execute(
     chosen: Sequence[Entry],
     pace: Pace,
-    gauge: Callable[[], Limits],
+    gauge: GaugeLike,
     helper: HelperLike | None,
     *,
     mode: str,
@@ -138,7 +141,8 @@ def execute(
         host = machine.describe(torch.device("cpu"), torch.float32)
         for entry in chosen:
             progress.stage(f"{entry.group}, {MODES[entry.mode]}: {entry.lines[0].name}")
-            results.append(measure(entry, pace, gauge, helper))
+            late = time.perf_counter() - started > LIMIT
+            results.append(measure(entry, dataclasses.replace(pace, repeats=False) if late else pace, gauge, helper))
             progress.advance(1.0)
     return CpuReport(
         mode=mode,

@@ -11,7 +11,7 @@ from maskops.cli.bench.contests.contest import Contest
 Mode = Literal["forward", "graph", "training"]
 """Without autograd; with autograd, which makes a graph; forward and backward."""
 
-MODES: dict[Mode, str] = {"forward": "forward", "graph": "forward, with autograd", "training": "forward + backward"}
+MODES: dict[str, str] = {"forward": "forward", "graph": "forward, with autograd", "training": "forward + backward"}
 
 HUGE_PAGES = ", THP"
 """Behind the name of a contender: the same in a process whose allocator asks for huge pages."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -70,57 +69,75 @@ class Gauge:
 
     def __init__(self, threads: int, *, numel: int = _NUMEL, rounds: int = _ROUNDS) -> None:
         self._threads, self._rounds = threads, rounds
-        self._source, self._target = torch.ones(numel), torch.zeros(numel)
-        self._huge_source, self._huge_target = _in_huge_pages(numel).fill_(1.0), _in_huge_pages(numel).zero_()
+        self._source, self._target, self._size = torch.ones(numel), torch.zeros(numel), 4 * numel
+        self._last: Limits | None = None
 
-    def measure(self) -> Limits:
-        """All of them; half a second."""
-        # Parts that begin at the alignment that streaming stores want.
-        part = self._source.numel() // self._threads // 64 * 64
-        size = 4 * part * self._threads
-
-        def read(source: Tensor, thread: int) -> None:
-            extension.limit_read(source[thread * part : (thread + 1) * part])
-
-        def copy(target: Tensor, source: Tensor, thread: int) -> None:
-            span = slice(thread * part, (thread + 1) * part)
-            extension.limit_copy(target[span], source[span])
-
-        whole = 4 * self._source.numel()
-        operations = self._threads * extension.limit_multiply_add(1) * self._rounds
+    def measure(self, wanted: Collection[str] = ()) -> Limits:
+        """Measures the limits with these names, and all of them the first time; the others are those of last time."""
+        names = {field.name for field in fields(Limits)} if self._last is None else set(wanted)
         with ThreadPoolExecutor(self._threads) as pool:
             _together(pool, self._threads, _keep_to_a_processor)
+            found = {name: getattr(self, f"_{name}")(pool) for name in sorted(names)}
+        self._last = Limits(**found) if self._last is None else replace(self._last, **found)
+        return self._last
 
-            def together(work: Callable[[int], object]) -> float:
-                return min(_together(pool, self._threads, work) for _ in range(_REPEATS))
+    def _multiply_add(self, pool: ThreadPoolExecutor) -> float:
+        operations = self._threads * extension.limit_multiply_add(1) * self._rounds
+        best = _together(pool, self._threads, lambda thread: extension.limit_multiply_add(self._rounds))
+        return operations / best * 1e-9
 
-            registers = together(lambda thread: extension.limit_multiply_add(self._rounds))
-            own_read = together(functools.partial(read, self._source))
-            own_copy = together(functools.partial(copy, self._target, self._source))
-            huge_read = together(functools.partial(read, self._huge_source))
-            huge_copy = together(functools.partial(copy, self._huge_target, self._huge_source))
-        return Limits(
-            multiply_add=operations / registers * 1e-9,
-            read=max(size / own_read, whole / _best(self._source.sum)) * 1e-9,
-            copy=2 * max(size / own_copy, whole / _best(lambda: self._target.copy_(self._source))) * 1e-9,
-            touch=whole / min(_touch(whole) for _ in range(3)) * 1e-9,
-            huge_read=size / huge_read * 1e-9,
-            huge_copy=2 * size / huge_copy * 1e-9,
+    def _read(self, pool: ThreadPoolExecutor) -> float:
+        return max(self._own_read(pool, self._source), self._size / _best(self._source.sum) * 1e-9)
+
+    def _copy(self, pool: ThreadPoolExecutor) -> float:
+        theirs = 2 * self._size / _best(lambda: self._target.copy_(self._source)) * 1e-9
+        return max(self._own_copy(pool, self._target, self._source), theirs)
+
+    def _touch(self, pool: ThreadPoolExecutor) -> float:
+        del pool  # the threads of torch write, as they do for whoever asks it for memory
+        return self._size / min(_seconds_of_touching(self._size) for _ in range(3)) * 1e-9
+
+    def _huge_read(self, pool: ThreadPoolExecutor) -> float:
+        return self._own_read(pool, _in_huge_pages(self._size // 4).fill_(1.0))
+
+    def _huge_copy(self, pool: ThreadPoolExecutor) -> float:
+        source, target = (_in_huge_pages(self._size // 4).fill_(1.0) for _ in range(2))
+        return self._own_copy(pool, target, source)
+
+    def _own_read(self, pool: ThreadPoolExecutor, source: Tensor) -> float:
+        spans = self._spans()
+        best = _together(pool, self._threads, lambda thread: extension.limit_read(source[spans[thread]]))
+        return 4 * spans[-1].stop / best * 1e-9
+
+    def _own_copy(self, pool: ThreadPoolExecutor, target: Tensor, source: Tensor) -> float:
+        spans = self._spans()
+        best = _together(
+            pool, self._threads, lambda thread: extension.limit_copy(target[spans[thread]], source[spans[thread]])
         )
+        return 8 * spans[-1].stop / best * 1e-9
+
+    def _spans(self) -> list[slice]:
+        """A part for each thread, that begins at the alignment that streaming stores want."""
+        part = self._source.numel() // self._threads // 64 * 64
+        return [slice(thread * part, (thread + 1) * part) for thread in range(self._threads)]
 
 
 def _together(pool: ThreadPoolExecutor, threads: int, work: Callable[[int], object]) -> float:
-    """Seconds from the first thread's beginning to the last one's end, all begun at once."""
-    barrier = threading.Barrier(threads)
+    """Seconds from the first thread's beginning to the last one's end, all begun at once; the best of some repeats."""
 
-    def one(thread: int) -> tuple[float, float]:
-        barrier.wait()
-        begun = time.perf_counter()
-        work(thread)
-        return begun, time.perf_counter()
+    def seconds() -> float:
+        barrier = threading.Barrier(threads)
 
-    times = list(pool.map(one, range(threads)))
-    return max(end for _, end in times) - min(begun for begun, _ in times)
+        def one(thread: int) -> tuple[float, float]:
+            barrier.wait()
+            begun = time.perf_counter()
+            work(thread)
+            return begun, time.perf_counter()
+
+        times = list(pool.map(one, range(threads)))
+        return max(end for _, end in times) - min(begun for begun, _ in times)
+
+    return min(seconds() for _ in range(_REPEATS))
 
 
 def _keep_to_a_processor(thread: int) -> None:
@@ -139,7 +156,7 @@ def _best(work: Callable[[], object]) -> float:
     return min(seconds() for _ in range(_REPEATS))
 
 
-def _touch(size: int) -> float:
+def _seconds_of_touching(size: int) -> float:
     """Seconds of writing to so many fresh bytes, in huge pages where the system grants them."""
     fresh = _in_huge_pages(size // 4)
     begun = time.perf_counter()

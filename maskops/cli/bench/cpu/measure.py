@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
@@ -121,8 +121,18 @@ class Pace:
     repeats: bool
 
 
+_BEATEN = 1.5
+"""A peer this many times slower than another in the first round is not the best."""
+
+SLOW = 0.5
+"""Seconds of a run that is long enough for its first to be like any other."""
+
 Against = tuple[Compared, Compared]
 """The sample in float64, and by plain torch."""
+
+
+GaugeLike = Callable[[Collection[str]], Limits]
+"""Measures the limits with these names."""
 
 
 class Helper(Protocol):
@@ -146,6 +156,8 @@ class Runner:
         self._function = contender.make(leaves)
         self._kept = leaves
         self._leaves = leaves
+        self.first = 0.0
+        """Seconds of the first run."""
         self._consumes = contender.consumes and mode == "training"
         if self._consumes:
             self._leaves = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in leaves)
@@ -205,7 +217,11 @@ def checked(
     row = Row(contender.name, contender.ours)
     try:
         runner = Runner(contest, contender, mode, calls)
-        results = tuple(x.detach() for x in runner.run())
+        tidy()
+        begun = time.perf_counter()
+        results, memory = Peak(CPU).over(runner.run)
+        runner.first = time.perf_counter() - begun
+        results = tuple(x.detach() for x in results)
         error = None
         if against is not None:
             exact, plain = against
@@ -214,23 +230,25 @@ def checked(
             return replace(row, error=error, problem=f"WRONG: {error:.3g} times torch's error"), None
         if calls > 1:
             return replace(row, error=error), runner
-        del results
         runner.renew()
-        tidy()
-        results, memory = Peak(CPU).over(runner.run)
+        if runner.first < SLOW:
+            # Once more without what a first call loads and keeps.
+            del results
+            tidy()
+            results, memory = Peak(CPU).over(runner.run)
         return replace(row, error=error, memory=memory, floor=runner.floor(results)), runner
     except Exception as problem:  # a row that says why it is empty; the others are still worth their time
         message = " ".join(str(problem).split())[:100]
         return replace(row, problem=f"refused: {type(problem).__name__}: {message}"), None
 
 
-def measure(entry: Entry, pace: Pace, gauge: Callable[[], Limits], helper: Helper | None) -> Result:
+def measure(entry: Entry, pace: Pace, gauge: GaugeLike, helper: Helper | None) -> Result:
     """Checks everybody, times those that are right in interleaved rounds, and holds them against the goals.
 
     Args:
         entry: What.
         pace: How long.
-        gauge: Measures the limits.
+        gauge: Measures the limits that it is given the names of.
         helper: Runs the contenders that want huge pages; None: they are left out.
     """
     begun = time.perf_counter()
@@ -242,6 +260,7 @@ def measure(entry: Entry, pace: Pace, gauge: Callable[[], Limits], helper: Helpe
     known = {contender.name: contender for contender in contest.contenders()}
     rows: dict[str, Row] = {}
     runs: dict[str, Callable[[], float]] = {}
+    cold: set[str] = set()
     for name in entry.names():
         base = name.removesuffix(HUGE_PAGES)
         if known[base].compiles and not pace.compiled:
@@ -252,6 +271,8 @@ def measure(entry: Entry, pace: Pace, gauge: Callable[[], Limits], helper: Helpe
             row, runner = checked(contest, known[name], entry.mode, compared, entry.calls)
             if runner is not None:
                 runs[name] = runner.seconds
+                if runner.first < SLOW:
+                    cold.add(name)
         elif helper is None:
             continue
         else:
@@ -261,6 +282,8 @@ def measure(entry: Entry, pace: Pace, gauge: Callable[[], Limits], helper: Helpe
                 runs[name] = _run_of(helper, base)
         rows[name] = row
     tidy()
+    for name in cold:
+        runs[name]()
     timings, before, after, moved = _timed(entry, runs, {name for name in runs if rows[name].ours}, pace, gauge)
     rows = {name: replace(row, timing=timings.get(name)) for name, row in rows.items()}
     limits = before.best(after)
@@ -274,44 +297,68 @@ def _run_of(helper: Helper, contender: str) -> Callable[[], float]:
 
 
 def _timed(
-    entry: Entry, runs: dict[str, Callable[[], float]], ours: set[str], pace: Pace, gauge: Callable[[], Limits]
+    entry: Entry,
+    runs: dict[str, Callable[[], float]],
+    ours: set[str],
+    pace: Pace,
+    gauge: GaugeLike,
 ) -> tuple[dict[str, Timing], Limits, Limits, float]:
     """Rounds between two measurements of the limits; once more where these have moved."""
-    wanted = {name for line in entry.lines for name in _NEEDED[line.limit]}
+    needed = {name for line in entry.lines for name in _NEEDED[line.limit]}
+    wanted = {goal.peers[0] for line in entry.lines for goal in line.goals if len(goal.peers) == 1}
     for attempt in range(2):
-        before = gauge()
-        timings = rounds(runs, ours, pace)
-        after = gauge()
-        moved = max((share for name, share in after.moved(before).items() if name in wanted), default=0.0)
+        before = gauge(needed)
+        timings = rounds(runs, ours, pace, wanted)
+        after = gauge(needed)
+        moved = max((share for name, share in after.moved(before).items() if name in needed - _FICKLE), default=0.0)
         if moved <= STEADY or attempt or not pace.repeats:
             break
     return timings, before, after, moved
 
+
+_FICKLE = {"touch"}
+"""How fast the system grants pages depends on what it has at hand: it may change without anybody's doing."""
 
 _NEEDED: dict[str | None, tuple[str, ...]] = {
     None: (),
     "multiply-add": ("multiply_add",),
     "read": ("read",),
     "copy": ("copy",),
-    # How fast the system grants pages depends on what it has at hand: it may change without anybody's doing.
-    "copy + touch": ("copy",),
+    "copy + touch": ("copy", "touch"),
 }
 
 
-def rounds(runs: dict[str, Callable[[], float]], ours: set[str], pace: Pace) -> dict[str, Timing]:
+def rounds(
+    runs: dict[str, Callable[[], float]], ours: set[str], pace: Pace, wanted: set[str] | None = None
+) -> dict[str, Timing]:
     """Every contender once a round, until each has used its share of the time.
 
     The i-th entries of all timings are of the same round: who has used its share takes part in no later one.
+
+    Args:
+        runs: From names to what runs them once and says how long it took.
+        ours: Names of those that the others are compared with.
+        pace: How long.
+        wanted: Names of peers that somebody wants to be compared with by name (default: all). The others may leave
+            before the fewest rounds are over, once another peer has clearly beaten them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     share = pace.budget / max(len(runs), 1)
     begun = time.perf_counter()
+
+    def beaten(name: str, quickest: float) -> bool:
+        first = seconds[name][0]
+        return wanted is not None and name not in ours | wanted and first > max(_BEATEN * quickest, SLOW)
+
     with without_collector():
-        for run in runs.values():
-            run()
         for number in range(pace.max_rounds):
             late = number >= pace.min_rounds
-            going = [name for name, taken in seconds.items() if not late or sum(taken) < share]
+            quickest = min((taken[0] for name, taken in seconds.items() if taken and name not in ours), default=0.0)
+            going = [
+                name
+                for name, taken in seconds.items()
+                if sum(taken) < share or not (late or (number and beaten(name, quickest)))
+            ]
             # Nobody is left to be compared with, or the time that others waste beside the runs is over.
             if late and (not ours.intersection(going) or not set(going) - ours):
                 break

@@ -133,7 +133,7 @@ def _limits(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
 
 
 def _group(group: str, mode: str, results: Sequence[Result]) -> str:
-    lines = [[f"{group}, {MODES[mode]}", "ms", "±", "ratio", "least", "aim", "limit", "error", "MB", "peer"]]  # type: ignore[index]
+    lines = [[f"{group}, {MODES[mode]}", "ms", "±", "ratio", "least", "aim", "limit", "error", "MB", "peer"]]
     for result in results:
         rows = {row.name: row for row in result.rows}
         for outcome in result.outcomes:
