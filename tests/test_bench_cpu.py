@@ -171,7 +171,7 @@ def executed(*chosen: Entry, pace: measure.Pace = PACE) -> report.CpuReport:
 
 def test_goals_are_held_against_the_quickest_that_is_right(tmp_path: Path) -> None:
     slow = Goal(("peer" + HUGE_PAGES,), 3.0, 4.0)
-    entry = doubled(Goal(("peer", "wrong", "refused"), 1e-6), slow, Goal(("compiled",), 1e6))
+    entry = doubled(Goal(("peer", "peer" + HUGE_PAGES, "wrong", "refused"), 1e-6), slow, Goal(("compiled",), 1e6))
     found = executed(entry, pace=dataclasses.replace(PACE, compiled=False))
     first, second, third = found.results[0].outcomes[0].reached
     assert first.peer == "peer" and first.met and third.ratio is None and third.met is None

@@ -1,0 +1,60 @@
+"""Mutations of what figures of benchmarks hang on."""
+
+from __future__ import annotations
+
+from tests.mutations import Mutation
+
+_TESTS = ("tests/test_bench_cpu.py",)
+_FOLDER = "maskops/cli/bench"
+
+MUTATIONS = (
+    Mutation(
+        "bench: a round counts that only one of two took part in",
+        f"{_FOLDER}/cpu/measure.py",
+        "common = min(len(ours.seconds), len(theirs.seconds))",
+        "common = max(len(ours.seconds), len(theirs.seconds))",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: the slowest peer of a goal counts",
+        f"{_FOLDER}/cpu/measure.py",
+        "peer = min(there, key=lambda name: timings[name].median)",
+        "peer = there[-1]",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: a wrong contender is timed",
+        f"{_FOLDER}/cpu/measure.py",
+        "if error is not None and not error <= WRONG_ABOVE:",
+        "if error is not None and not error <= 1e9 * WRONG_ABOVE:",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: inputs that were overwritten stay so",
+        f"{_FOLDER}/cpu/measure.py",
+        "leaf.detach().copy_(kept.detach())",
+        "leaf.detach()",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: idle processors are busy",
+        f"{_FOLDER}/others.py",
+        "_IDLE = (3, 4)",
+        "_IDLE = (4,)",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: children are others",
+        f"{_FOLDER}/others.py",
+        "if parent in family and number not in family:",
+        "if parent in family and number in family:",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: the last float of a stream is not read",
+        "csrc/cpu/limits.inc",
+        "for (; i < n; i++) rest += x[i];",
+        "for (; i + 1 < n; i++) rest += x[i];",
+        _TESTS,
+    ),
+)
