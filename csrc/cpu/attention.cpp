@@ -3,6 +3,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <vector>
 
@@ -19,6 +20,12 @@ constexpr double FLOPS_PER_WORKER = 2e6;
 // The backward pass splits a long sequence until about so many tasks share the work of a call.
 constexpr int64_t SHARED_TASKS = 32;
 constexpr int32_t MERGED_KEYS = 256;  // keys whose partial sums one task adds up
+// Key heads of short sequences share a task, and one plan of its lanes, up to about this work.
+constexpr double FLOPS_PER_TASK = 4e6;
+
+int64_t heads_of_task(double flops) {
+  return flops == 0 ? 1 : static_cast<int64_t>(std::clamp(FLOPS_PER_TASK / flops, 1.0, 64.0));
+}
 
 const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
 
@@ -190,64 +197,65 @@ void attention_backward(const AttentionBackward& call, const Threads& threads) {
   std::vector<Group> groups;
   std::vector<Merge> merges;
   int64_t partial_floats = 0, most_keys = 0;
+  const int64_t group = shape.heads / shape.kv_heads;
+  const double pair_flops = 4.0 * static_cast<double>(group) * (1.5 * shape.head_dim + shape.value_dim);
   for (int32_t batch = 0; batch < shape.batch; batch++) {
     const auto& components = plan[batch % spans.plan_batch];
-    for (int32_t head = 0; head < shape.kv_heads; head++) {
-      int32_t written = 0;
-      for (const Component& component : components) {
-        const int64_t parts =
-            total_cost == 0 ? 1 : std::max<int64_t>(1, (component.cost * SHARED_TASKS + total_cost - 1) / total_cost);
-        const std::vector<int32_t> bounds = cut(spans, component, parts);
-        const bool shared = bounds.size() > 2;
-        const auto first = static_cast<int64_t>(tasks.size());
-        for (size_t part = 0; part + 1 < bounds.size(); part++) {
-          BackwardTask task{batch,
-                            head,
-                            bounds[part],
-                            bounds[part + 1],
-                            component.key_begin,
-                            component.key_end,
-                            component.key_begin,
-                            component.key_end,
-                            nullptr};
-          int64_t cost = 0;
-          if (shared) {  // only the keys that these tiles see: half of them under a causal mask
-            task.key_begin = component.key_end;
-            task.key_end = component.key_begin;
-          }
-          for (int32_t tile = task.tile_begin; tile < task.tile_end; tile++) {
-            cost += std::max(tile_at(spans, tile)[3], 0);
-            if (!shared) continue;
-            int32_t begin, end;
-            hull(tile_at(spans, tile), spans.n_spans, k_len, begin, end);
-            if (begin >= end) continue;
-            task.key_begin = std::min(task.key_begin, begin);
-            task.key_end = std::max(task.key_end, end);
-          }
-          if (task.key_begin > task.key_end) task.key_end = task.key_begin;
-          // The gap before a component is its task's to fill with zeros, or the merge's.
-          task.zero_begin = shared ? task.key_begin : written;
-          task.zero_end = task.key_end;
-          if (shared) {
-            partial_floats += (task.key_end - task.key_begin) * width;
-          } else {
-            most_keys = std::max<int64_t>(most_keys, task.key_end - task.key_begin);
-          }
-          tasks.push_back({task, cost});
+    int32_t written = 0;
+    for (const Component& component : components) {
+      const int64_t parts =
+          total_cost == 0 ? 1 : std::max<int64_t>(1, (component.cost * SHARED_TASKS + total_cost - 1) / total_cost);
+      const std::vector<int32_t> bounds = cut(spans, component, parts);
+      const bool shared = bounds.size() > 2;
+      const bool last = &component == &components.back();
+      std::vector<Task> of_head;
+      for (size_t part = 0; part + 1 < bounds.size(); part++) {
+        BackwardTask task{};
+        task.batch = batch;
+        task.tile_begin = bounds[part];
+        task.tile_end = bounds[part + 1];
+        task.key_begin = component.key_begin;
+        task.key_end = component.key_end;
+        int64_t cost = 0;
+        if (shared) {  // only the keys that these tiles see: half of them under a causal mask
+          task.key_begin = component.key_end;
+          task.key_end = component.key_begin;
         }
-        const bool last = &component == &components.back();
-        if (shared) {
-          const auto n_tasks = static_cast<int64_t>(tasks.size()) - first;
-          groups.push_back({first, n_tasks});
-          const int32_t end = last ? k_len : component.key_end;
-          for (int32_t key = written; key < end; key += MERGED_KEYS) {
-            merges.push_back({first, n_tasks, key, std::min(end, key + MERGED_KEYS)});
-          }
-        } else if (last) {
-          tasks.back().task.zero_end = k_len;
+        for (int32_t tile = task.tile_begin; tile < task.tile_end; tile++) {
+          cost += std::max(tile_at(spans, tile)[3], 0);
+          if (!shared) continue;
+          int32_t begin, end;
+          hull(tile_at(spans, tile), spans.n_spans, k_len, begin, end);
+          if (begin >= end) continue;
+          task.key_begin = std::min(task.key_begin, begin);
+          task.key_end = std::max(task.key_end, end);
         }
-        written = component.key_end;
+        if (task.key_begin > task.key_end) task.key_end = task.key_begin;
+        // The gap before a component is its task's to fill with zeros, or the merge's.
+        task.zero_begin = shared ? task.key_begin : written;
+        task.zero_end = !shared && last ? k_len : task.key_end;
+        if (!shared) most_keys = std::max<int64_t>(most_keys, task.key_end - task.key_begin);
+        of_head.push_back({task, cost});
       }
+      const int64_t heads = shared ? 1 : heads_of_task(pair_flops * static_cast<double>(component.cost));
+      for (int64_t head = 0; head < shape.kv_heads; head += heads) {
+        const auto first = static_cast<int64_t>(tasks.size());
+        for (Task part : of_head) {
+          part.task.kv_head = static_cast<int32_t>(head);
+          part.task.kv_head_end = static_cast<int32_t>(std::min(shape.kv_heads, head + heads));
+          part.cost *= part.task.kv_head_end - part.task.kv_head;
+          if (shared) partial_floats += (part.task.key_end - part.task.key_begin) * width;
+          tasks.push_back(part);
+        }
+        if (!shared) continue;
+        const auto n_tasks = static_cast<int64_t>(of_head.size());
+        groups.push_back({first, n_tasks});
+        const int32_t end = last ? k_len : component.key_end;
+        for (int32_t key = written; key < end; key += MERGED_KEYS) {
+          merges.push_back({first, n_tasks, key, std::min(end, key + MERGED_KEYS)});
+        }
+      }
+      written = component.key_end;
     }
   }
 
@@ -273,15 +281,33 @@ void attention_backward(const AttentionBackward& call, const Threads& threads) {
     const std::vector<Merge>& merges;
     const std::vector<BackwardTask>& in_order;
     std::vector<Memory> scratch;
-  } context{p, table, tasks, merges, in_order, {}};
+    size_t last_ahead;  // tasks from here on are nobody's before it is done with the one before: they level the workers
+    std::atomic<size_t> next_task{0};
+
+    const BackwardTask* take() {
+      const size_t index = next_task.fetch_add(1, std::memory_order_relaxed);
+      return index < tasks.size() ? &tasks[index].task : nullptr;
+    }
+    const BackwardTask* take_ahead() {
+      return next_task.load(std::memory_order_relaxed) < last_ahead ? take() : nullptr;
+    }
+  } context{p, table, tasks, merges, in_order, {}, 0};
   const int workers = useful_workers(threads, flops, static_cast<int64_t>(tasks.size()));
+  const size_t leveling = static_cast<size_t>(workers) * 4;
+  context.last_ahead = tasks.size() > leveling ? tasks.size() - leveling : 0;
   context.scratch = scratch_for(workers, std::max(table.attention_backward_scratch(shape, spans.n_spans, most_keys),
                                                   static_cast<size_t>(width) * sizeof(float)));
+  // A worker knows its next task, so that what it reads comes into the caches during the one before.
   threads.run(
-      static_cast<int64_t>(tasks.size()), workers,
-      [](int64_t task, int worker, void* pointer) {
+      workers, workers,
+      [](int64_t, int worker, void* pointer) {
         auto& context = *static_cast<Context*>(pointer);
-        context.table.attention_backward(context.p, context.tasks[task].task, context.scratch[worker].get());
+        const BackwardTask* task = context.take();
+        while (task != nullptr) {
+          const BackwardTask* next = context.take_ahead();
+          context.table.attention_backward(context.p, *task, next, context.scratch[worker].get());
+          task = next != nullptr ? next : context.take();
+        }
       },
       &context);
   threads.run(

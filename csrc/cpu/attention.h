@@ -28,9 +28,10 @@ struct LaneBlock {
   int32_t batch, kv_head, first_row, rows, lane_begin, lane_end;
 };
 
-// One task of the backward pass owns the key rows [key_begin, key_end) of a (batch, key head) for a run of tiles.
+// One task of the backward pass owns the key rows [key_begin, key_end) of the key heads [kv_head, kv_head_end) of a
+// batch element for a run of tiles.
 struct BackwardTask {
-  int32_t batch, kv_head, tile_begin, tile_end, key_begin, key_end;
+  int32_t batch, kv_head, kv_head_end, tile_begin, tile_end, key_begin, key_end;
   // Keys before key_begin that belong to nobody and get a gradient of zero, from zero_begin on; likewise up to
   // zero_end.
   int32_t zero_begin, zero_end;

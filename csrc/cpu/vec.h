@@ -310,6 +310,16 @@ static ALWAYS_INLINE void stream_fence() {
 #endif
 }
 
+// Asks for a line of memory, without waiting for it. A line that is to be written comes as the core's own.
+static ALWAYS_INLINE void prefetch_to_read(const void* p) { __builtin_prefetch(p, 0, 2); }
+static ALWAYS_INLINE void prefetch_to_write(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*(const char*)p));  // does nothing on a processor that does not know it
+#else
+  __builtin_prefetch(p, 1, 2);
+#endif
+}
+
 // rows[i][j] <-> rows[j][i] of a W x W block in registers.
 static ALWAYS_INLINE void transpose(vf rows[W]) {
 #if defined(__x86_64__) && VECTOR_BYTES == 64

@@ -8,6 +8,8 @@ LANES = "csrc/cpu/attention_lanes.inc"
 FEATURES = "csrc/cpu/attention_features.inc"
 FORWARD = "csrc/cpu/attention_forward.inc"
 BACKWARD = "csrc/cpu/attention_backward.inc"
+PRODUCTS = "csrc/cpu/attention_backward_products.inc"
+BACKWARD_FEATURES = "csrc/cpu/attention_backward_features.inc"
 SCHEDULE = "csrc/cpu/attention.cpp"
 VECTORS = "csrc/cpu/vec.h"
 
@@ -48,18 +50,19 @@ MUTATIONS = (
         "general ? log_sum : -log_sum * LOG2E",
     ),
     Mutation("log-sum-exp in base 2", FORWARD, "(maximum + log2f(sum)) * LN2", "(maximum + log2f(sum))"),
-    Mutation("gradient of the log-sum-exp added", BACKWARD, "delta -= p.grad_lse", "delta += p.grad_lse"),
+    Mutation("gradient of the log-sum-exp added", BACKWARD, "delta[x] -= p.grad_lse", "delta[x] += p.grad_lse"),
     Mutation("gradient of the log-sum-exp dropped", BACKWARD, "if (p.grad_lse != nullptr)", "if (false)"),
     Mutation("empty rows are not 0", FORWARD, "lanes.empty[lane] || sum == 0.0f;", "false;"),
     Mutation("log-sum-exp of the general path", FORWARD, "maximum + logf(sum)", "maximum + log2f(sum)"),
     Mutation("gradients of empty rows", BACKWARD, "if (log_sum == -INFINITY) {", "if (false) {"),
+    Mutation("masked pairs keep their gradient", PRODUCTS, "gradient = allowed ? gradient : (vf){};", ""),
+    Mutation("masked pairs keep their probability", PRODUCTS, "weight = allowed ? weight : (vf){};", ""),
     Mutation(
-        "masked pairs keep their gradient",
-        BACKWARD,
-        "p = allowed ? p : (vf){};\n        ds = allowed ? ds : (vf){};",
-        "p = allowed ? p : (vf){};",
+        "a lane at the edge of a tile of keys", PRODUCTS, "depths.end[tile] = end;", "depths.end[tile] = end - 1;"
     ),
-    Mutation("masked pairs keep their probability", BACKWARD, "p = allowed ? p : (vf){};", ""),
+    Mutation("a key at the edge of a tile of lanes", PRODUCTS, "run_end) - first_key;", "run_end) - first_key - 1;"),
+    Mutation("lanes of the head before", BACKWARD, "lanes.head[lane] += heads;", ""),
+    Mutation("a task that was taken ahead is lost", SCHEDULE, "next != nullptr ? next : context", "context"),
     Mutation("holes are read", LANES, "while (last < limit && key_valid[last]) last++;", "last = limit;"),
     Mutation(
         "dK without the scale",
@@ -70,11 +73,16 @@ MUTATIONS = (
     Mutation(
         "dQ without the scale",
         BACKWARD,
-        "live && x < panel.lanes ? shape.softmax_scale",
-        "live && x < panel.lanes ? 1.0f",
+        "head_width, shape.head_dim, shape.softmax_scale);",
+        "head_width, shape.head_dim, 1.0f);",
     ),
-    Mutation("derivative of the softcap", BACKWARD, "if (SOFTCAP) ds = allowed", "if (false) ds = allowed"),
-    Mutation("stale probabilities outside a panel's keys", BACKWARD, "zero_rows(run_end);", ""),
+    Mutation("derivative of the softcap", BACKWARD_FEATURES, "if (SOFTCAP) ds = allowed", "if (false) ds = allowed"),
+    Mutation(
+        "stale probabilities outside a panel's keys",
+        BACKWARD,
+        "zero_pairs(scratch, panel.padded_lane, panel.nv, first_key, done, run_end);",
+        "",
+    ),
     Mutation(
         "first partial sum dropped",
         BACKWARD,
@@ -87,7 +95,12 @@ MUTATIONS = (
         "task.zero_begin = shared ? task.key_begin : written;",
         "task.zero_begin = task.key_begin;",
     ),
-    Mutation("keys behind the last document not written", SCHEDULE, "tasks.back().task.zero_end = k_len;", ""),
+    Mutation(
+        "keys behind the last document not written",
+        SCHEDULE,
+        "last ? k_len : task.key_end",
+        "last ? task.key_end : task.key_end",
+    ),
     Mutation(
         "lanes of a long block dropped",
         SCHEDULE,

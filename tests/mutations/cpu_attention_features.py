@@ -7,6 +7,7 @@ ATTENTION_FEATURES = ("tests/test_attention_features.py",)
 FEATURES = "csrc/cpu/attention_features.inc"
 FORWARD = "csrc/cpu/attention_forward.inc"
 BACKWARD = "csrc/cpu/attention_backward.inc"
+BACKWARD_FEATURES = "csrc/cpu/attention_backward_features.inc"
 BIAS = "csrc/cpu/attention_bias.inc"
 SCHEDULE = "csrc/cpu/attention.cpp"
 GRADIENTS = "csrc/cpu/attention_gradients.cpp"
@@ -18,9 +19,11 @@ MUTATIONS = (
         "features: softcap in base 2", FORWARD, "s = tanh_lanes(s) * cap;", "s = tanh_lanes(s) * cap * splat(LOG2E);"
     ),
     Mutation("features: sign of ALiBi", FORWARD, "s -= load(features.slope", "s += load(features.slope"),
-    Mutation("features: sign of ALiBi in backward", BACKWARD, "s -= load(features.slope", "s += load(features.slope"),
+    Mutation(
+        "features: sign of ALiBi in backward", BACKWARD_FEATURES, "s -= load(features.slope", "s += load(features.slope"
+    ),
     Mutation("features: distance with a sign", FEATURES, "return vmax(distance, -distance);", "return distance;"),
-    Mutation("features: sign of the slopes' gradient", BACKWARD, "grad_slope[v] -=", "grad_slope[v] +="),
+    Mutation("features: sign of the slopes' gradient", BACKWARD_FEATURES, "grad_slope[v] -=", "grad_slope[v] +="),
     Mutation("features: slopes of another head", FEATURES, "outer, lanes.head[lane]);", "outer, 0);"),
     Mutation(
         "features: slopes of another sequence",
@@ -53,7 +56,7 @@ MUTATIONS = (
         "s + bias",
         ATTENTION_FEATURES,
     ),
-    Mutation("features: bias forgotten in backward", BACKWARD, "s += bias;", ""),
+    Mutation("features: bias forgotten in backward", BACKWARD_FEATURES, "s += bias;", ""),
     Mutation(
         "features: sum of a large row forgotten",
         BACKWARD,
@@ -63,7 +66,7 @@ MUTATIONS = (
     ),
     Mutation(
         "features: sum of a large row over its first keys",
-        BACKWARD,
+        BACKWARD_FEATURES,
         "shape, block, 0, (int32_t)shape.k_len);",
         "shape, block, 0, 64);",
         ATTENTION_FEATURES,
@@ -84,8 +87,8 @@ MUTATIONS = (
     Mutation("features: sign of the sink", FORWARD, "sigmoid(lse - per_head", "sigmoid(-lse + per_head"),
     Mutation("features: sink of another head", FORWARD, "0, lanes.head[lane]));", "0, 0));"),
     Mutation("features: sink forgotten in dO", BACKWARD, "store(grad_row + d, load(grad_row + d) * splat(share));", ""),
-    Mutation("features: sink forgotten in delta", BACKWARD, "delta *= share;", ""),
-    Mutation("features: sign of the sink's gradient", BACKWARD, "= -delta * sigmoid", "= delta * sigmoid"),
+    Mutation("features: sink forgotten in delta", BACKWARD, "delta[x] *= share;", ""),
+    Mutation("features: sign of the sink's gradient", BACKWARD, "= -delta[x] * sigmoid", "= delta[x] * sigmoid"),
     Mutation(
         "features: word of a draw",
         FEATURES,
@@ -145,14 +148,22 @@ MUTATIONS = (
         ATTENTION_FEATURES,
     ),
     Mutation(
-        "features: dropout forgotten in dP", BACKWARD, "dp = kept ? dp * factor : (vf){};", "", ATTENTION_FEATURES
+        "features: dropout forgotten in dP",
+        BACKWARD_FEATURES,
+        "dp = kept ? dp * factor : (vf){};",
+        "",
+        ATTENTION_FEATURES,
     ),
     Mutation(
-        "features: dropout forgotten in dV", BACKWARD, "weight = kept ? p * factor : (vf){};", "", ATTENTION_FEATURES
+        "features: dropout forgotten in dV",
+        BACKWARD_FEATURES,
+        "weight = kept ? p * factor : (vf){};",
+        "",
+        ATTENTION_FEATURES,
     ),
     Mutation(
         "features: gradient of the bias after the softcap",
-        BACKWARD,
+        BACKWARD_FEATURES,
         "if (ADDED) store(sum_at, ds);",
         "if (ADDED) store(sum_at, SOFTCAP ? ds * tanh_slope_lanes(bent) : ds);",
         ATTENTION_FEATURES,
