@@ -13,6 +13,7 @@ struct BackwardTask;
 struct BiasTask;
 struct CrossEntropyBackward;
 struct CrossEntropyForward;
+struct CrossEntropyRows;
 struct DecodeForward;
 struct DecodeTask;
 struct LaneBlock;
@@ -39,6 +40,11 @@ struct KernelTable {
   void (*cross_entropy_forward)(const CrossEntropyForward&, int64_t row_begin, int64_t row_end);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
   void (*cross_entropy_backward_streaming)(const CrossEntropyBackward&, int64_t row_begin, int64_t row_end);
+  size_t (*cross_entropy_both_scratch)(const CrossEntropyRows&);  // bytes
+  void (*cross_entropy_both)(const CrossEntropyForward&, const CrossEntropyBackward&, int64_t row_begin,
+                             int64_t row_end, char* scratch);
+  void (*cross_entropy_both_streaming)(const CrossEntropyForward&, const CrossEntropyBackward&, int64_t row_begin,
+                                       int64_t row_end, char* scratch);
   // A strip is a row, or softmax_width lanes (the last of an outer index may have fewer).
   int64_t softmax_width;
   size_t (*softmax_forward_scratch)(const SoftmaxForward&);  // bytes

@@ -49,28 +49,75 @@ struct LabelledRows {
   }
 };
 
+// What the forward pass makes; the last three may be of no rows.
+struct RowScores {
+  Tensor loss, lse, logprobs, entropy, argmax, statistics;
+
+  RowScores(const CrossEntropyRows& rows, bool want_entropy, bool want_argmax) {
+    const auto per_row = [&](bool wanted, DType dtype) { return Tensor::empty({wanted ? rows.n_rows : 0}, dtype); };
+    loss = per_row(true, DType::float32);
+    lse = per_row(true, DType::float32);
+    logprobs = per_row(true, DType::float32);
+    entropy = per_row(want_entropy, DType::float32);
+    argmax = per_row(want_argmax, DType::int64);
+    statistics = Tensor::empty({has_statistics(rows) ? rows.n_rows : 0, N_ROW_STATISTICS}, DType::float64);
+  }
+  CrossEntropyForward of(const CrossEntropyRows& rows) const {
+    return {rows,
+            loss.data<float>(),
+            lse.data<float>(),
+            logprobs.data<float>(),
+            entropy.data_or_null<float>(),
+            argmax.data_or_null<int64_t>(),
+            statistics.data_or_null<double>()};
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
     const Tensor& logits, const Tensor& target, const Tensor& class_weights, const Tensor& probabilities, bool shift,
     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale, bool entropy,
     bool argmax) {
   const LabelledRows labelled(logits, target, class_weights, probabilities, shift, ignore_index, label_smoothing,
                               z_loss, softcap, logit_scale);
-  const auto per_row = [&](bool wanted, DType dtype) {
-    return Tensor::empty({wanted ? labelled.rows.n_rows : 0}, dtype);
+  RowScores scores(labelled.rows, entropy, argmax);
+  if (labelled.rows.n_rows > 0) cross_entropy_forward(scores.of(labelled.rows), torch_threads());
+  return {std::move(scores.loss),    std::move(scores.lse),    std::move(scores.logprobs),
+          std::move(scores.entropy), std::move(scores.argmax), std::move(scores.statistics)};
+}
+
+// Memory for a gradient: that of the logits, row by row, or other memory of the same shape.
+void require_gradient_memory(const Tensor& grad_logits, const Tensor& logits) {
+  require(grad_logits.dtype() == logits.dtype() && grad_logits.dim() == 2 && grad_logits.size(0) == logits.size(0) &&
+              grad_logits.size(1) == logits.size(1) && (logits.size(1) == 1 || grad_logits.stride(1) == 1),
+          "cross_entropy: a buffer for the gradient must have the shape and dtype of logits, and contiguous columns");
+  require_distinct_rows(grad_logits);
+  const auto end = [](const Tensor& x) {
+    const int64_t elements = x.numel() == 0 ? 0 : (x.size(0) - 1) * x.stride(0) + x.size(1);
+    return x.data<char>() + elements * bytes_of(x.dtype());
   };
-  Tensor loss = per_row(true, DType::float32), lse = per_row(true, DType::float32);
-  Tensor logprobs = per_row(true, DType::float32), uncertainty = per_row(entropy, DType::float32);
-  Tensor highest = per_row(argmax, DType::int64);
-  Tensor statistics =
-      Tensor::empty({has_statistics(labelled.rows) ? labelled.rows.n_rows : 0, N_ROW_STATISTICS}, DType::float64);
+  const bool apart = end(grad_logits) <= logits.data<char>() || end(logits) <= grad_logits.data<char>();
+  require(apart || (grad_logits.data() == logits.data() && grad_logits.stride(0) == logits.stride(0)),
+          "cross_entropy: a buffer for the gradient must be the logits themselves or share no memory with them");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_both_into_cpu(
+    const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& grad_logprobs, const Tensor& grad_entropy,
+    const Tensor& logits, const Tensor& target, const Tensor& class_weights, const Tensor& probabilities,
+    const Tensor& grad_logits, bool shift, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+    double logit_scale, bool entropy, bool argmax) {
+  const LabelledRows labelled(logits, target, class_weights, probabilities, shift, ignore_index, label_smoothing,
+                              z_loss, softcap, logit_scale);
+  require_gradient_memory(grad_logits, logits);
+  RowScores scores(labelled.rows, entropy || grad_entropy.numel() != 0, argmax);
   if (labelled.rows.n_rows > 0) {
-    cross_entropy_forward(
-        {labelled.rows, loss.data<float>(), lse.data<float>(), logprobs.data<float>(),
-         uncertainty.data_or_null<float>(), highest.data_or_null<int64_t>(), statistics.data_or_null<double>()},
+    cross_entropy_both(
+        scores.of(labelled.rows),
+        cross_entropy_backward_of(labelled.rows, grad_loss, grad_lse, grad_logprobs, grad_entropy, scores.lse,
+                                  scores.logprobs, scores.entropy, scores.statistics, grad_logits, nullptr),
         torch_threads());
   }
-  return {std::move(loss),        std::move(lse),     std::move(logprobs),
-          std::move(uncertainty), std::move(highest), std::move(statistics)};
+  return {std::move(scores.loss), std::move(scores.lse), std::move(scores.logprobs), std::move(scores.entropy),
+          std::move(scores.argmax)};
 }
 
 void cross_entropy_backward_into(const Tensor& grad_logits, void* grad_probabilities, const Tensor& grad_loss,
@@ -134,11 +181,26 @@ void cross_entropy_backward_inplace_cpu(const Tensor& grad_loss, const Tensor& g
                               logprobs, entropy, statistics);
 }
 
+void cross_entropy_backward_into_cpu(const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& grad_logprobs,
+                                     const Tensor& grad_entropy, const Tensor& logits, const Tensor& target,
+                                     const Tensor& class_weights, const Tensor& probabilities, const Tensor& lse,
+                                     const Tensor& logprobs, const Tensor& entropy, const Tensor& statistics,
+                                     const Tensor& grad_logits, bool shift, int64_t ignore_index,
+                                     double label_smoothing, double z_loss, double softcap, double logit_scale) {
+  const LabelledRows labelled(logits, target, class_weights, probabilities, shift, ignore_index, label_smoothing,
+                              z_loss, softcap, logit_scale);
+  require_gradient_memory(grad_logits, logits);
+  cross_entropy_backward_into(grad_logits, nullptr, grad_loss, grad_lse, grad_logprobs, grad_entropy, labelled, lse,
+                              logprobs, entropy, statistics);
+}
+
 const bool registered = [] {
   static OperatorLibrary library("maskops", "CPU");
   library.implement<&cross_entropy_forward_cpu>("cross_entropy_forward");
   library.implement<&cross_entropy_backward_cpu>("cross_entropy_backward");
   library.implement<&cross_entropy_backward_inplace_cpu>("cross_entropy_backward_");
+  library.implement<&cross_entropy_backward_into_cpu>("cross_entropy_backward_into");
+  library.implement<&cross_entropy_both_into_cpu>("cross_entropy_both_into");
   return true;
 }();
 

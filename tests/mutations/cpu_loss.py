@@ -8,10 +8,14 @@ LOSS = (
     "tests/test_cross_entropy_autograd.py",
     "tests/test_cross_entropy_errors.py",
 )
+LOSS_BUFFER = ("tests/test_cross_entropy_grad_buffer.py",)
 LOSS_TARGETS = ("tests/test_cross_entropy_targets.py",)
 
 CROSS_ENTROPY = "csrc/cpu/cross_entropy.inc"
 CROSS_ENTROPY_BACKWARD = "csrc/cpu/cross_entropy_backward.inc"
+CROSS_ENTROPY_LANES = "csrc/cpu/cross_entropy_lanes.inc"
+CROSS_ENTROPY_TARGETS = "csrc/cpu/cross_entropy_target.inc"
+CROSS_ENTROPY_BOTH = "csrc/cpu/cross_entropy_both.inc"
 OPERATORS = "csrc/ops/cross_entropy.cpp"
 
 MUTATIONS = (
@@ -39,14 +43,14 @@ MUTATIONS = (
     ),
     Mutation(
         "loss: the exponential of -inf is not 0",
-        CROSS_ENTROPY,
+        CROSS_ENTROPY_LANES,
         "constexpr float CE_UNDERFLOW = -88.0f",
         "constexpr float CE_UNDERFLOW = -80.0f",
         LOSS,
     ),
     Mutation(
         "loss: a NaN clamped away",
-        CROSS_ENTROPY,
+        CROSS_ENTROPY_LANES,
         "return vmax(splat(CE_UNDERFLOW), d);",
         "return vmax(d, splat(CE_UNDERFLOW));",
         LOSS,
@@ -74,13 +78,13 @@ MUTATIONS = (
     ),
     Mutation(
         "loss: the target's z in single precision",
-        CROSS_ENTROPY,
+        CROSS_ENTROPY_LANES,
         "const double scaled = x * rows.logit_scale;",
         "const float scaled = (float)x * (float)rows.logit_scale;",
         LOSS,
     ),
     Mutation("loss: the exponential overflows", CROSS_ENTROPY, "if (gap <= 700.0)", "if (gap <= 1e30)", LOSS),
-    Mutation("loss: softcap lifts padding", CROSS_ENTROPY, "x == splat(-INFINITY) ? x : capped", "capped", LOSS),
+    Mutation("loss: softcap lifts padding", CROSS_ENTROPY_LANES, "x == splat(-INFINITY) ? x : capped", "capped", LOSS),
     Mutation(
         "loss: banned columns counted",
         CROSS_ENTROPY,
@@ -136,12 +140,12 @@ MUTATIONS = (
     ),
     Mutation(
         "loss: banned columns of a distribution",
-        CROSS_ENTROPY,
+        CROSS_ENTROPY_TARGETS,
         "coefficient == (vf){} ? (vf){} : coefficient * depth",
         "coefficient * depth",
         LOSS_TARGETS,
     ),
-    Mutation("loss: pivot counted twice", CROSS_ENTROPY, "scan(x, pivot + 1,", "scan(x, pivot,", LOSS_TARGETS),
+    Mutation("loss: pivot counted twice", CROSS_ENTROPY_TARGETS, "scan(x, pivot + 1,", "scan(x, pivot,", LOSS_TARGETS),
     Mutation(
         "loss: class weight of the label forgotten",
         CROSS_ENTROPY,
@@ -158,14 +162,14 @@ MUTATIONS = (
     ),
     Mutation(
         "loss: class weights of the smoothing forgotten",
-        CROSS_ENTROPY,
+        CROSS_ENTROPY_TARGETS,
         "ce_add_weighted(allowed ? weight : (vf){}",
         "ce_add_weighted(allowed ? splat(1.0f) : (vf){}",
         LOSS_TARGETS,
     ),
     Mutation(
         "loss: a piece of a distribution dropped",
-        CROSS_ENTROPY,
+        CROSS_ENTROPY_TARGETS,
         "ce_total(s.depth[0] + s.depth[1])",
         "ce_total(s.depth[0])",
         LOSS_TARGETS,
@@ -234,4 +238,46 @@ MUTATIONS = (
         LOSS,
     ),
     Mutation("loss: labels taken as adjacent", OPERATORS, "values[row * stride]", "values[row]", LOSS),
+    Mutation(
+        "loss: kept exponentials keep their references",
+        CROSS_ENTROPY,
+        "store(kept.exponentials + i, load(kept.exponentials + i) * alpha);",
+        "(void)alpha;",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: one reference for all kept exponentials",
+        CROSS_ENTROPY_BOTH,
+        "ce_clamp(kept.reference[run] * splat(factor)",
+        "ce_clamp(kept.reference[0] * splat(factor)",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: a NaN in a gradient of bfloat16 rounded to infinity",
+        CROSS_ENTROPY_LANES,
+        "ce_store_pairs<STREAM, true>(g, lanes);",
+        "ce_store_pairs<STREAM, false>(g, lanes);",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: a buffer beside the logits",
+        OPERATORS,
+        "require(apart || (grad_logits.data() == logits.data() && grad_logits.stride(0) == logits.stride(0)),",
+        "require(true || apart,",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: a gradient handed out twice",
+        "maskops/ops/cross_entropy/registration.py",
+        "        # It is handed out once.\n        torch.autograd.graph.increment_version(gradient)\n",
+        "",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: the gradient of the loss forgotten",
+        "maskops/ops/cross_entropy/registration.py",
+        "gradient.mul_(grad)",
+        "gradient.mul_(1.0)",
+        LOSS_BUFFER,
+    ),
 )

@@ -22,7 +22,8 @@ from maskops.ops.cross_entropy.arguments import (
     check_tokens,
     dtype_name,
 )
-from maskops.ops.cross_entropy.rows import Scoring, check_labels, reduce_rows, select_rows
+from maskops.ops.cross_entropy.gradient_memory import check_grad_buffer, memory_of
+from maskops.ops.cross_entropy.rows import Scoring, check_labels, reduce_rows, row_factors, select_rows
 from maskops.ops.scalars import scalar
 
 
@@ -81,6 +82,7 @@ def cross_entropy(
     return_entropy: Literal[False] = ...,
     return_argmax: Literal[False] = ...,
     inplace_backward: bool = ...,
+    grad_buffer: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -104,6 +106,7 @@ def cross_entropy(
     return_entropy: bool = ...,
     return_argmax: bool = ...,
     inplace_backward: bool = ...,
+    grad_buffer: Tensor | None = ...,
 ) -> Tensor | CrossEntropyOutput: ...
 def cross_entropy(
     logits: Tensor,
@@ -126,6 +129,7 @@ def cross_entropy(
     return_entropy: bool = False,
     return_argmax: bool = False,
     inplace_backward: bool = False,
+    grad_buffer: Tensor | None = None,
 ) -> Tensor | CrossEntropyOutput:
     r"""Cross-entropy between logits and labels that skips masked tokens: they are neither computed nor read.
 
@@ -184,6 +188,14 @@ def cross_entropy(
             allowance: compiled code and backends that cannot do it ignore it). The logits are lost then, ``.grad`` of
             logits that are a leaf shares their memory, and a second backward pass, or one of another op that saved
             the logits, raises autograd's error about a modified variable. A target that needs a gradient voids it.
+        grad_buffer: memory for the gradient, contiguous, of the logits' shape, dtype and device, for training loops
+            that keep it from step to step: large new memory takes longer to get than the gradient to compute. Or
+            ``logits`` itself. An allowance as well, on the terms of ``inplace_backward``. Where the loss is a single
+            number, no ``return_*`` but ``return_argmax`` is set and the logits are not float16, the forward pass writes
+            the gradient already, in one pass over the logits: whatever was in the buffer, or the logits, is lost then,
+            and the backward pass multiplies the buffer by the gradient of the loss, unless that is 1 (``num_items``
+            says the same without a pass). One buffer serves one loss at a time: a backward pass whose buffer another
+            loss has written to raises autograd's error about a modified variable.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-dim, or the tokens' shape for ``"none"``. With any
@@ -205,6 +217,8 @@ def cross_entropy(
         >>> loss = maskops.cross_entropy(logits, target, mask=torch.ones(2, 5, dtype=torch.bool), shift=True)
     """
     _check_logits(logits)
+    if grad_buffer is not None:
+        check_grad_buffer(grad_buffer, logits)
     check_tensor("target", target, "of int64 or int32 labels, or of probabilities like the logits")
     soft = target.is_floating_point()
     labels = target
@@ -234,6 +248,7 @@ def cross_entropy(
         dtype=dtype,
         class_weights=None if soft else class_weights,
     )
+    shape = labels.shape
     matrix = _matrix(logits)
     probabilities = _matrix(target) if soft else None
     weights = None if class_weights is None else class_weights.detach().to(dtype).contiguous()
@@ -262,12 +277,31 @@ def cross_entropy(
             probabilities = probabilities.to(dtype)
         # Compiled code may keep numbers open, which an operator takes as tensors.
         opened = (scalar(label_smoothing, 0.0), scalar(z_loss, 0.0), scalar(softcap, 0.0), scalar(logit_scale, 1.0))
+        memory = memory_of(grad_buffer if chosen == "cpu" else None, inplace_backward, logits, matrix)
+        of_rows = reduction == "none" or return_lse or return_logprobs or return_entropy
+        # Gradients that are rounded to float16 before a loss scaler has multiplied them would underflow.
+        if memory.buffer is not None and not of_rows and matrix.dtype != torch.float16:
+            targets = () if probabilities is None else (probabilities,)
+            if registration.needs_logits_gradient_alone(matrix, *targets):
+                factors = row_factors(rows, shape=shape, reduction=reduction, num_items=num_items, dtype=dtype)
+                loss, argmax = registration.loss_into(
+                    matrix,
+                    rows.labels,
+                    factors,
+                    scoring,
+                    opened,
+                    memory.buffer,
+                    class_weights=weights,
+                    probabilities=probabilities,
+                    shift=shift,
+                )
+                return CrossEntropyOutput(loss, None, None, None, argmax.reshape(shape)) if return_argmax else loss
         results = registration.row_losses(
             matrix,
             rows.labels,
             scoring,
             opened,
-            inplace_backward,
+            memory,
             chosen,
             class_weights=weights,
             probabilities=probabilities,
@@ -275,7 +309,6 @@ def cross_entropy(
         )
     row_loss, lse, logprobs, entropy, argmax = results
 
-    shape = labels.shape
     loss = reduce_rows(row_loss, rows, shape=shape, reduction=reduction, num_items=num_items)
     if not (return_lse or return_logprobs or return_entropy or return_argmax):
         return loss

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskops.ops.cross_entropy.rows import Scoring
+from maskops.ops import calls
+from maskops.ops.cross_entropy.gradient_memory import GradientMemory
+from maskops.ops.cross_entropy.rows import Scoring, total
 from maskops.ops.operators import define, name_of, names_of
 from maskops.ops.scalars import call
 from maskops.ops.transforms import (
@@ -162,6 +164,36 @@ _library.define(
 )
 torch.library.register_fake("maskops::cross_entropy_both__cuda", _both_in_place_fake, lib=_library)
 
+
+def _backward_into_fake(*args: Any) -> None:
+    return None
+
+
+def _both_into_fake(*args: Any) -> tuple[Tensor, ...]:
+    grad_entropy, entropy, argmax = args[3], *args[-2:]
+    arguments = [*args[4:8], *args[9:-2], entropy or grad_entropy.numel() != 0, argmax]
+    return _forward_fake(*arguments)[:5]
+
+
+# `cpu` alone has these two: where the gradient goes to is memory of the caller's, or the logits themselves; the
+# probabilities get none. Eager code calls them: what compiled code writes to is its own to choose.
+for _name, _signature, _into_fake in (
+    (
+        "cross_entropy_backward_into",
+        f"{_SAVED}, Tensor(a!) grad_logits, bool shift, {_NUMBERS}) -> ()",
+        _backward_into_fake,
+    ),
+    (
+        # Both passes, as above.
+        "cross_entropy_both_into",
+        f"Tensor(a!) grad_logits, bool shift, {_NUMBERS}, bool entropy, bool argmax) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _both_into_fake,
+    ),
+):
+    _library.define(f"{_name}({_GRADIENTS}, Tensor logits, {_TARGETS}, {_signature}", tags=_TAGS)
+    torch.library.register_fake(f"maskops::{_name}", _into_fake, lib=_library)
+
 _OF_ROWS = ("logits", "target", "lse", "logprobs", "entropy", "columns")
 
 
@@ -217,28 +249,28 @@ class _Backward(torch.autograd.Function):
 
 class _CrossEntropy(torch.autograd.Function):
     # Arguments: logits, target, class_weights, probabilities, shift, ignore_index, label_smoothing, z_loss, softcap,
-    # logit_scale, entropy, argmax, inplace_backward, backend. The context is set up apart from the forward pass, which
-    # torch.func asks for.
+    # logit_scale, entropy, argmax, over_logits, buffer, backend. The context is set up apart from the forward pass,
+    # which torch.func asks for.
 
     generate_vmap_rule = True  # from those of the operators
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *arguments, _inplace_backward, backend = args
+        *arguments, _over_logits, _buffer, backend = args
         outputs: tuple[Tensor, ...] = call(name_of("cross_entropy_forward", backend), *arguments)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, class_weights, probabilities, shift, *numbers = inputs[:-4]
-        inplace_backward, backend = inputs[-2:]
+        logits, target, class_weights, probabilities, shift, *numbers = inputs[:-5]
+        *memory, backend = inputs[-3:]
         _loss, lse, logprobs, entropy, argmax, statistics = output
         ctx.save_for_backward(logits, target, class_weights, probabilities, lse, logprobs, entropy, statistics)
         ctx.mark_non_differentiable(argmax, statistics)
         ctx.set_materialize_grads(False)
         ctx.shift = shift
         ctx.numbers = tuple(numbers)
-        ctx.inplace_backward = inplace_backward
+        ctx.memory = GradientMemory(*memory)
         ctx.backend = backend
 
     @staticmethod
@@ -248,21 +280,117 @@ class _CrossEntropy(torch.autograd.Function):
         incoming = [nothing if grad is None else grad for grad in grads[:4]]
         probabilities_grad = ctx.needs_input_grad[3]
         arguments = (*incoming, logits, *saved, ctx.shift, probabilities_grad, *ctx.numbers)
-        # Compiled code gets the functional operator: what is saved belongs to the compiler there. Rows that overlap in
-        # memory cannot hold a gradient each. The gradient of the probabilities needs the logits.
-        distinct = logits.stride(0) >= logits.shape[1] or logits.shape[0] <= 1
-        inplace = ctx.inplace_backward and distinct and not probabilities_grad and not under_transform(*incoming)
+        # Compiled code gets the functional operator: what is saved belongs to the compiler there. The gradient of the
+        # probabilities needs the logits.
+        memory = None if probabilities_grad or under_transform(*incoming) else ctx.memory.of(logits)
         if torch.is_grad_enabled():
             # create_graph=True: somebody may differentiate the gradient, and is told.
             grad, grad_probabilities = _Backward.apply(*arguments, ctx.backend)  # type: ignore[no-untyped-call]
-        elif inplace and not torch.compiler.is_compiling():
-            grad, grad_probabilities = logits.detach(), None
-            call(name_of("cross_entropy_backward_", ctx.backend), *incoming, grad, *saved, ctx.shift, *ctx.numbers)
+        elif memory is None or torch.compiler.is_compiling():
+            grad, grad_probabilities = call(name_of("cross_entropy_backward", ctx.backend), *arguments)
+        else:
+            grad, grad_probabilities = memory, None
+            if memory.data_ptr() == logits.data_ptr():
+                call(name_of("cross_entropy_backward_", ctx.backend), *incoming, grad, *saved, ctx.shift, *ctx.numbers)
+            else:
+                into = torch.ops.maskops.cross_entropy_backward_into
+                calls.run(into, *incoming, logits, *saved, grad, ctx.shift, *ctx.numbers)
             # Whoever else saved the logits for a backward pass of its own gets autograd's error, not a wrong gradient.
             torch.autograd.graph.increment_version(grad)
-        else:
-            grad, grad_probabilities = call(name_of("cross_entropy_backward", ctx.backend), *arguments)
-        return grad, None, None, grad_probabilities if probabilities_grad else None, *[None] * 10
+        return grad, None, None, grad_probabilities if probabilities_grad else None, *[None] * 11
+
+
+class _Finished(torch.autograd.Function):
+    """A gradient that was computed before, so that differentiating it says why it cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, gradient: Tensor, _differentiated: Tensor) -> Tensor:
+        return gradient * grad
+
+    backward = staticmethod(_Backward.backward)
+
+
+class _LossInto(torch.autograd.Function):
+    """The sum of factors times losses, whose gradient is written while the logits are read: one pass for both.
+
+    Arguments: logits, memory of the gradient, factors, the arguments of the forward operator after the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, memory: Tensor, factors: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *targets, entropy, argmax = arguments
+        nothing = factors.new_empty(0)
+        target, class_weights, probabilities, *others = targets
+        loss, _, _, _, best = calls.run(
+            torch.ops.maskops.cross_entropy_both_into, factors, nothing, nothing, nothing, logits, target,
+            class_weights, probabilities, memory, *others, entropy, argmax,
+        )  # fmt: skip
+        # Whoever saved what was in this memory gets autograd's error. So do we, if it is written to before the backward
+        # pass.
+        torch.autograd.graph.increment_version(memory)
+        ctx.save_for_backward(memory)
+        ctx.mark_non_differentiable(best)
+        ctx.set_materialize_grads(False)
+        ctx.count = len(arguments)
+        return total(loss * factors), best
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        others = [None] * (2 + ctx.count)
+        if grad is None:
+            return None, *others
+        gradient = ctx.saved_tensors[0].detach()
+        if torch.is_grad_enabled():
+            # The logits, which it is a function of, are gone; another tensor that is differentiated stands for them.
+            differentiated = gradient.new_empty(0, requires_grad=True)
+            return _Finished.apply(grad, gradient, differentiated), *others  # type: ignore[no-untyped-call]
+        if grad != 1.0:
+            gradient.mul_(grad)
+        # It is handed out once.
+        torch.autograd.graph.increment_version(gradient)
+        return gradient, *others
+
+
+def needs_logits_gradient_alone(logits: Tensor, *targets: Tensor) -> bool:
+    """Whether a backward pass will want a gradient of the logits and of no target, outside of every transform."""
+    if not torch.is_grad_enabled() or under_transform(logits, *targets):
+        return False
+    return is_differentiated(logits) and not is_differentiated(*targets)
+
+
+def loss_into(
+    logits: Tensor,
+    labels: Tensor,
+    factors: Tensor,
+    scoring: Scoring,
+    numbers: tuple[float | Tensor, ...],
+    memory: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    probabilities: Tensor | None = None,
+    shift: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The sum of factors times losses on the backend ``cpu``, its gradient written to ``memory`` at once.
+
+    Args:
+        factors: (N,) float32.
+        memory: (N, V), the dtype of the logits, contiguous columns; or the logits themselves.
+        logits: as the others, what it is for ``row_losses``.
+        labels: see there.
+        scoring: see there; entropy is not among the results.
+        numbers: see there.
+        class_weights: see there.
+        probabilities: see there; they get no gradient.
+        shift: see there.
+
+    Returns:
+        The sum, 0-dim, and argmax of every row, empty where it was not asked for.
+    """
+    weights = factors.new_empty(0) if class_weights is None else class_weights
+    targets = logits.new_empty(0) if probabilities is None else probabilities
+    arguments = (labels, weights, targets, shift, scoring.ignore_index, *numbers, False, scoring.argmax)
+    loss, argmax = _LossInto.apply(logits, memory, factors, *arguments)  # type: ignore[no-untyped-call]
+    return loss, argmax
 
 
 def row_losses(
@@ -270,7 +398,7 @@ def row_losses(
     labels: Tensor,
     scoring: Scoring,
     numbers: tuple[float | Tensor, ...],
-    inplace_backward: bool,
+    memory: GradientMemory,
     backend: str,
     *,
     class_weights: Tensor | None = None,
@@ -283,7 +411,7 @@ def row_losses(
         logits: (N, V), any row stride, contiguous columns.
         labels: (N,) int32 or int64; rows that hold ``scoring.ignore_index`` are skipped and never read.
         numbers: the floats of ``scoring`` in their order, as ``scalars.scalar`` gives them.
-        inplace_backward: lets the backward pass write the gradient over the logits.
+        memory: where the backward pass may write the gradient.
         backend: name of the backend, one that is a kernel.
         class_weights: (V,) float32, contiguous.
         probabilities: (N, V), any row stride, contiguous columns: what rows are scored against instead of their labels,
@@ -303,6 +431,6 @@ def row_losses(
         # The bare operator: an autograd.Function costs more than a small problem.
         results = call(name_of("cross_entropy_forward", backend), *arguments)
     else:
-        results = _CrossEntropy.apply(*arguments, inplace_backward, backend)  # type: ignore[no-untyped-call]
+        results = _CrossEntropy.apply(*arguments, *memory, backend)  # type: ignore[no-untyped-call]
     loss, lse, logprobs, entropy, argmax, _statistics = results
     return loss, lse, logprobs, entropy, argmax

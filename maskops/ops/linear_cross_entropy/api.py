@@ -142,7 +142,9 @@ def linear_cross_entropy(
             is), on the CPU also under autocast, which casts nothing there: nothing is gained by it. On a device
             autocast casts hidden and weight as it does for ``torch.nn.functional.linear``, and 16-bit inputs of one
             dtype are multiplied as they are and summed in float32; for that the gradient of the logits, but never the
-            logits, is rounded to that dtype.
+            logits, is rounded to that dtype. So it is for bfloat16 on processors with instructions for it
+            (AVX512-BF16), where what a chunk of tokens adds to the gradient of the weight is rounded, too, and summed
+            in float32.
         target: (...) int64 or int32, labels in [0, V), or ``ignore_index``.
         bias: (V,) or None. A bias of -inf bans its column.
         mask: as the remaining arguments, what it is for ``maskops.cross_entropy``.

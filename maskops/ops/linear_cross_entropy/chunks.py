@@ -4,10 +4,11 @@ A chunk's logits are one product, are scored by the kernel of cross-entropy, are
 is wanted, and end in two more products: the gradient of the chunk's hidden states, and its share of the gradient of the
 weight. Gradients need the scores, and those need a whole row of logits: so chunks are rows, not columns.
 
-The products are torch's, float32 whatever the inputs: processors without instructions for bfloat16 take tens of times
-longer for such a product, and its logits would be rounded. A weight of another dtype, or one that the matrix product
-would have to copy, is converted tile by tile into the same small buffer. That costs one conversion for every hundreds
-of multiplications, so it is not worth keeping.
+The products are torch's. That of the logits is float32 whatever the inputs: torch would round its results to bfloat16.
+So are the other two, but for inputs of bfloat16 on a processor with instructions for it: there the gradient of the
+logits is rounded, and both take half of the time (elsewhere such a product takes tens of times longer). A weight of
+another dtype, or one that the matrix product would have to copy, is converted tile by tile into the same small buffer.
+That costs one conversion for every hundreds of multiplications, so it is not worth keeping.
 """
 
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ class _Columns:
         for tile in self.tiles:
             part = self.weight[tile]
             yield tile, part if self.as_it_is else self.buffer[: part.shape[0]].copy_(part)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor, and the library that torch multiplies with on it, have instructions for bfloat16."""
+    # The capability is what ATEN_CPU_CAPABILITY may have lowered.
+    capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    return capable and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _product_reads(matrix: Tensor) -> bool:
@@ -94,6 +102,10 @@ class _Sum:
         if self.in_tiles:
             for tile in tiles:
                 self.gradient[tile] = left[:, tile].t() @ right
+        elif left.dtype != self.sum.dtype:
+            for tile in tiles:
+                share = left[:, tile].t() @ right
+                self.sum[tile] = self.sum[tile] + share if self.started else share
         else:
             torch.addmm(self.sum, left.t(), right, beta=int(self.started), out=self.sum)
         self.started = True
@@ -155,8 +167,12 @@ def linear_cross_entropy(
         buffer = torch.empty(rows.step, vocabulary)
         grad_buffer = torch.empty(rows.step if hidden_gradient and not directly else 0, width)
         wide_bias = bias.float()
+        half = torch.bfloat16
+        narrow = gradients and hidden.dtype == weight.dtype == half and _product_reads(weight) and multiplies_bfloat16()
+        narrow_buffer = torch.empty((rows.step if narrow else 0, vocabulary), dtype=half)
         for chunk in rows.chunks:
-            x = rows.take(hidden, chunk).float()
+            states = rows.take(hidden, chunk)
+            x = states.float()
             n = x.shape[0]
             logits = buffer[:n]
             for tile, part in columns:
@@ -165,24 +181,26 @@ def linear_cross_entropy(
                 else:
                     torch.mm(x, part.t(), out=logits[:, tile])
             targets = (rows.take(labels, chunk), class_weights, logits.new_empty(0))  # no probabilities
-            *scores, statistics = torch.ops.maskops.cross_entropy_forward(
-                logits, *targets, False, *numbers, entropy, argmax
-            )
+            if gradients:
+                taken = [rows.take(grad, chunk) if grad.numel() else grad for grad in incoming]
+                scores = torch.ops.maskops.cross_entropy_both_into(
+                    *taken, logits, *targets, logits, False, *numbers, entropy, argmax
+                )
+            else:
+                *scores, _ = torch.ops.maskops.cross_entropy_forward(logits, *targets, False, *numbers, entropy, argmax)
             if values:
                 for result, score in zip(outputs, scores, strict=True):
                     if result.numel():
                         rows.put(result, score, chunk)
-            if not gradients:
+            if bias_gradient:
+                grad_bias.add(logits.sum(0))
+            if narrow:
+                grad_of_logits = narrow_buffer[:n].copy_(logits)
+                if hidden_gradient:
+                    rows.put(grad_hidden, grad_of_logits @ weight, chunk)
+                if weight_gradient:
+                    grad_weight.add_product(grad_of_logits, states, columns.tiles)
                 continue
-            _, lse, logprobs, uncertainty, _ = scores
-            torch.ops.maskops.cross_entropy_backward_(
-                *[rows.take(grad, chunk) if grad.numel() else grad for grad in incoming],
-                logits,
-                *targets,
-                *(lse, logprobs, uncertainty, statistics),
-                False,
-                *numbers,
-            )
             if hidden_gradient:
                 part_of_grad = grad_hidden[chunk] if directly else grad_buffer[:n]
                 for tile, part in columns:
@@ -191,6 +209,4 @@ def linear_cross_entropy(
                     rows.put(grad_hidden, part_of_grad, chunk)
             if weight_gradient:
                 grad_weight.add_product(logits, x, columns.tiles)
-            if bias_gradient:
-                grad_bias.add(logits.sum(0))
         return (*outputs, grad_hidden, grad_weight.result(), grad_bias.result())
