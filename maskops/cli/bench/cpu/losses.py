@@ -59,7 +59,7 @@ class Loss(LossContest):
             return maskops.cross_entropy(logits, everything)
 
         def in_place(logits: Tensor) -> Tensor:
-            return maskops.cross_entropy(logits, target, inplace_backward=True)
+            return maskops.cross_entropy(logits, target, grad_buffer=logits)
 
         def reused(leaves: Leaves) -> Function:
             buffer = torch.empty_like(leaves[0]).zero_()
