@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,10 +106,17 @@ class Backend:
         return reasons
 
 
-def _extension_reason() -> str | None:
+@functools.cache
+def _extension() -> ModuleType:
+    """Imported at the first call, not with the package."""
     from maskops import extension
 
-    return extension.reason()
+    return extension
+
+
+def _extension_reason() -> str | None:
+    reason: str | None = _extension().reason()
+    return reason
 
 
 def _triton_reason() -> str | None:
@@ -361,12 +369,29 @@ def _environment(value: str) -> _Preference:
     return _Preference(name)
 
 
+_NO_PREFERENCE = _Preference()
+# What lies behind os.environ, where this Python has it: a variable that is not set, which is the normal case, costs
+# os.environ an exception, more than all other questions of a choice together.
+_VARIABLES = getattr(os.environ, "_data", os.environ)
+_VARIABLE = os.environ.encodekey(ENVIRONMENT_VARIABLE) if _VARIABLES is not os.environ else ENVIRONMENT_VARIABLE
+
+
 def _preferred() -> _Preference:
     preference = _preference.get()
     if preference is not None:
         return preference
+    if _VARIABLE not in _VARIABLES:
+        return _NO_PREFERENCE
     value = os.environ.get(ENVIRONMENT_VARIABLE)
-    return _environment(value) if value else _Preference()
+    return _environment(value) if value else _NO_PREFERENCE
+
+
+def processor_is_free() -> bool:
+    """Whether ``choose`` would give ``cpu`` to a call on the processor that names no backend and uses no feature."""
+    try:
+        return _preferred().name in (AUTO, "cpu") and _extension_reason() is None
+    except ValueError:  # of the environment variable: for choose to raise
+        return False
 
 
 def _stacklevel_of_user() -> int:

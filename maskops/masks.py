@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 import torch
@@ -58,6 +58,11 @@ __all__ = [
     "sliding_window",
 ]
 
+_LONGEST_KEPT = 2**13
+"""Queries and keys of a plan that a mask keeps: with more of them the work takes much longer than to plan it."""
+
+_MOST_KEPT = 32
+"""Plans that a mask keeps, which together take a few MiB at most."""
 
 # ---- the mask --------------------------------------------------------------------------------------------------------
 
@@ -75,6 +80,11 @@ class Mask:
     conjuncts: tuple[Conjunct, ...] = (Conjunct(FIRST, LAST, ()),)
     operands: tuple[Tensor, ...] = ()
     """Tensors that terms and conjuncts refer to by number: lengths of prefixes and dense masks."""
+    _kept: dict[tuple[int, int], RowSpans] = field(default_factory=dict, init=False, repr=False)
+    """What ``kept_spans`` has made."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": {}}
 
     def __repr__(self) -> str:
         return f"masks.{self.text}" if self.text.isidentifier() else self.text
@@ -197,6 +207,31 @@ class Mask:
         order, bits = is_for_devices(device, order), is_for_devices(device, bits)
         return lowering.spans_of(self, sequences, None, q_len, k_len, batch, device, grad, order, positions, bits)
 
+    def kept_spans(self, q_len: int, k_len: int) -> RowSpans | None:
+        """The plan for the backend ``cpu``, made once where nothing but lengths tells what it holds.
+
+        For calls that show their plan to nobody, in eager code outside of every mode and transform.
+
+        Args:
+            q_len: query rows.
+            k_len: keys.
+
+        Returns:
+            What ``spans(q_len, k_len, device="cpu", grad=False)`` gives; None where a tensor decides.
+        """
+        plan = self._kept.get((q_len, k_len))
+        if plan is None:
+            if self.layouts or self.operands:
+                return None
+            # Made under inference mode it could not be saved for a backward pass later.
+            with torch.inference_mode(False):
+                plan = self.spans(q_len, k_len, device="cpu", grad=False)
+            if q_len + k_len <= _LONGEST_KEPT:
+                if len(self._kept) >= _MOST_KEPT:
+                    self._kept.clear()
+                self._kept[q_len, k_len] = plan
+        return plan
+
     def to_dense(
         self, q_len: int, k_len: int, *, batch: int | None = None, device: torch.device | str | None = None
     ) -> Tensor:
@@ -252,14 +287,19 @@ def _check_integers(name: str, value: object, dims: tuple[int, ...], meaning: st
     return value
 
 
+# One object each, so that the plans that it keeps serve every call.
+_FULL = Mask("full()")
+_CAUSAL = Mask("causal()", conjuncts=(Conjunct(FIRST, Term("diag", 1), ()),))
+
+
 def full() -> Mask:
     """Every query of a sequence attends to every key of it; the neutral element of ``&``."""
-    return Mask("full()")
+    return _FULL
 
 
 def causal() -> Mask:
     """Key ``j`` is allowed iff ``j <= diag``: bottom-right aligned, the last query sees the last key."""
-    return Mask("causal()", conjuncts=(Conjunct(FIRST, Term("diag", 1), ()),))
+    return _CAUSAL
 
 
 def sliding_window(left: int | None, right: int | None) -> Mask:

@@ -1,6 +1,7 @@
 // Bindings of span attention.
 #include "attention.h"
 
+#include <cstring>
 #include <string>
 #include <tuple>
 
@@ -60,6 +61,17 @@ Features features_of(const AttentionShape& shape, const Spans& spans, const Feat
   return features;
 }
 
+std::tuple<Tensor, Tensor> forward(const AttentionShape& shape, const Spans& spans, const Features& features,
+                                   const Tensor& q, const Tensor& k, const Tensor& v) {
+  Tensor out = empty_in_order_of(q, shape.value_dim);
+  Tensor lse = Tensor::empty({shape.batch, shape.heads, shape.q_len}, DType::float32);
+  if (has_work(shape)) {
+    attention_forward({shape, spans, features, rows_of(q), rows_of(k), rows_of(v), rows_of(out), lse.data<float>()},
+                      torch_threads());
+  }
+  return {std::move(out), std::move(lse)};
+}
+
 std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& start,
                                                  const Tensor& end, const Tensor& key_valid, const Tensor& tiles,
                                                  const Tensor& tile_count, const Tensor&, const Tensor&,
@@ -69,15 +81,23 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& 
                                                  double dropout_p) {
   const AttentionShape shape = attention_shape(q, k, v, softmax_scale, softcap);
   const Spans spans = spans_of(shape, {start, end, key_valid, tiles, tile_count});
-  const Features features =
-      features_of(shape, spans, {positions, dense, bias, alibi_slopes, sinks, seed}, slopes_by_sequence, dropout_p);
-  Tensor out = empty_in_order_of(q, shape.value_dim);
-  Tensor lse = Tensor::empty({shape.batch, shape.heads, shape.q_len}, DType::float32);
-  if (has_work(shape)) {
-    attention_forward({shape, spans, features, rows_of(q), rows_of(k), rows_of(v), rows_of(out), lse.data<float>()},
-                      torch_threads());
-  }
-  return {std::move(out), std::move(lse)};
+  return forward(
+      shape, spans,
+      features_of(shape, spans, {positions, dense, bias, alibi_slopes, sinks, seed}, slopes_by_sequence, dropout_p), q,
+      k, v);
+}
+
+// The same without features, whose arguments alone take longer than a small problem.
+std::tuple<Tensor, Tensor> attention_direct_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& start,
+                                                const Tensor& end, const Tensor& key_valid, const Tensor& tiles,
+                                                const Tensor& tile_count, double softmax_scale) {
+  const AttentionShape shape = attention_shape(q, k, v, softmax_scale, 0.0);
+  return forward(shape, spans_of(shape, {start, end, key_valid, tiles, tile_count}), Features{}, q, k, v);
+}
+
+void clear(const Tensor& gradient) {
+  const int64_t elements = gradient.numel();
+  if (elements != 0) std::memset(gradient.data(), 0, elements * bytes_of(gradient.dtype()));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
@@ -91,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cp
   const Spans spans = spans_of(shape, {start, end, key_valid, tiles, tile_count});
   const FeatureTensors tensors{positions, dense, bias, alibi_slopes, sinks, seed};
   const Features features = features_of(shape, spans, tensors, slopes_by_sequence, dropout_p);
-  check_outputs(shape, q.dtype(), out, grad_out, lse, grad_lse);
+  check_outputs(shape, q.dtype(), out, grad_out, lse, &grad_lse);
   Gradients gradients(shape, q, k, v, tensors, wants_bias, wants_slopes, wants_sinks);
   auto& [grad_q, grad_k, grad_v, grad_bias, grad_slopes, grad_sinks] = gradients;
   if (has_work(shape)) {
@@ -121,18 +141,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cp
     if (features.sinks.data != nullptr && wants_sinks) p.grad_sinks = grad_sinks.data<float>();
     attention_backward(p, torch_threads());
   } else {  // no row: nothing arrives anywhere
-    for (const Tensor* gradient : {&grad_q, &grad_k, &grad_v, &grad_bias, &grad_slopes, &grad_sinks}) {
-      const int64_t bytes = gradient->dtype() == DType::float32 ? 4 : 2;
-      if (gradient->numel() != 0) std::memset(gradient->data(), 0, gradient->numel() * bytes);
-    }
+    for (const Tensor* gradient : {&grad_q, &grad_k, &grad_v, &grad_bias, &grad_slopes, &grad_sinks}) clear(*gradient);
   }
   return {std::move(grad_q),    std::move(grad_k),      std::move(grad_v),
           std::move(grad_bias), std::move(grad_slopes), std::move(grad_sinks)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_direct_backward_cpu(const Tensor& grad_out, const Tensor& q,
+                                                                 const Tensor& k, const Tensor& v, const Tensor& out,
+                                                                 const Tensor& lse, const Tensor& start,
+                                                                 const Tensor& end, const Tensor& key_valid,
+                                                                 const Tensor& tiles, const Tensor& tile_count,
+                                                                 double softmax_scale) {
+  const AttentionShape shape = attention_shape(q, k, v, softmax_scale, 0.0);
+  const Spans spans = spans_of(shape, {start, end, key_valid, tiles, tile_count});
+  check_outputs(shape, q.dtype(), out, grad_out, lse, nullptr);
+  Tensor grad_q = empty_in_order_of(q, shape.head_dim), grad_k = empty_in_order_of(k, shape.head_dim);
+  Tensor grad_v = empty_in_order_of(v, shape.value_dim);
+  if (has_work(shape)) {
+    attention_backward({shape, spans, Features{}, rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(grad_out),
+                        rows_of(grad_q), rows_of(grad_k), rows_of(grad_v), lse.data<float>()},
+                       torch_threads());
+  } else {
+    for (const Tensor* gradient : {&grad_q, &grad_k, &grad_v}) clear(*gradient);
+  }
+  return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
+}
+
 const bool registered = [] {
   static OperatorLibrary library("maskops", "CPU");
   library.implement<&attention_forward_cpu>("attention_forward");
+  library.implement<&attention_direct_cpu>("attention_direct");
+  library.implement<&attention_direct_backward_cpu>("attention_direct_backward");
   library.implement<&attention_backward_cpu>("attention_backward");
   return true;
 }();

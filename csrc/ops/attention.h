@@ -157,9 +157,9 @@ inline DropoutNumbers dropout_numbers(const AttentionShape& shape, const Tensor&
           static_cast<float>(1.0 / (1.0 - dropout_p))};
 }
 
-// What the forward pass gave, and what comes in for it.
+// What the forward pass gave, and what comes in for it; for the lse that may be nothing.
 inline void check_outputs(const AttentionShape& shape, DType dtype, const Tensor& out, const Tensor& grad_out,
-                          const Tensor& lse, const Tensor& grad_lse) {
+                          const Tensor& lse, const Tensor* grad_lse) {
   for (const Tensor* tensor : {&grad_out, &out}) {
     require(tensor->dim() == 4 && tensor->dtype() == dtype && tensor->size(0) == shape.batch &&
                 tensor->size(1) == shape.heads && tensor->size(2) == shape.q_len && tensor->size(3) == shape.value_dim,
@@ -173,7 +173,7 @@ inline void check_outputs(const AttentionShape& shape, DType dtype, const Tensor
             ((shape.q_len == 1 || tensor.stride(2) == 1) && (shape.heads == 1 || tensor.stride(1) == shape.q_len) &&
              (shape.batch == 1 || tensor.stride(0) == shape.heads * shape.q_len)));
   };
-  require(is_dense(lse) && (grad_lse.numel() == 0 || is_dense(grad_lse)),
+  require(is_dense(lse) && (grad_lse == nullptr || grad_lse->numel() == 0 || is_dense(*grad_lse)),
           "attention: lse and its gradient must be contiguous float32 (batch, heads, q_len)");
 }
 

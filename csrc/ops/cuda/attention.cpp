@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor sequences;
   const FeatureTensors tensors{positions, dense, bias, alibi_slopes, sinks, seed};
   p.call.features = features_of(call, shape, p.call.spans, tensors, slopes_by_sequence, dropout_p, sequences);
-  check_outputs(shape, q.dtype(), out, grad_out, lse, grad_lse);
+  check_outputs(shape, q.dtype(), out, grad_out, lse, &grad_lse);
   Gradients gradients(shape, q, k, v, tensors, wants_bias, wants_slopes, wants_sinks);
   auto& [grad_q, grad_k, grad_v, grad_bias, grad_slopes, grad_sinks] = gradients;
   if (has_work(shape)) {

@@ -16,7 +16,7 @@ from maskops import masks
 from maskops.checks import autocast_dtype, check_scale_and_softcap, has_autocast
 from maskops.layouts import VARLEN
 from maskops.masks import Mask
-from maskops.ops.attention import reference, registration
+from maskops.ops.attention import direct, reference, registration
 from maskops.ops.scalars import scalar
 from maskops.spans import RowSpans
 
@@ -148,6 +148,11 @@ def attention(
     section 3.1. ALiBi: Press et al., arXiv 2108.12409, section 3. Softcap: Gemma 2, arXiv 2408.00118, section 2.
     Sinks: gpt-oss model card, arXiv 2508.10925, section 2.2. Philox: Salmon et al., SC 2011, section 3.3 and table 2.
     """
+    outputs: Tensor | tuple[Tensor, Tensor] | None = direct.attention(
+        q, k, v, mask, bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, return_lse
+    )
+    if outputs is not None:
+        return outputs
     q, k, v = _cast_and_check(q, k, v, 4, "(batch, heads, length, head_dim)")
     if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0]:
         raise ValueError(f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}: they must be equal")

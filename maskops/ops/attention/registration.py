@@ -123,6 +123,23 @@ define(
     _backward_fake, _TAGS,
 )  # fmt: skip
 
+# The same without what plain calls of the processor have not (direct.py, which alone calls them): no feature, and a
+# gradient of out alone.
+_SPANS = "Tensor start, Tensor end, Tensor key_valid, Tensor tiles, Tensor tile_count, float softmax_scale"
+_library.define(f"attention_direct(Tensor q, Tensor k, Tensor v, {_SPANS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(
+    f"attention_direct_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SPANS})"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.register_fake("maskops::attention_direct", _forward_fake, lib=_library)
+
+
+@torch.library.register_fake("maskops::attention_direct_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(empty_in_order(x, x.shape[3]) for x in (q, k, v))
+
+
 _OF_HEADS = ("q", "k", "v", "out", "lse", "grad_out", "grad_lse")
 _OF_ROWS_AND_KEYS = ("start", "end", "key_valid", "tiles", "tile_count", "key_tiles", "order")
 
@@ -209,23 +226,45 @@ class _SpanAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        elif grad_out.stride(3) != 1:
-            grad_out = grad_out.contiguous()
-        if grad_lse is not None:
-            grad_lse = grad_lse.contiguous()
         wanted = tuple(ctx.needs_input_grad[12:15])  # bias, alibi_slopes, sinks
-        arguments = filled((grad_out, grad_lse, q, k, v, out, lse, *tensors, *ctx.numbers, *wanted), q)
-        # Under create_graph=True somebody may differentiate the gradients, and is told.
-        is_kept = torch.is_grad_enabled()
-        if is_kept:
-            grads = _Backward.apply(*arguments, ctx.backend)  # type: ignore[no-untyped-call]
-        else:
-            grads = call(name_of("attention_backward", ctx.backend), *arguments)
+        grads = gradients(ctx.saved_tensors, ctx.numbers, wanted, ctx.backend, grad_out, grad_lse)
         extras = [grad if is_wanted else None for grad, is_wanted in zip(grads[3:], wanted, strict=True)]
         return (*grads[:3], *(None,) * 9, *extras, *(None,) * 6)
+
+
+def gradients(
+    saved: Sequence[Tensor | None],
+    numbers: Sequence[Any],
+    wanted: Sequence[bool],
+    backend: str,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Runs the backward operator of a backend on what arrives in a backward pass.
+
+    Args:
+        saved: q, k, v, out, lse, and the tensors of ``operator_arguments``.
+        numbers: what follows the tensors there.
+        wanted: whether gradients of bias, alibi_slopes and sinks are; those that are not are empty.
+        backend: name of the backend.
+        grad_out: the gradient of out, None for zeros, as ``grad_lse``.
+        grad_lse: that of the lse.
+    """
+    q, _, _, out, *_ = saved
+    assert q is not None and out is not None
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    elif grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    arguments = filled((grad_out, grad_lse, *saved, *numbers, *wanted), q)
+    # Under create_graph=True somebody may differentiate the gradients, and is told.
+    if torch.is_grad_enabled():
+        grads = _Backward.apply(*arguments, backend)  # type: ignore[no-untyped-call]
+    else:
+        grads = call(name_of("attention_backward", backend), *arguments)
+    return grads  # type: ignore[no-any-return]
 
 
 def operator_arguments(spans: RowSpans, features: Features, backend: str) -> tuple[Any, ...]:

@@ -1,0 +1,54 @@
+"""Calls that go straight from a public function to the operator of the processor.
+
+A small problem is computed in less time than it takes to find out how: to check each argument, to plan a mask, to ask
+every backend. Of most calls all of that is known beforehand: eager, on plain tensors of the processor, without a
+transform, a mode, autocast or a feature. An op's ``direct.py`` recognises such calls by conditions that cost little,
+and calls the operator. What it does not recognise, or what the operator refuses, goes the full way, which alone knows
+what is wrong and says so: a direct call raises nothing, and gives what the full way gives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from maskops.backend import processor_is_free
+
+_is_autocast_enabled = torch.is_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_length_of_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_transforms_are_active = torch._C._are_functorch_transforms_active
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+REFUSED = (RuntimeError, ValueError, IndexError)
+"""What operators raise for arguments that they do not take, and tensors for dimensions that they have not."""
+
+
+def nothing_intervenes() -> bool:
+    """Whether this thread traces nothing and transforms nothing, so that an operator that is called is run."""
+    return not (_is_compiling() or _length_of_modes() or _transforms_are_active() or _tracing_state() is not None)
+
+
+def is_eager() -> bool:
+    """Whether a call on plain tensors of the processor is one of the backend ``cpu``, with their own dtypes."""
+    return (
+        nothing_intervenes()
+        and forward_ad._current_level < 0
+        and not _is_autocast_enabled("cpu")
+        and processor_is_free()
+    )
+
+
+def are_plain(*arguments: Any) -> bool:
+    """Whether all arguments are tensors of the processor, none a subclass, and none what is left of a transform."""
+    for x in arguments:
+        if type(x) not in _PLAIN or not x.is_cpu:
+            return False
+        if _is_wrapped(x) or _is_legacy_batched(x):
+            return False
+    return True
