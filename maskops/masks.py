@@ -20,6 +20,7 @@ puts the two halves together to a ``RowSpans`` (``spans.py``), so that no kernel
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from maskops.bounds import (
     counts_from_first,
     intersection,
     renumbered,
+    span_program,
     union,
 )
 from maskops.checks import INTEGERS as _INTEGERS
@@ -125,6 +127,11 @@ class Mask:
                 )
         operands, conjuncts = self._joined(other)
         return Mask(f"{self.text} | {other.text}", (), union(self.conjuncts, conjuncts), operands)
+
+    @functools.cached_property
+    def span_program(self) -> str:
+        """The spans of a row in the words of ``build_plan``."""
+        return span_program(self.conjuncts)
 
     @property
     def n_spans(self) -> int:
@@ -290,6 +297,8 @@ def _check_integers(name: str, value: object, dims: tuple[int, ...], meaning: st
 # One object each, so that the plans that it keeps serve every call.
 _FULL = Mask("full()")
 _CAUSAL = Mask("causal()", conjuncts=(Conjunct(FIRST, Term("diag", 1), ()),))
+_WINDOWS: dict[tuple[int | None, int | None], Mask] = {}
+_WIDTHS = (int, type(None))
 
 
 def full() -> Mask:
@@ -309,6 +318,9 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
         left: keys to the left of the aligned one, at least 0; None or -1 = unbounded.
         right: keys to the right of it, likewise.
     """
+    is_constant = type(left) in _WIDTHS and type(right) in _WIDTHS and not torch.compiler.is_compiling()
+    if is_constant and (known := _WINDOWS.get((left, right))) is not None:
+        return known
     ends: list[Bound] = []
     for name, width in (("left", left), ("right", right)):
         if width is None or width == -1:
@@ -320,7 +332,12 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
         if width < 0:
             raise ValueError(f"sliding_window: {name}={width}: expected 0 or more, or -1 or None for unbounded")
         ends.append(Term("diag", -width if name == "left" else width + 1))
-    return Mask(f"sliding_window({left}, {right})", conjuncts=(Conjunct(ends[0], ends[1], ()),))
+    window = Mask(f"sliding_window({left}, {right})", conjuncts=(Conjunct(ends[0], ends[1], ()),))
+    if is_constant:
+        if len(_WINDOWS) >= _MOST_KEPT:
+            _WINDOWS.clear()
+        _WINDOWS[left, right] = window
+    return window
 
 
 def prefix(lengths: int | Tensor) -> Mask:

@@ -48,7 +48,7 @@ def outcome(call: Callable[[], Any]) -> Any:
     except Exception as error:
         return type(error), str(error)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [(x.detach(), x.stride(), x.dtype, x.requires_grad) for x in outputs]
+    return [(x.detach(), x.stride(), x.dtype, x.requires_grad) for x in outputs if x is not None]
 
 
 def assert_same(left: Any, right: Any) -> None:

@@ -268,6 +268,24 @@ def varlen_attention(
 
     Source: as ``attention``.
     """
+    outputs: Tensor | tuple[Tensor, Tensor] | None = direct.varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        mask,
+        bias,
+        alibi_slopes,
+        sinks,
+        softcap,
+        softmax_scale,
+        dropout_p,
+        backend,
+        return_lse,
+    )
+    if outputs is not None:
+        return outputs
     q, k, v = _cast_and_check(q, k, v, 3, "(total, heads, head_dim)")
     _check_heads_and_lengths(q.shape[1], k.shape[1], v.shape[1], k.shape[0], v.shape[0], q.shape[2], k.shape[2])
     if isinstance(mask, RowSpans):

@@ -12,32 +12,62 @@ from torch import Tensor
 
 from maskops.masks import Mask, full
 from maskops.ops.attention import registration
-from maskops.ops.direct import REFUSED, are_plain, is_eager, nothing_intervenes
+from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes
+from maskops.ops.plan.registration import MAX_LENGTH, build_plan, fits_a_kernel
 from maskops.spans import RowSpans
 
 _forward = torch.ops.maskops.attention_direct.default
 _backward = torch.ops.maskops.attention_direct_backward.default
 
 _FULL = full()
+_INTEGERS = (torch.int32, torch.int64)
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def attention(
-    q: object,
-    k: object,
-    v: object,
-    mask: object,
-    bias: object,
-    alibi_slopes: object,
-    sinks: object,
-    softcap: object,
-    softmax_scale: object,
-    dropout_p: object,
-    backend: object,
-    return_lse: bool,
-) -> Any:
-    """``maskops.attention`` where it has no features, else None; also None where the full way raises."""
-    if not (
+def attention(q: Any, k: Any, v: Any, mask: object, *rest: Any) -> Any:
+    """``maskops.attention`` where it has no features, else None; also None where the full way raises.
+
+    Args:
+        q: (batch, heads, q_len, head_dim).
+        k: (batch, kv_heads, k_len, head_dim).
+        v: (batch, kv_heads, k_len, value_dim).
+        mask: as in ``maskops.attention``.
+        *rest: bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, return_lse.
+    """
+    if not _is_plain(q, k, v, rest) or q.dim() != 4 or k.dim() != 4 or q.shape[3] == 0:
+        return None
+    try:
+        plan = _plan(mask, q.shape[2], k.shape[2])
+        return None if plan is None else _attend(q, k, v, plan, rest[4], rest[7])
+    except REFUSED:
+        return None
+
+
+def varlen_attention(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: object, *rest: Any) -> Any:
+    """``maskops.varlen_attention``, as ``attention`` of this module."""
+    if not _is_plain(q, k, v, rest) or q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[2] == 0:
+        return None
+    try:
+        if cu_seqlens_q is not None:
+            plan = _packed_plan(cu_seqlens_q, cu_seqlens_k, mask, q.shape[0], k.shape[0])
+        elif cu_seqlens_k is None and type(mask) is RowSpans:
+            plan = _plan(mask, q.shape[0], k.shape[0])
+        else:
+            return None
+        if plan is None:
+            return None
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        outputs = _attend(q, k, v, plan, rest[4], rest[7])
+    except REFUSED:
+        return None
+    if rest[7]:
+        return outputs[0].squeeze(0).transpose(0, 1), outputs[1].squeeze(0)
+    return outputs.squeeze(0).transpose(0, 1)
+
+
+def _is_plain(q: Any, k: Any, v: Any, rest: tuple[Any, ...]) -> bool:
+    bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, _ = rest
+    return (
         bias is None
         and alibi_slopes is None
         and sinks is None
@@ -47,39 +77,44 @@ def attention(
         and softcap == 0.0
         and type(dropout_p) is float
         and dropout_p == 0.0
+        and (softmax_scale is None or (type(softmax_scale) is float and -_LARGEST <= softmax_scale <= _LARGEST))
         and are_plain(q, k, v)
-    ):
+    )
+
+
+def _plan(mask: object, q_len: int, k_len: int) -> RowSpans | None:
+    if type(mask) is RowSpans:
+        return mask if mask.dense is None and mask.start.is_cpu else None
+    if mask is None:
+        mask = _FULL
+    return mask.kept_spans(q_len, k_len) if type(mask) is Mask else None
+
+
+def _packed_plan(queries: Any, keys: Any, mask: object, q_len: int, k_len: int) -> RowSpans | None:
+    """The plan of one packed row; the operator checks shapes and values."""
+    if mask is None:
+        mask = _FULL
+    elif type(mask) is not Mask or mask.layouts or mask.operands:
         return None
-    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
-    shape = q.shape
-    if len(shape) != 4 or shape[3] == 0:
+    operands = [queries] if keys is None or keys is queries else [queries, keys]
+    if not are_plain(*operands) or any(x.dtype not in _INTEGERS for x in operands):
         return None
-    if softmax_scale is None:
-        scale = 1.0 / math.sqrt(shape[3])
-    elif type(softmax_scale) is float and -_LARGEST <= softmax_scale <= _LARGEST:
-        scale = softmax_scale
-    else:
+    if q_len >= MAX_LENGTH or k_len >= MAX_LENGTH:
         return None
-    try:
-        if type(mask) is RowSpans:
-            plan = mask
-            if plan.dense is not None or not plan.start.is_cpu:
-                return None
-        else:
-            if mask is None:
-                mask = _FULL
-            elif type(mask) is not Mask:
-                return None
-            kept = mask.kept_spans(shape[2], k.shape[2])
-            if kept is None:
-                return None
-            plan = kept
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return _Attention.apply(q, k, v, plan, scale, return_lse)  # type: ignore[no-untyped-call]
-        outputs = _forward(q, k, v, plan.start, plan.end, plan.key_valid, plan.tiles, plan.tile_count, scale)
-        return outputs if return_lse else outputs[0]
-    except REFUSED:
+    program = f"varlen 0 {len(operands) - 1} {int(keys is not None)} {mask.span_program}"
+    if not fits_a_kernel(program):
         return None
+    wanted = {"grad": False, "order": False, "positions": False}
+    return build_plan("cpu", program, operands, 1, q_len, k_len, queries.device, **wanted)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: RowSpans, scale: float | None, return_lse: bool) -> Any:
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _apply(q, k, v, plan, scale, return_lse)
+    outputs = _forward(q, k, v, *plan[:5], scale)
+    return outputs if return_lse else outputs[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -110,3 +145,6 @@ class _Attention(torch.autograd.Function):
         saved = (q, k, v, out, lse, *plan, *features[:4])
         grads = registration.gradients(saved, features[4:], (False, False, False), "cpu", grad_out, grad_lse)
         return *grads[:3], None, None, None
+
+
+_apply = applied(_Attention)

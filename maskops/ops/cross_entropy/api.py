@@ -8,7 +8,7 @@ from torch import Tensor
 from maskops import backend
 from maskops.checks import check_tensor
 from maskops.layouts import values_can_be_read
-from maskops.ops.cross_entropy import reference, registration
+from maskops.ops.cross_entropy import direct, reference, registration
 from maskops.ops.cross_entropy.arguments import (
     FLOATS,
     Reduction,
@@ -216,6 +216,12 @@ def cross_entropy(
         >>> logits, target = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
         >>> loss = maskops.cross_entropy(logits, target, mask=torch.ones(2, 5, dtype=torch.bool), shift=True)
     """
+    only = (mask, token_weights, class_weights, cu_seqlens, num_items, shift, inplace_backward, grad_buffer)
+    wanted = (return_lse, return_logprobs, return_entropy, return_argmax)
+    numbers = (label_smoothing, z_loss, softcap)
+    alone = direct.cross_entropy(logits, target, (*only, *wanted), ignore_index, numbers, logit_scale, reduction)
+    if alone is not None:
+        return alone
     _check_logits(logits)
     if grad_buffer is not None:
         check_grad_buffer(grad_buffer, logits)

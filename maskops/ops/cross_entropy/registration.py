@@ -194,6 +194,29 @@ for _name, _signature, _into_fake in (
     _library.define(f"{_name}({_GRADIENTS}, Tensor logits, {_TARGETS}, {_signature}", tags=_TAGS)
     torch.library.register_fake(f"maskops::{_name}", _into_fake, lib=_library)
 
+# A few plain rows of labels on the processor, reduced to their sum or mean; direct.py alone calls them. Results: the
+# loss, lse and logprobs; the gradient of the logits.
+_library.define(
+    "cross_entropy_direct(Tensor logits, Tensor target, int ignore_index, bool mean) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "cross_entropy_direct_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor lse, Tensor logprobs, "
+    "int ignore_index, bool mean) -> Tensor",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("maskops::cross_entropy_direct", lib=_library)  # type: ignore[untyped-decorator]
+def _(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), logits.shape[:1], logits.shape[:1]))
+
+
+@torch.library.register_fake("maskops::cross_entropy_direct_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _(grad_loss: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
 _OF_ROWS = ("logits", "target", "lse", "logprobs", "entropy", "columns")
 
 
@@ -391,6 +414,29 @@ def loss_into(
     arguments = (labels, weights, targets, shift, scoring.ignore_index, *numbers, False, scoring.argmax)
     loss, argmax = _LossInto.apply(logits, memory, factors, *arguments)  # type: ignore[no-untyped-call]
     return loss, argmax
+
+
+def gradient(
+    logits: Tensor, target: Tensor, lse: Tensor, logprobs: Tensor, grad_loss: Tensor, ignore_index: int
+) -> Tensor:
+    """The gradient of the logits for that of each row's loss, by the backend ``cpu``, of rows with labels alone.
+
+    Args:
+        logits: (N, V).
+        target: (N,) labels.
+        lse: (N,), what the forward pass gave.
+        logprobs: (N,), likewise.
+        grad_loss: (N,).
+        ignore_index: the label of rows to skip.
+    """
+    nothing = logits.new_empty(0, dtype=torch.float32)
+    saved = (nothing, nothing, lse, logprobs, nothing, logits.new_empty((0, _STATISTICS), dtype=torch.float64))
+    numbers = (False, False, ignore_index, 0.0, 0.0, 0.0, 1.0)
+    arguments = (grad_loss, nothing, nothing, nothing, logits, target, *saved, *numbers)
+    if torch.is_grad_enabled():
+        return _Backward.apply(*arguments, "cpu")[0]  # type: ignore[no-any-return, no-untyped-call]
+    grad: Tensor = call("cross_entropy_backward", *arguments)[0]
+    return grad
 
 
 def row_losses(

@@ -17,7 +17,7 @@ from maskops.layouts import values_can_be_read
 from maskops.masks import Mask
 from maskops.ops.attention import reference as attention_reference
 from maskops.ops.attention.registration import in_order_of
-from maskops.ops.decode import reference, registration
+from maskops.ops.decode import direct, reference, registration
 from maskops.ops.scalars import scalar
 from maskops.ops.transforms import requires_grad
 from maskops.spans import RowSpans
@@ -87,6 +87,9 @@ def append_kv(
 
     Source: pages and block tables: PagedAttention, Kwon et al., arXiv 2309.06180, section 4.1.
     """
+    if direct.append_kv(k_cache, v_cache, k, v, lengths, block_table, batch_index, backend):
+        _count_change(k_cache, v_cache)
+        return
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         _check_values_tensor(name, x)
         if x.dtype != k_cache.dtype:
@@ -125,8 +128,12 @@ def append_kv(
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     registration.append(k_cache, v_cache, k, v, lengths, block_table, batch_index, name)
     if not torch.compiler.is_compiling():
-        # As torch's own in-place operations do: what autograd may have saved of a cache is not that any more.
-        torch.autograd.graph.increment_version([x for x in (k_cache, v_cache) if not x.is_inference()])
+        _count_change(k_cache, v_cache)
+
+
+def _count_change(*caches: Tensor) -> None:
+    """As torch's own in-place operations do: what autograd may have saved of a cache is not that any more."""
+    torch.autograd.graph.increment_version([x for x in caches if not x.is_inference()])
 
 
 @overload
@@ -229,6 +236,24 @@ def decode_attention(
     Source: as ``attention``; splitting the keys among threads and merging by the lse: Flash-Decoding, Dao, Haziza,
     Massa and Sizov, 2023.
     """
+    outputs: Tensor | tuple[Tensor, Tensor] | None = direct.decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        mask,
+        block_table,
+        batch_index,
+        leftpad,
+        alibi_slopes,
+        sinks,
+        softcap,
+        softmax_scale,
+        backend,
+        return_lse,
+    )
+    if outputs is not None:
+        return outputs
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _check_values_tensor(name, x)
         if x.dtype != k_cache.dtype:

@@ -18,6 +18,9 @@ _library = torch.library.Library("maskops", "FRAGMENT")
 # were traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+NOTHING = torch.empty(0, device="cpu")
+"""An argument that is absent, on the processor."""
+
 
 def _append_fake(
     k_cache: Tensor,

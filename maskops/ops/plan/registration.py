@@ -56,6 +56,7 @@ _LAYOUT_WORDS = frozenset(
     ]
 )
 
+_NOTHING = torch.empty(0, dtype=torch.int32, device="cpu")
 _NATIVE_DTYPES = (torch.int32, torch.int64, torch.bool, torch.uint8)
 
 _library = torch.library.Library("maskops", "FRAGMENT")
@@ -222,7 +223,9 @@ def build_plan(
         (operand if operand.dtype in _NATIVE_DTYPES else operand.to(torch.int64)).contiguous() for operand in operands
     ]
     if len(passed) < MAX_OPERANDS:
-        passed += [torch.empty(0, dtype=torch.int32, device=device)] * (MAX_OPERANDS - len(passed))
+        is_here = device.type == "cpu" and not torch.compiler.is_compiling()
+        nothing = _NOTHING if is_here else torch.empty(0, dtype=torch.int32, device=device)
+        passed += [nothing] * (MAX_OPERANDS - len(passed))
     operator = getattr(torch.ops.maskops, name_of("build_plan", backend)).default
     start, end, key_valid, tiles, tile_count, key_tiles, by_cost, where = run(
         operator, program, *passed, batch, q_len, k_len, grad, order, positions

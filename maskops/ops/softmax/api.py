@@ -13,7 +13,7 @@ from maskops import backend as backends
 from maskops.checks import INTEGERS, check_mask_values, check_tensor, has_autocast
 from maskops.layouts import values_can_be_read
 from maskops.masks import Mask
-from maskops.ops.softmax import reference, registration
+from maskops.ops.softmax import direct, reference, registration
 from maskops.spans import RowSpans
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -116,6 +116,9 @@ def masked_softmax(
         >>> weights = maskops.masked_softmax(scores, masks.padding(lengths) & masks.causal())
         >>> weights = maskops.masked_softmax(scores, torch.arange(5) < lengths[:, None, None, None])
     """
+    outputs: Tensor | tuple[Tensor, Tensor] | None = direct.masked_softmax(x, mask, dim, return_lse, backend)
+    if outputs is not None:
+        return outputs
     check_tensor("x", x, "of scores")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x has dtype {x.dtype}: expected float32, bfloat16, float16 or float64")

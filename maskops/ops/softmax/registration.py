@@ -4,6 +4,7 @@ The C++ extension registers implementations for these schemas; it never repeats 
 of one dimension.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,25 +116,38 @@ class _MaskedSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_weights: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         weights, *plan = ctx.saved_tensors
-        if grad_weights is None and grad_lse is None:
-            return (None,) * 8
-        if grad_weights is None:
-            grad_weights = torch.zeros_like(weights)
-        grad: Tensor
-        if torch.is_grad_enabled():
-            # create_graph=True. The weights are an output, so that what is computed from them leads back to x.
-            grad = _differentiable_backward(grad_weights, grad_lse, weights, ctx.dim)
-        else:
-            grad_lse = weights.new_empty(0, dtype=torch.float32) if grad_lse is None else grad_lse.contiguous()
-            grad = run(
-                _operator("masked_softmax_backward", ctx.backend),
-                readable(grad_weights, ctx.dim),
-                grad_lse,
-                weights,
-                *plan,
-                ctx.dim,
-            )
-        return grad, *(None,) * 7
+        return gradient(grad_weights, grad_lse, weights, plan, ctx.dim, ctx.backend), *(None,) * 7
+
+
+def gradient(
+    grad_weights: Tensor | None,
+    grad_lse: Tensor | None,
+    weights: Tensor,
+    plan: Sequence[Tensor],
+    dim: int,
+    backend: str,
+) -> Tensor | None:
+    """The gradient of x by the operator of a backend, or in a way that can be differentiated again.
+
+    Args:
+        grad_weights: the gradient of the weights, None for zeros, as ``grad_lse``.
+        grad_lse: that of the lse.
+        weights: what the forward operator gave.
+        plan: what it was given as start, end and key_valid.
+        dim: as there.
+        backend: name of the backend.
+    """
+    if grad_weights is None and grad_lse is None:
+        return None
+    if grad_weights is None:
+        grad_weights = torch.zeros_like(weights)
+    if torch.is_grad_enabled():
+        # create_graph=True. The weights are an output, so that what is computed from them leads back to x.
+        return _differentiable_backward(grad_weights, grad_lse, weights, dim)
+    grad_lse = weights.new_empty(0, dtype=torch.float32) if grad_lse is None else grad_lse.contiguous()
+    operator = _operator("masked_softmax_backward", backend)
+    grad: Tensor = run(operator, readable(grad_weights, dim), grad_lse, weights, *plan, dim)
+    return grad
 
 
 def masked_softmax(
