@@ -29,7 +29,7 @@ def masked_softmax(x: Any, mask: Any, dim: object, return_lse: bool, backend: ob
         if type(mask) is Mask or type(mask) is RowSpans:
             if last < 1:
                 return None
-            spans = mask if type(mask) is RowSpans else mask.kept_spans(*x.shape[-2:])
+            spans = mask.kept_spans(*x.shape[-2:]) if isinstance(mask, Mask) else mask
             if spans is None or spans.dense is not None or not spans.start.is_cpu:
                 return None
             plan = spans[:3]
