@@ -325,6 +325,11 @@ def test_options_of_the_command(
     assert main([*line, "--json", str(path)]) == 0
     assert f"numbers: {path}" in capsys.readouterr().out
     assert len(json.loads(path.read_text())["results"]) == 1
+    kept: list[int] = []
+    monkeypatch.setattr(report.CpuReport, "write_json", lambda self, path: kept.append(len(self.results)))
+    entry = doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER))
+    command.execute([entry, entry], PACE, lambda names: STEADY, None, mode="quick", seed=0, path=path)
+    assert kept == [1, 2]  # what an interrupted run leaves behind
     wrong = doubled(Goal(("wrong",), 1.0), contenders=(OURS, WRONG))
     monkeypatch.setattr(command, "entries", lambda seed: [dataclasses.replace(wrong, quick=True)])
     assert main(["bench", "cpu", "--quick"]) == 1
@@ -352,6 +357,9 @@ def test_an_instruction_set_is_that_of_both_sides(
         main(["bench", "cpu", "--instruction-set", "avx2"])
     assert started == [[sys.executable, "-m", "maskops", "bench", "cpu", "--instruction-set", "avx2"]]
     assert os.environ["MASKOPS_BACKEND"] == "cpu:avx2" and os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
+    selected: list[str] = []
+    monkeypatch.setattr(extension, "select_instruction_set", selected.append)
+    assert main(["bench", "cpu", "--instruction-set", "avx2", "--only", "no such thing"]) == 2 and selected == ["avx2"]
     assert main(["bench", "cpu", "--instruction-set", "avx512"]) == 2
     assert "this machine has baseline, avx2" in capsys.readouterr().err
 

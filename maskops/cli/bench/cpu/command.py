@@ -81,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
             sys.stdout.flush()
             os.environ.update(wanted)
             os.execv(sys.executable, [sys.executable, "-m", "maskops", *sys.argv[1:]])
+        # At once, and not at the first call: the limits are those of this instruction set too.
+        extension.select_instruction_set(options.instruction_set)
     mode = "quick" if options.quick else "full"
     chosen = select(list(entries(options.seed)), options.only, quick=options.quick)
     if not chosen:
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         Helper(options.seed, torch.get_num_threads()) as helper,
     ):
         gauge = Gauge(torch.get_num_threads())
-        report = execute(chosen, PACES[mode], gauge.measure, helper, mode=mode, seed=options.seed)
+        report = execute(chosen, PACES[mode], gauge.measure, helper, mode=mode, seed=options.seed, path=options.json)
 
     def draw(path: Path) -> None:
         chart.draw(report, path)
@@ -123,6 +125,7 @@ def execute(
     *,
     mode: str,
     seed: int,
+    path: Path | None = None,
 ) -> CpuReport:
     """Measures the entries one after another.
 
@@ -133,9 +136,20 @@ def execute(
         helper: For contenders that want huge pages.
         mode: Name of the pace.
         seed: Of the values.
+        path: Where what was found so far is kept after each entry: a run that is interrupted is not lost.
     """
     started, others = time.perf_counter(), Others()
     results: list[Result] = []
+
+    def found() -> CpuReport:
+        return CpuReport(
+            mode=mode,
+            machine=dataclasses.replace(host, load=others.taken()),
+            settings={"dtype": "float32", "seed": seed, **dataclasses.asdict(pace)},
+            results=tuple(results),
+            seconds=time.perf_counter() - started,
+        )
+
     with Progress(float(len(chosen))) as progress:
         progress.stage("measuring what plain torch reaches")
         host = machine.describe(torch.device("cpu"), torch.float32)
@@ -143,11 +157,7 @@ def execute(
             progress.stage(f"{entry.group}, {MODES[entry.mode]}: {entry.lines[0].name}")
             late = time.perf_counter() - started > LIMIT
             results.append(measure(entry, dataclasses.replace(pace, repeats=False) if late else pace, gauge, helper))
+            if path is not None:
+                found().write_json(path)
             progress.advance(1.0)
-    return CpuReport(
-        mode=mode,
-        machine=dataclasses.replace(host, load=others.taken()),
-        settings={"dtype": "float32", "seed": seed, **dataclasses.asdict(pace)},
-        results=tuple(results),
-        seconds=time.perf_counter() - started,
-    )
+    return found()
