@@ -64,8 +64,8 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
           const int32_t* item = tile_at(p.spans, longest_first[i]);
           const int32_t lanes = item[2] * group;
           for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
-            tasks.push_back(
-                {static_cast<int32_t>(batch), head, item[1], item[2], lane, std::min(lanes, lane + BLOCK_LANES)});
+            tasks.push_back({static_cast<int32_t>(batch), head, head + 1, item[1], item[2], lane,
+                             std::min(lanes, lane + BLOCK_LANES)});
           }
         }
       }

@@ -23,9 +23,10 @@ constexpr int BLOCK_LANES = 128;
 constexpr int BLOCK_KEYS = 64;
 
 // Lanes [lane_begin, lane_end) of `rows` query rows from first_row on: lane l is row l / group, head l % group of the
-// group that shares one key head. Row-major, so that the key limits of neighbouring lanes stay close.
+// group that shares one key head, for each of the key heads [kv_head, kv_head_end). Row-major, so that the key limits
+// of neighbouring lanes stay close.
 struct LaneBlock {
-  int32_t batch, kv_head, first_row, rows, lane_begin, lane_end;
+  int32_t batch, kv_head, kv_head_end, first_row, rows, lane_begin, lane_end;
 };
 
 // One task of the backward pass owns the key rows [key_begin, key_end) of the key heads [kv_head, kv_head_end) of a

@@ -84,8 +84,10 @@ MUTATIONS = (
         "!= (vf){} ? (vf){} : splat",
         ATTENTION_FEATURES,
     ),
-    Mutation("features: sign of the sink", FORWARD, "sigmoid(lse - per_head", "sigmoid(-lse + per_head"),
-    Mutation("features: sink of another head", FORWARD, "0, lanes.head[lane]));", "0, 0));"),
+    Mutation(
+        "features: sign of the sink", FORWARD, "sigmoid(log_sums[x] - per_head", "sigmoid(-log_sums[x] + per_head"
+    ),
+    Mutation("features: sink of another head", FORWARD, "0, head));", "0, 0));"),
     Mutation("features: sink forgotten in dO", BACKWARD, "store(grad_row + d, load(grad_row + d) * splat(share));", ""),
     Mutation("features: sink forgotten in delta", BACKWARD, "delta[x] *= share;", ""),
     Mutation("features: sign of the sink's gradient", BACKWARD, "= -delta[x] * sigmoid", "= delta[x] * sigmoid"),
