@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from maskops.cli.bench.timing import without_collector
 
+Document = TypeVar("Document")
 UNKNOWN = 0
 SOURCE = "docstrings of the standard library and of torch"
 _WORD = re.compile(r" ?[A-Za-z]{1,8}|[0-9]{1,3}| ?[^\w\s]+|\s+(?=\s)|\s|\w")
@@ -144,24 +146,12 @@ def read(
         ValueError: No document of at least `min_length` tokens was found.
     """
     tokenizer = find_tokenizer() if tokenizer is None else tokenizer
-    chance = random.Random(seed)
-    paths = _shuffled(source_files() if files is None else files, chance)
-    deadline = time.monotonic() + seconds
-    encoded: list[list[int]] = []
-    total = read_files = 0
-    with without_collector():  # it takes half of the time to parse, looking for garbage among syntax trees
-        for texts in _unseen(docstrings(paths)):
-            read_files += 1
-            for text in texts:
-                ids = tokenizer.encode(text)
-                if len(ids) >= min_length:
-                    encoded.append(ids[:max_length])
-                    total += len(text)
-            if total >= characters or time.monotonic() > deadline:
-                break
-    if not encoded:
-        raise ValueError(f"no docstring of at least {min_length} tokens in {len(paths)} files")
-    chance.shuffle(encoded)
+
+    def encode(text: str) -> list[int] | None:
+        ids = tokenizer.encode(text)
+        return ids[:max_length] if len(ids) >= min_length else None
+
+    encoded, read_files = _gather(encode, characters, seed, seconds, files, f" of at least {min_length} tokens")
     documents, coverage = _cap(encoded, vocabulary)
     origin = SOURCE if files is None else "docstrings of given files"
     return Corpus(documents, tokenizer.name, vocabulary, coverage, read_files, origin)
@@ -184,28 +174,43 @@ def read_texts(
     Raises:
         ValueError: No docstring was found.
     """
-    chance = random.Random(seed)
-    paths = _shuffled(source_files() if files is None else files, chance)
-    deadline = time.monotonic() + seconds
-    found: list[str] = []
-    total = read_files = 0
-    with without_collector():
-        for texts in _unseen(docstrings(paths)):
-            read_files += 1
-            found += texts
-            total += sum(map(len, texts))
-            if total >= characters or time.monotonic() > deadline:
-                break
-    if not found:
-        raise ValueError(f"no docstring in {len(paths)} files")
-    chance.shuffle(found)
+    found, read_files = _gather(lambda text: text, characters, seed, seconds, files)
     return tuple(found), read_files
 
 
-def _shuffled(files: Iterable[Path], chance: random.Random) -> list[Path]:
-    paths = list(files)
+def _gather(
+    take: Callable[[str], Document | None],
+    characters: int,
+    seed: int,
+    seconds: float,
+    files: Iterable[Path] | None,
+    wanted: str = "",
+) -> tuple[list[Document], int]:
+    """What `take` makes of the texts, None left out, in random order, until enough is there; how many files were read.
+
+    Raises:
+        ValueError: nothing was found; the message says what was `wanted` of a docstring.
+    """
+    chance = random.Random(seed)
+    paths = list(source_files() if files is None else files)
     chance.shuffle(paths)
-    return paths
+    deadline = time.monotonic() + seconds
+    found: list[Document] = []
+    total = read_files = 0
+    with without_collector():  # it takes half of the time to parse, looking for garbage among syntax trees
+        for texts in _unseen(docstrings(paths)):
+            read_files += 1
+            for text in texts:
+                taken = take(text)
+                if taken is not None:
+                    found.append(taken)
+                    total += len(text)
+            if total >= characters or time.monotonic() > deadline:
+                break
+    if not found:
+        raise ValueError(f"no docstring{wanted} in {len(paths)} files")
+    chance.shuffle(found)
+    return found, read_files
 
 
 def _unseen(files: Iterable[list[str]]) -> Iterator[list[str]]:
