@@ -1,6 +1,7 @@
 // The only symbols that the binary exports. They concern the process, not tensors, and are called through ctypes.
 #include "cpu/isa.h"
 #include "cuda/device.h"
+#include "task_trace.h"
 
 #define EXPORTED __attribute__((visibility("default")))
 extern "C" {
@@ -14,5 +15,14 @@ EXPORTED double maskops_limit_multiply_add(int64_t rounds) { return maskops::ker
 EXPORTED float maskops_limit_read(const float* x, int64_t n) { return maskops::kernels().limit_read(x, n); }
 EXPORTED void maskops_limit_copy(float* to, const float* from, int64_t n) {
   maskops::kernels().limit_copy(to, from, n);
+}
+// Begins to write down what tasks take, or ends that where there is no memory to write to; the number of tasks since
+// the last beginning. For one thread at a time.
+EXPORTED int64_t maskops_trace_tasks(maskops::TaskTime* times, int64_t capacity) {
+  static maskops::TaskTrace trace;
+  const int64_t tasks = trace.tasks;
+  trace = {times, capacity};
+  maskops::task_trace.store(times == nullptr ? nullptr : &trace, std::memory_order_relaxed);
+  return tasks;
 }
 }

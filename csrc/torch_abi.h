@@ -22,6 +22,8 @@
 #include <pthread.h>
 #endif
 
+#include "task_trace.h"
+
 extern "C" {
 struct AtenTensorOpaque;
 using AtenTensorHandle = AtenTensorOpaque*;
@@ -328,20 +330,29 @@ inline void run_on_own_threads(int64_t workers, ParallelFunc body, void* context
 // a task must not depend on it for its result.
 inline void run_tasks(int64_t n_tasks, int max_workers, void (*fn)(int64_t task, int worker, void* context),
                       void* context) {
+  if (TaskTrace* trace = task_trace.load(std::memory_order_relaxed)) {
+    for (int64_t task = 0; task < n_tasks; task++) {
+      const int64_t begin = TaskTrace::now();
+      fn(task, 0, context);
+      trace->add(max_workers, TaskTrace::now() - begin);
+    }
+    trace->regions++;
+    return;
+  }
+  if (max_workers <= 1 || n_tasks <= 1) {
+    for (int64_t task = 0; task < n_tasks; task++) fn(task, 0, context);
+    return;
+  }
   uint32_t threads = 1;
   MASKOPS_CHECK_TORCH(torch_get_num_threads(&threads));
-  int64_t workers = threads;
-  if (workers > max_workers) workers = max_workers;
-  if (workers > n_tasks) workers = n_tasks;
+  const int64_t workers = std::min({static_cast<int64_t>(threads), static_cast<int64_t>(max_workers), n_tasks});
+  // The counter has a cache line of its own: every worker reads the rest, which nobody writes.
   struct Team {
-    std::atomic<int64_t> next{0};
     int64_t n_tasks;
     void (*fn)(int64_t, int, void*);
     void* context;
-  } team;
-  team.n_tasks = n_tasks;
-  team.fn = fn;
-  team.context = context;
+    alignas(128) std::atomic<int64_t> next;
+  } team{n_tasks, fn, context, {0}};
   auto body = [](int64_t begin, int64_t end, void* pointer) {
     auto& team = *static_cast<Team*>(pointer);
     for (int64_t worker = begin; worker < end; worker++) {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -46,6 +48,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.maskops_limit_read.restype = ctypes.c_float
     library.maskops_limit_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     library.maskops_limit_copy.restype = None
+    library.maskops_trace_tasks.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.maskops_trace_tasks.restype = ctypes.c_int64
     return library, None
 
 
@@ -118,6 +122,38 @@ def select_instruction_set(name: str) -> None:
     if _library is None or not _library.maskops_select_instruction_set(name.encode()):
         have = ", ".join(instruction_sets()) or "none"
         raise ValueError(f"instruction set must be one of those that this machine has ({have}), got {name!r}")
+
+
+class TaskTime(NamedTuple):
+    """One task of the kernels' schedule; tasks of a region start in order, and end before the next region begins."""
+
+    region: int
+    most_workers: int
+    nanoseconds: int
+
+
+def trace_tasks(call: Callable[[], object]) -> list[TaskTime]:
+    """Runs `call` with every task of every kernel on the calling thread, and tells how much of its time each took.
+
+    The tasks and their order are those that `torch.get_num_threads()` threads would have taken from. Not while other
+    threads use the kernels.
+
+    Raises:
+        RuntimeError: if the extension is missing.
+    """
+    if _library is None:
+        raise RuntimeError(str(_reason))
+    capacity = 1 << 16
+    while True:
+        times = (ctypes.c_int64 * (3 * capacity))()
+        _library.maskops_trace_tasks(times, capacity)
+        try:
+            call()
+        finally:
+            found = _library.maskops_trace_tasks(None, 0)
+        if found <= capacity:
+            return [TaskTime(*times[3 * task : 3 * task + 3]) for task in range(found)]
+        capacity = found
 
 
 def cuda_reason() -> str | None:

@@ -165,6 +165,54 @@ print("failures", failures)
 """
 
 
+PEAK = """
+import sys, torch, maskops
+from maskops import masks
+
+torch.set_num_threads(1)
+status = lambda key: next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key))
+grad = lambda out, inputs: torch.autograd.grad(out.float().sum(), inputs)
+n = 6144
+x = torch.randn(1, 1, n, 8)
+q, k, v = (x.clone().requires_grad_() for _ in range(3))
+bias = torch.zeros(1, 1, 1, n, requires_grad=True)
+slopes = torch.tensor([0.01], requires_grad=True)
+logits = torch.randn(4, 16 * n, requires_grad=True)
+weights = torch.randn(8, 16 * n, requires_grad=True)
+few = {"backend": "cpu"}
+calls = {
+    "causal": lambda: grad(maskops.attention(q, k, v, masks.causal(), **few), [q, k, v]),
+    "16-bit": lambda: grad(maskops.attention(*(t.half() for t in (q, k, v)), masks.causal(), **few), [q, k, v]),
+    "a bias of keys": lambda: grad(maskops.attention(q, k, v, bias=bias, **few), [q, bias]),
+    "slopes": lambda: grad(maskops.attention(q, k, v, masks.causal(), alibi_slopes=slopes, **few), [q, slopes]),
+    "few queries": lambda: maskops.attention(x[:, :, :100], x, x, **few),
+    "decoding": lambda: maskops.decode_attention(x[:, :, :1], x, x, torch.tensor([n]), **few),
+    "a loss": lambda: grad(maskops.cross_entropy(logits, torch.arange(4), label_smoothing=0.1), logits),
+    "softmax": lambda: grad(maskops.masked_softmax(weights, None), weights),
+}
+for name, call in calls.items():
+    small = [t[..., :64, :] for t in (q, k, v)]
+    grad(maskops.attention(*small, masks.causal(), **few), small)
+    torch.set_num_threads(8)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    call()
+    torch.set_num_threads(1)
+    print(f"{name}: {status('VmHWM') - before}")
+"""
+
+
+@LINUX
+def test_peaks_are_not_quadratic() -> None:
+    """Scores of 6,144 queries and keys would be 144 MiB, a row of logits or of sums for each thread far less."""
+    result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120)
+    if "clear_refs" in result.stderr and "Error" in result.stderr:
+        pytest.skip("this system does not reset the peak of a process")
+    assert result.returncode == 0, result.stderr[-2000:]
+    peaks = {line.split(": ")[0]: int(line.split(": ")[1]) for line in result.stdout.splitlines()}
+    assert len(peaks) == 8 and all(peak < 32 << 10 for peak in peaks.values()), peaks
+
+
 @LINUX
 def test_after_memory_ran_out_everything_works() -> None:
     result = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)

@@ -1,13 +1,11 @@
-// The schedule of span attention on the CPU: which task does what, on how many threads, in what memory. Tasks depend on
-// shapes and spans only, never on the number of threads, so neither do the bits of the result.
+// The schedule of the backward pass of span attention: which task does what, on how many threads, in what memory. Tasks
+// depend on shapes and spans only, never on the number of threads, so neither do the bits of the result.
 #include "attention.h"
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
 #include <vector>
 
-#include "decode.h"
 #include "isa.h"
 #include "memory.h"
 #include "threads.h"
@@ -40,55 +38,6 @@ double pairs_of(const Spans& spans, const AttentionShape& shape) {
 int useful_workers(const Threads& threads, double flops, int64_t n_tasks) {
   const double useful = 1 + flops / FLOPS_PER_WORKER;
   return static_cast<int>(std::min({static_cast<double>(threads.count), useful, std::max<double>(1, n_tasks)}));
-}
-
-void attention_forward(const AttentionForward& p, const Threads& threads) {
-  if (decode_serves(p)) return decode_forward(decode_of(p), threads);
-  const AttentionShape& shape = p.shape;
-  const auto group = static_cast<int32_t>(shape.heads / shape.kv_heads);
-  // Tasks of one (batch element, key head) stay together, so that its keys and values come from a core's own cache; the
-  // longest first within it, so that the short ones at the very end level the threads.
-  std::vector<int64_t> longest_first(p.spans.n_tiles);
-  std::iota(longest_first.begin(), longest_first.end(), 0);
-  std::stable_sort(longest_first.begin(), longest_first.end(), [&](int64_t a, int64_t b) {
-    const int32_t *item_a = tile_at(p.spans, a), *item_b = tile_at(p.spans, b);
-    return item_a[0] != item_b[0] ? item_a[0] < item_b[0] : item_a[3] > item_b[3];
-  });
-  std::vector<LaneBlock> tasks;
-  for (int64_t begin = 0, end = 0; begin < p.spans.n_tiles; begin = end) {
-    const int32_t plan_batch = tile_at(p.spans, longest_first[begin])[0];
-    while (end < p.spans.n_tiles && tile_at(p.spans, longest_first[end])[0] == plan_batch) end++;
-    for (int64_t batch = plan_batch; batch < shape.batch; batch += p.spans.plan_batch) {
-      for (int32_t head = 0; head < shape.kv_heads; head++) {
-        for (int64_t i = begin; i < end; i++) {
-          const int32_t* item = tile_at(p.spans, longest_first[i]);
-          const int32_t lanes = item[2] * group;
-          for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
-            tasks.push_back({static_cast<int32_t>(batch), head, head + 1, item[1], item[2], lane,
-                             std::min(lanes, lane + BLOCK_LANES)});
-          }
-        }
-      }
-    }
-  }
-
-  const double flops = 2.0 * pairs_of(p.spans, shape) * (shape.head_dim + shape.value_dim);
-  const KernelTable& table = kernels();
-  struct Context {
-    const AttentionForward& p;
-    const KernelTable& table;
-    const std::vector<LaneBlock>& tasks;
-    std::vector<Memory> scratch;
-  } context{p, table, tasks, {}};
-  const int workers = useful_workers(threads, flops, static_cast<int64_t>(tasks.size()));
-  context.scratch = scratch_for(workers, table.attention_forward_scratch(shape, p.spans.n_spans));
-  threads.run(
-      static_cast<int64_t>(tasks.size()), workers,
-      [](int64_t task, int worker, void* pointer) {
-        auto& context = *static_cast<Context*>(pointer);
-        context.table.attention_forward(context.p, context.tasks[task], context.scratch[worker].get());
-      },
-      &context);
 }
 
 namespace {

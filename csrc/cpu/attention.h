@@ -27,7 +27,14 @@ constexpr int BLOCK_KEYS = 64;
 // of neighbouring lanes stay close.
 struct LaneBlock {
   int32_t batch, kv_head, kv_head_end, first_row, rows, lane_begin, lane_end;
+  int32_t key_begin = 0, key_end = INT32_MAX;  // no other keys count
+  // Where other tasks have the other keys, and the block has one key head: 2 + value_dim floats for each lane, the
+  // maximum and the sum of its weights so far and the values that they weigh. nullptr where the task has all keys and
+  // writes the output itself.
+  float* partial = nullptr;
 };
+// The most parts that a block's keys are cut into.
+constexpr int MOST_KEY_PARTS = 256;
 
 // One task of the backward pass owns the key rows [key_begin, key_end) of the key heads [kv_head, kv_head_end) of a
 // batch element for a run of tiles.

@@ -10,10 +10,39 @@ FORWARD = "csrc/cpu/attention_forward.inc"
 BACKWARD = "csrc/cpu/attention_backward.inc"
 PRODUCTS = "csrc/cpu/attention_backward_products.inc"
 BACKWARD_FEATURES = "csrc/cpu/attention_backward_features.inc"
+MERGE = "csrc/cpu/attention_merge.inc"
 SCHEDULE = "csrc/cpu/attention.cpp"
+FORWARD_SCHEDULE = "csrc/cpu/attention_forward.cpp"
+SCHEDULE_TESTS = ("tests/test_schedule.py",)
 VECTORS = "csrc/cpu/vec.h"
 
 MUTATIONS = (
+    Mutation(
+        "a part of the keys begins late",
+        FORWARD_SCHEDULE,
+        "lane_piece.key_begin = lane_piece.key_end;",
+        "lane_piece.key_begin = lane_piece.key_end + 1;",
+        SCHEDULE_TESTS,
+    ),
+    Mutation(
+        "parts are merged before the last is there",
+        FORWARD_SCHEDULE,
+        "+ 1 == piece.parts",
+        "+ 2 == piece.parts",
+        SCHEDULE_TESTS,
+    ),
+    Mutation("long sequences are not cut", FORWARD_SCHEDULE, "1, MOST_KEY_PARTS)", "1, 1)", SCHEDULE_TESTS),
+    Mutation(
+        "short tasks start alone", FORWARD_SCHEDULE, "share / piece.flops), 1, kv_heads_", "1), 1, 1", SCHEDULE_TESTS
+    ),
+    Mutation("parts of the keys weigh the same", MERGE, "exp2f((partial[0] - maximum) * unit)", "1.0f", SCHEDULE_TESTS),
+    Mutation(
+        "maxima of the general path in the wrong base",
+        MERGE,
+        "shape, p.spans.n_spans) ? LOG2E",
+        "shape, 1) ? 1.0f",
+        SCHEDULE_TESTS,
+    ),
     Mutation("window starts one key late", FORWARD, "(position >= load_int(start", "(position > load_int(start"),
     Mutation("window ends one key late", FORWARD, "(position < load_int(end", "(position <= load_int(end"),
     Mutation(

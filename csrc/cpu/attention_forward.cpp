@@ -1,0 +1,325 @@
+// The schedule of the forward pass of span attention. What a task is depends on shapes and spans only, and so do the
+// bits of the result; in which order tasks start depends on the number of threads, too.
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "decode.h"
+#include "isa.h"
+#include "memory.h"
+
+namespace maskops {
+namespace {
+
+// What a task costs besides its products, in floating-point operations: estimates, not fitted to this kernel.
+constexpr double FLOPS_PER_LANE = 16;  // for each of its head_dim + value_dim numbers
+constexpr double FLOPS_PER_TASK = 1e5;
+// Tasks become smaller until each is a small part of what is left when it starts, so that those that start last end at
+// about the same time on up to so many threads...
+constexpr double MOST_WORKERS = 128;
+// ... but not smaller than this, about 0.1 ms: whoever comes late has to wait for little, and setup stays small beside
+// it.
+constexpr double FEWEST_FLOPS = 1e7;
+// Keys are cut first, where what the merge reads is little beside them: fewer lanes read the same keys again.
+constexpr int32_t FEWEST_KEYS = 512;
+constexpr int32_t FEWEST_LANES = 64;
+
+// What follows changes no bits: only in which company and when a task runs.
+constexpr double FLOPS_PER_UNIT = 1e6;   // short tasks start together up to so much, so that the counter stays cold,
+constexpr double UNITS_PER_WORKER = 32;  // where each worker gets so many
+constexpr double LEVELLING_TASKS = 2;    // of the largest that there are, for each worker, level them at the end
+// Tiles that see more keys than this share them with others, and come head by head: keys and values stay in a core's
+// own cache. Others come tile by tile, all heads of it one after the other: their rows are neighbours in a packed
+// batch.
+constexpr int32_t SHARED_KEYS = 256;
+
+// One task for every copy of it: the key heads of the batch elements that share a plan.
+struct Piece {
+  int32_t plan_batch, first_row, rows, lane_begin, lane_end, key_begin, key_end;
+  int32_t part, parts;  // of the keys of these lanes
+  int64_t partials;     // floats before those of the first copy of its lanes
+  int64_t counter;      // of the parts of the first copy that are done
+  double flops;
+};
+
+struct Plan {  // the pieces of one batch element of the plan
+  int64_t first_piece = 0, n_pieces = 0, n_copies = 0;
+  double flops = 0;  // of one copy
+  bool shares_keys = false;
+};
+
+// Tasks in a row: n_pieces pieces for copies [first_copy, first_copy + n_copies), copy by copy, or one piece for
+// several key heads at a time.
+struct Run {
+  int64_t first_unit, first_piece, n_pieces, first_copy, n_copies, heads_per_task, tasks_per_unit;
+};
+
+class Schedule {
+ public:
+  Schedule(const AttentionForward& p, const Threads& threads);
+
+  int64_t n_units() const { return n_units_; }
+  double flops() const { return flops_; }
+  int64_t partial_floats() const { return partial_floats_; }
+  int64_t n_counters() const { return n_counters_; }
+
+  // Calls fn(piece, first copy, copies) for each task of a unit; the copies are key heads of one batch element.
+  template <class Fn>
+  void for_tasks(int64_t unit, Fn fn) const {
+    const Run& run = *(std::upper_bound(runs_.begin(), runs_.end(), unit,
+                                        [](int64_t unit, const Run& run) { return unit < run.first_unit; }) -
+                       1);
+    const int64_t begin = (unit - run.first_unit) * run.tasks_per_unit;
+    const int64_t end = std::min(begin + run.tasks_per_unit, tasks_of(run));
+    for (int64_t task = begin; task < end; task++) {
+      const Piece& piece = pieces_[run.first_piece + task % run.n_pieces];
+      const int64_t index = task / run.n_pieces, groups = head_groups(run);
+      const int64_t head = index % groups * run.heads_per_task;
+      fn(piece, run.first_copy + index / groups * kv_heads_ + head, std::min(run.heads_per_task, kv_heads_ - head));
+    }
+  }
+
+  LaneBlock block_of(const AttentionForward& p, const Piece& piece, int64_t copy, int64_t heads) const {
+    const auto batch = static_cast<int32_t>(piece.plan_batch + copy / kv_heads_ * p.spans.plan_batch);
+    const auto head = static_cast<int32_t>(copy % kv_heads_), head_end = static_cast<int32_t>(head + heads);
+    return {batch,           head,         head_end, piece.first_row, piece.rows, piece.lane_begin, piece.lane_end,
+            piece.key_begin, piece.key_end};
+  }
+
+ private:
+  int64_t head_groups(const Run& run) const { return (kv_heads_ + run.heads_per_task - 1) / run.heads_per_task; }
+  int64_t tasks_of(const Run& run) const {  // heads are grouped only where whole batch elements are in the run
+    return run.n_pieces * (run.heads_per_task == 1 ? run.n_copies : run.n_copies / kv_heads_ * head_groups(run));
+  }
+
+  void cut_lanes(const AttentionForward& p);
+  void shrink(const AttentionForward& p);
+  void order(int64_t workers);
+
+  std::vector<Plan> plans_;
+  std::vector<Piece> pieces_;  // by plan, costliest first within it
+  std::vector<Run> runs_;
+  int64_t kv_heads_;
+  double flops_ = 0;
+  int64_t n_units_ = 0, partial_floats_ = 0, n_counters_ = 0;
+};
+
+const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
+
+// Pairs of query row and key in rows [begin, end).
+double pairs_of_rows(const Spans& spans, int64_t plan_batch, int64_t begin, int64_t end) {
+  double pairs = 0;
+  for (int32_t s = 0; s < spans.n_spans; s++) {
+    const int64_t offset = s * spans.span_stride + plan_batch * spans.batch_stride;
+    for (int64_t row = begin; row < end; row++) {
+      pairs += std::max(0, spans.end[offset + row] - std::max(0, spans.start[offset + row]));
+    }
+  }
+  return pairs;
+}
+
+// Where a part of the keys begins: at a whole block of them, so that parts are walked as the whole is.
+int32_t cut_of_keys(int32_t begin, int32_t end, int32_t part, int32_t parts) {
+  const int64_t at = static_cast<int64_t>(end - begin) * part / parts;
+  return static_cast<int32_t>(begin + (at + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS);
+}
+
+Schedule::Schedule(const AttentionForward& p, const Threads& threads) : kv_heads_(p.shape.kv_heads) {
+  cut_lanes(p);
+  shrink(p);
+  order(useful_workers(threads, flops_, std::numeric_limits<int64_t>::max()));
+}
+
+// Blocks of lanes, the largest tasks that there are.
+void Schedule::cut_lanes(const AttentionForward& p) {
+  const AttentionShape& shape = p.shape;
+  const Spans& spans = p.spans;
+  const auto group = static_cast<int32_t>(shape.heads / shape.kv_heads);
+  const auto k_len = static_cast<int32_t>(shape.k_len);
+  const auto widths = static_cast<double>(shape.head_dim + shape.value_dim);
+  plans_.resize(spans.plan_batch);
+  pieces_.reserve(spans.n_tiles * group);
+  for (int32_t tile = 0; tile < spans.n_tiles; tile++) {
+    const int32_t* item = tile_at(spans, tile);
+    const int32_t lanes = item[2] * group;
+    int32_t key_begin = k_len, key_end = 0;
+    for (int32_t s = 0; s < spans.n_spans; s++) {
+      const int32_t lo = std::max(item[4 + 4 * s], 0), hi = std::min(item[4 + 4 * s + 3], k_len);
+      if (lo >= hi) continue;
+      key_begin = std::min(key_begin, lo);
+      key_end = std::max(key_end, hi);
+    }
+    Plan& plan = plans_[item[0]];
+    plan.shares_keys = plan.shares_keys || key_end - key_begin > SHARED_KEYS;
+    for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
+      const int32_t lane_end = std::min(lanes, lane + BLOCK_LANES);
+      double pairs = static_cast<double>(std::max(item[3], 0)) * group;
+      if (lane_end - lane < lanes) {
+        const int32_t row = item[1] + lane / group, row_end = item[1] + (lane_end - 1) / group + 1;
+        pairs = pairs_of_rows(spans, item[0], row, row_end) * (lane_end - lane) / (row_end - row);
+      }
+      const double flops = (2 * pairs + FLOPS_PER_LANE * (lane_end - lane)) * widths + FLOPS_PER_TASK;
+      pieces_.push_back(
+          {item[0], item[1], item[2], lane, lane_end, key_begin, std::max(key_begin, key_end), 0, 1, 0, 0, flops});
+      plan.flops += flops;
+    }
+  }
+  for (int64_t batch = 0; batch < spans.plan_batch; batch++) {
+    plans_[batch].n_copies = kv_heads_ * ((shape.batch - batch + spans.plan_batch - 1) / spans.plan_batch);
+    flops_ += plans_[batch].flops * static_cast<double>(plans_[batch].n_copies);
+  }
+}
+
+// Guided self-scheduling (Polychronopoulos and Kuck 1987): no task is much larger than an even share of what is left.
+void Schedule::shrink(const AttentionForward& p) {
+  const int64_t width = 2 + p.shape.value_dim;
+  const auto k_len = static_cast<int32_t>(p.shape.k_len);
+  std::vector<int64_t> costliest_first(pieces_.size());
+  for (size_t i = 0; i < pieces_.size(); i++) costliest_first[i] = static_cast<int64_t>(i);
+  std::stable_sort(costliest_first.begin(), costliest_first.end(),
+                   [&](int64_t a, int64_t b) { return pieces_[a].flops > pieces_[b].flops; });
+  std::vector<Piece> smaller;
+  smaller.reserve(pieces_.size());
+  double left = flops_;
+  for (const int64_t index : costliest_first) {
+    const Piece& piece = pieces_[index];
+    const int64_t n_copies = plans_[piece.plan_batch].n_copies;
+    const double most = std::max(FEWEST_FLOPS, left / MOST_WORKERS);
+    left -= piece.flops * static_cast<double>(n_copies);
+    const auto wanted = static_cast<int32_t>(std::max(1.0, piece.flops / most));
+    const int32_t lanes = piece.lane_end - piece.lane_begin, keys = piece.key_end - piece.key_begin;
+    const int32_t key_parts = std::min(wanted, std::clamp(keys / FEWEST_KEYS, 1, MOST_KEY_PARTS));
+    const int32_t lane_parts =
+        std::min((wanted + key_parts - 1) / key_parts, (lanes + FEWEST_LANES - 1) / FEWEST_LANES);
+    for (int32_t i = 0; i < lane_parts; i++) {
+      Piece lane_piece = piece;
+      const auto cut = [&](int32_t at) {
+        return std::min(lanes, (lanes * at / lane_parts + FEWEST_LANES - 1) / FEWEST_LANES * FEWEST_LANES);
+      };
+      lane_piece.lane_begin = piece.lane_begin + cut(i);
+      lane_piece.lane_end = piece.lane_begin + cut(i + 1);
+      if (lane_piece.lane_begin == lane_piece.lane_end) continue;
+      const int32_t n_lanes = lane_piece.lane_end - lane_piece.lane_begin;
+      lane_piece.flops = piece.flops * n_lanes / lanes / key_parts;
+      lane_piece.parts = key_parts;
+      lane_piece.key_begin = 0;
+      if (key_parts > 1) {
+        lane_piece.partials = partial_floats_;
+        lane_piece.counter = n_counters_;
+        partial_floats_ += n_copies * key_parts * n_lanes * width;
+        n_counters_ += n_copies;
+      }
+      for (int32_t part = 0; part < key_parts; part++) {
+        lane_piece.part = part;
+        // All keys there are, together: the hull only says where cuts are worth it.
+        if (part > 0) lane_piece.key_begin = lane_piece.key_end;
+        lane_piece.key_end =
+            part + 1 < key_parts ? cut_of_keys(piece.key_begin, piece.key_end, part + 1, key_parts) : k_len;
+        smaller.push_back(lane_piece);
+      }
+    }
+  }
+  std::stable_sort(smaller.begin(), smaller.end(),
+                   [](const Piece& a, const Piece& b) { return a.plan_batch < b.plan_batch; });
+  pieces_ = std::move(smaller);
+  for (size_t i = 0; i < pieces_.size(); i++) {
+    Plan& plan = plans_[pieces_[i].plan_batch];
+    if (plan.n_pieces++ == 0) plan.first_piece = static_cast<int64_t>(i);
+  }
+}
+
+// Long sequences copy by copy while there is work enough left to level the workers; then costliest first, whatever it
+// belongs to, several heads together while that is a small part of what is left.
+void Schedule::order(int64_t workers) {
+  double costliest = 0;
+  for (const Piece& piece : pieces_) costliest = std::max(costliest, piece.flops);
+  std::vector<const Plan*> longest_first;
+  longest_first.reserve(plans_.size());
+  for (const Plan& plan : plans_) longest_first.push_back(&plan);
+  std::stable_sort(longest_first.begin(), longest_first.end(),
+                   [](const Plan* a, const Plan* b) { return a->flops > b->flops; });
+  const double levelling = workers == 1 ? 0 : LEVELLING_TASKS * static_cast<double>(workers) * costliest;
+  std::vector<Run> last;
+  double left = flops_;
+  for (const Plan* plan : longest_first) {
+    int64_t n_whole = 0;
+    if (plan->shares_keys) {
+      const double spare = std::max(0.0, left - levelling) / std::max(plan->flops, 1.0);
+      n_whole = static_cast<int64_t>(std::min(spare, static_cast<double>(plan->n_copies)));
+    }
+    if (n_whole > 0) runs_.push_back({0, plan->first_piece, plan->n_pieces, 0, n_whole, 1, 1});
+    left -= plan->flops * static_cast<double>(n_whole);
+    for (int64_t i = 0; i < plan->n_pieces && n_whole < plan->n_copies; i++) {
+      last.push_back({0, plan->first_piece + i, 1, n_whole, plan->n_copies - n_whole, 1, 1});
+    }
+  }
+  std::stable_sort(last.begin(), last.end(), [&](const Run& a, const Run& b) {
+    return pieces_[a.first_piece].flops > pieces_[b.first_piece].flops;
+  });
+  for (Run& run : last) {
+    const Piece& piece = pieces_[run.first_piece];
+    const double share = left / (UNITS_PER_WORKER * static_cast<double>(workers));
+    left -= piece.flops * static_cast<double>(run.n_copies);
+    if (piece.parts == 1 && !plans_[piece.plan_batch].shares_keys) {
+      run.heads_per_task = std::clamp<int64_t>(static_cast<int64_t>(share / piece.flops), 1, kv_heads_);
+    }
+    const double flops = piece.flops * static_cast<double>(run.heads_per_task);
+    run.tasks_per_unit = std::max<int64_t>(1, static_cast<int64_t>(std::min(share, FLOPS_PER_UNIT) / flops));
+  }
+  runs_.insert(runs_.end(), last.begin(), last.end());
+  for (Run& run : runs_) {
+    run.first_unit = n_units_;
+    n_units_ += (tasks_of(run) + run.tasks_per_unit - 1) / run.tasks_per_unit;
+  }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& p, const Threads& threads) {
+  if (decode_serves(p)) return decode_forward(decode_of(p), threads);
+  const Schedule schedule(p, threads);
+  const KernelTable& table = kernels();
+  const Memory partials = allocate(static_cast<size_t>(schedule.partial_floats()) * sizeof(float));
+  struct Context {
+    const AttentionForward& p;
+    const KernelTable& table;
+    const Schedule& schedule;
+    float* partials;
+    std::vector<std::atomic<int32_t>> done;  // parts of the keys of a block of lanes
+    std::vector<Memory> scratch;
+
+    void run(const Piece& piece, int64_t copy, int64_t heads, char* memory) {
+      LaneBlock block = schedule.block_of(p, piece, copy, heads);
+      if (piece.parts == 1) return table.attention_forward(p, block, memory);
+      const int64_t floats = (piece.lane_end - piece.lane_begin) * (2 + p.shape.value_dim);
+      const float* first = partials + piece.partials + copy * piece.parts * floats;
+      block.partial = partials + piece.partials + (copy * piece.parts + piece.part) * floats;
+      table.attention_forward(p, block, memory);
+      // Whoever ends last merges them, always in the order of the keys.
+      if (done[piece.counter + copy].fetch_add(1, std::memory_order_acq_rel) + 1 == piece.parts) {
+        table.attention_forward_merge(p, block, first, piece.parts);
+      }
+    }
+  } context{p,
+            table,
+            schedule,
+            reinterpret_cast<float*>(partials.get()),
+            std::vector<std::atomic<int32_t>>(schedule.n_counters()),
+            {}};
+  const int workers = useful_workers(threads, schedule.flops(), schedule.n_units());
+  context.scratch = scratch_for(workers, table.attention_forward_scratch(p.shape, p.spans.n_spans));
+  threads.run(
+      schedule.n_units(), workers,
+      [](int64_t unit, int worker, void* pointer) {
+        auto& context = *static_cast<Context*>(pointer);
+        context.schedule.for_tasks(unit, [&](const Piece& piece, int64_t copy, int64_t heads) {
+          context.run(piece, copy, heads, context.scratch[worker].get());
+        });
+      },
+      &context);
+}
+
+}  // namespace maskops
