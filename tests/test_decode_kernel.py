@@ -200,6 +200,20 @@ def test_packed_attention_of_few_rows() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [(1, 3), (1, 4, 3), (2, 3), (3, 3)])
+def test_a_last_document_of_three_rows_reaches_no_other(rows: tuple[int, ...]) -> None:
+    """Rows are taken four at a time, from wherever a document begins; what the last one holds stays in it."""
+    keys = 64 * len(rows)
+    q, k, v = draw(sum(rows), 2, 64, seed=1), draw(keys, 2, 64, seed=2), draw(keys, 2, 64, seed=3)
+    offsets = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (rows, [64] * len(rows))]
+    before, poisoned = sum(rows[:-1]), v.clone()
+    poisoned[-64:] = math.nan
+    out, lse = maskops.varlen_attention(q, k, v, *offsets, return_lse=True, backend="cpu")
+    again, lse_again = maskops.varlen_attention(q, k, poisoned, *offsets, return_lse=True, backend="cpu")
+    assert torch.equal(out[:before], again[:before]) and torch.equal(lse, lse_again)
+    assert again[before:].isnan().all()
+
+
 def test_scores_that_underflow_and_overflow() -> None:
     """The largest score sets the scale, wherever among the splits it lies."""
     for place in (0, 511, 512, 1200):
