@@ -1,5 +1,6 @@
 """maskops.cross_entropy(grad_buffer=...): where the gradient is written, when, and who notices memory used again."""
 
+import math
 from typing import Any
 
 import pytest
@@ -194,6 +195,8 @@ def test_it_is_an_allowance() -> None:
         (torch.empty(50, 6).t(), ValueError, "grad_buffer has strides"),
         (torch.empty(6, 50, requires_grad=True), ValueError, "grad_buffer requires a gradient"),
         (torch.empty(6, 50, device="meta"), ValueError, "grad_buffer is on meta"),
+        (torch._neg_view(torch.empty(6, 50)), ValueError, "grad_buffer is a view that negates"),
+        (torch.inference_mode()(torch.empty)(6, 50), ValueError, "grad_buffer was made in inference mode"),
         ([0.0], TypeError, "grad_buffer: expected a tensor like the logits, or None, got list"),
     ],
 )
@@ -208,3 +211,37 @@ def test_memory_that_overlaps_with_the_logits_is_refused() -> None:
     logits, target = memory[:300].view(6, 50).requires_grad_(), torch.zeros(6, dtype=torch.int64)
     with pytest.raises(ValueError, match="grad_buffer shares a part of its memory with logits"):
         maskops.cross_entropy(logits, target, grad_buffer=memory[50:].view(6, 50))
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+@pytest.mark.parametrize("over_logits", [False, True])
+def test_skipped_rows_stay_zero_whatever_arrives(factor: float, over_logits: bool) -> None:
+    leaf = torch.randn(3, 9, requires_grad=True)
+    logits = leaf * 1.0
+    buffer = logits if over_logits else torch.empty(3, 9)
+    loss = maskops.cross_entropy(logits, torch.tensor([1, IGNORE, 4]), ignore_index=IGNORE, grad_buffer=buffer)
+    (gradient,) = torch.autograd.grad(loss * factor, logits)
+    assert (gradient[1] == 0.0).all() and not gradient[[0, 2]].isfinite().any()
+
+
+def test_logits_that_are_no_rows_of_memory_are_left_alone() -> None:
+    """A copy is made of columns apart, and what a view negates lies in no memory."""
+    values, labels = torch.randn(6, 11), torch.arange(6)
+    for logits in (values.mT.contiguous().mT, torch._neg_view(-values)):
+        logits = logits.requires_grad_()
+        loss = maskops.cross_entropy(logits, labels, grad_buffer=logits)
+        plain = values.clone().requires_grad_()
+        expected = maskops.cross_entropy(plain, labels)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x, y)[0] for x, y in ((loss, logits), (expected, plain))), rtol=1e-6, atol=1e-7
+        )
+        assert torch.equal(logits.detach(), values)
+
+
+def test_several_gradients_at_once_share_no_memory() -> None:
+    logits, labels = torch.randn(6, 11, requires_grad=True), torch.arange(6)
+    loss = maskops.cross_entropy(logits, labels, grad_buffer=torch.empty(6, 11))
+    (batched,) = torch.autograd.grad(loss, logits, torch.tensor([1.0, 2.0, -3.0]), is_grads_batched=True)
+    (single,) = torch.autograd.grad(maskops.cross_entropy(logits, labels), logits)
+    torch.testing.assert_close(batched, torch.stack([single, 2 * single, -3 * single]), rtol=1e-5, atol=1e-7)

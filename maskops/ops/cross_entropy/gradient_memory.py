@@ -54,6 +54,10 @@ def check_grad_buffer(buffer: Tensor, logits: Tensor) -> None:
         )
     if buffer.requires_grad:
         raise ValueError("grad_buffer requires a gradient: expected memory alone, grad_buffer.detach()")
+    if buffer.is_neg():
+        raise ValueError("grad_buffer is a view that negates what it shows: expected plain memory")
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("grad_buffer was made in inference mode: expected memory made outside of it")
 
 
 def memory_of(buffer: Tensor | None, over_logits: bool, logits: Tensor, matrix: Tensor) -> GradientMemory:
@@ -67,6 +71,8 @@ def memory_of(buffer: Tensor | None, over_logits: bool, logits: Tensor, matrix: 
     """
     if buffer is None or torch.compiler.is_compiling() or under_transform(matrix, buffer) or matrix.numel() == 0:
         return GradientMemory(over_logits)
+    if buffer is logits and (logits.is_neg() or matrix.data_ptr() != logits.data_ptr()):
+        return GradientMemory(over_logits)  # their values lie in no memory, or the rows are a copy of them
     first, last = _bytes_of(buffer)
     begin, end = _bytes_of(matrix)
     if first >= end or begin >= last:

@@ -5,6 +5,7 @@ The forward pass keeps one normaliser and one log-probability per row, no probab
 logits again.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -367,7 +368,12 @@ class _LossInto(torch.autograd.Function):
             # The logits, which it is a function of, are gone; another tensor that is differentiated stands for them.
             differentiated = gradient.new_empty(0, requires_grad=True)
             return _Finished.apply(grad, gradient, differentiated), *others  # type: ignore[no-untyped-call]
-        if grad != 1.0:
+        if under_transform(grad):
+            return gradient * grad, *others  # one for each sample: the memory holds but one
+        factor = float(grad)
+        if not math.isfinite(factor):
+            torch.where(gradient == 0.0, gradient, gradient * grad, out=gradient)  # rows to skip stay exactly 0
+        elif factor != 1.0:
             gradient.mul_(grad)
         # It is handed out once.
         torch.autograd.graph.increment_version(gradient)
