@@ -88,6 +88,9 @@ class Mask:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": {}}
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update({"_kept": {}, **state})  # a mask that was pickled when none were kept has no such field
+
     def __repr__(self) -> str:
         return f"masks.{self.text}" if self.text.isidentifier() else self.text
 

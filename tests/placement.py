@@ -97,7 +97,7 @@ def moved(value: Any, device: str) -> Any:
     if type(value) is Tensor and not value.is_meta:
         return value.detach().to(device).requires_grad_(value.requires_grad)
     if isinstance(value, (Mask, Layout)):
-        parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.init}
         return dataclasses.replace(value, **moved(parts, device))
     if type(value) is dict:
         parts = {key: moved(part, device) for key, part in value.items()}

@@ -239,6 +239,15 @@ def test_logits_that_are_no_rows_of_memory_are_left_alone() -> None:
         assert torch.equal(logits.detach(), values)
 
 
+def test_memory_that_targets_are_read_from_or_that_splits_elements_is_refused() -> None:
+    logits, soft = torch.randn(6, 11, requires_grad=True), torch.rand(6, 11)
+    with pytest.raises(ValueError, match="grad_buffer shares memory with target"):
+        maskops.cross_entropy(logits, soft, grad_buffer=soft)
+    split = torch.frombuffer(bytearray(6 * 11 * 4 + 4), dtype=torch.float32, offset=1, count=6 * 11).reshape(6, 11)
+    with pytest.raises(ValueError, match="grad_buffer begins in the middle of an element"):
+        maskops.cross_entropy(logits, torch.arange(6), grad_buffer=split)
+
+
 def test_several_gradients_at_once_share_no_memory() -> None:
     logits, labels = torch.randn(6, 11, requires_grad=True), torch.arange(6)
     loss = maskops.cross_entropy(logits, labels, grad_buffer=torch.empty(6, 11))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskops
 from maskops import masks
@@ -267,3 +269,64 @@ def test_a_plan_made_under_inference_mode_serves_training() -> None:
     out = maskops.attention(*leaves, mask)
     out.sum().backward()
     assert torch.equal(out, expected)
+
+
+def test_checkpointing_may_meet_a_mode_in_one_of_its_passes() -> None:
+    """Each way saves other tensors, and a forward pass that is computed again has to save what the first one saved."""
+    x, labels = torch.randn(4, 9, requires_grad=True), torch.arange(4)
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    for call, inputs in (
+        (lambda x: maskops.cross_entropy(x, labels), (x,)),
+        (lambda x: maskops.masked_softmax(x, masks.causal()).square().sum(), (x,)),
+        (lambda q, k, v: maskops.attention(q, k, v, masks.causal()).sum(), (q, k, v)),
+    ):
+        with FlopCounterMode(display=False):
+            loss = checkpoint(call, *inputs, use_reentrant=False)
+        again = torch.autograd.grad(loss, inputs)
+        for ours, theirs in zip(again, torch.autograd.grad(call(*inputs), inputs), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_hook_that_raises_is_called_once() -> None:
+    called = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        called.append(tensor.shape)
+        raise RuntimeError("no room")
+
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), pytest.raises(RuntimeError, match="no room"):
+        maskops.attention(q, k, v)
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("name", ["mask", "token_weights", "class_weights", "cu_seqlens", "num_items", "grad_buffer"])
+def test_false_is_no_absent_argument(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        maskops.cross_entropy(torch.randn(4, 9), torch.arange(4), **{name: False})  # type: ignore[call-overload]
+
+
+def test_odd_arguments_get_the_words_of_the_full_way() -> None:
+    scores = torch.randn(3, 5)
+    with pytest.raises(ValueError, match="mask is a plan for"):
+        maskops.masked_softmax(torch.zeros(0, 4, 5, 7), masks.causal().spans(5, 8))
+    old = copy.copy(masks.sliding_window(2, 0))
+    state = {name: value for name, value in old.__getstate__().items() if name != "_kept"}
+    revived = object.__new__(masks.Mask)
+    revived.__setstate__(state)
+    assert torch.equal(maskops.masked_softmax(scores, revived), maskops.masked_softmax(scores, old))
+
+
+def test_a_function_mode_leaves_nothing_in_a_mask() -> None:
+    class Marks(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            result = function(*arguments, **(keywords or {}))
+            return result.as_subclass(Marked) if type(result) is Tensor else result
+
+    class Marked(Tensor):
+        pass
+
+    mask = masks.chunked(4)
+    with Marks():
+        maskops.attention(*qkv(), mask)
+    assert type(maskops.attention(*qkv(), mask)) is Tensor

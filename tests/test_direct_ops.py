@@ -213,8 +213,7 @@ def test_masked_softmax_of_other_scores(compare: Callable[..., None]) -> None:
     x = random(2, 3, 5, 5)
     for other in (x.mT, x.double(), x.int(), x[0, 0, 0], x[:0]):
         mask = masks.causal() if other.dim() == 1 else None
-        directly = other.shape[0] == 0
-        compare("masked_softmax", lambda x=other, mask=mask: maskops.masked_softmax(x, mask), directly)
+        compare("masked_softmax", lambda x=other, mask=mask: maskops.masked_softmax(x, mask), False)
 
 
 def test_masked_softmax_differentiated_twice() -> None:

@@ -9,6 +9,7 @@ import torch
 import maskops
 from maskops import lowering, masks
 from maskops.backend import planner
+from maskops.ops.attention import direct as attention_direct
 from maskops.ops.plan import registration
 from tests.served import DEVICE
 from tests.test_spans import random_mask
@@ -99,7 +100,8 @@ def test_spans_go_through_the_operator(monkeypatch):
     """Otherwise every comparison of this file would compare the torch path with itself."""
     calls = []
     original = registration.build_plan
-    monkeypatch.setattr(registration, "build_plan", lambda *a, **b: calls.append(a[1]) or original(*a, **b))
+    for module in (registration, attention_direct):
+        monkeypatch.setattr(module, "build_plan", lambda *a, **b: calls.append(a[1]) or original(*a, **b))
     lengths = torch.tensor([3, 5])
     masks.causal().spans(4, 4)
     (masks.causal() & (masks.sliding_window(2, 0) | masks.prefix(lengths)) & masks.padding(lengths)).spans(5, 5)

@@ -91,6 +91,8 @@ void require_gradient_memory(const Tensor& grad_logits, const Tensor& logits) {
               grad_logits.size(1) == logits.size(1) && (logits.size(1) == 1 || grad_logits.stride(1) == 1),
           "cross_entropy: a buffer for the gradient must have the shape and dtype of logits, and contiguous columns");
   require_distinct_rows(grad_logits);
+  require(reinterpret_cast<uintptr_t>(grad_logits.data()) % bytes_of(grad_logits.dtype()) == 0,
+          "cross_entropy: a buffer for the gradient must be aligned to its elements");
   const auto end = [](const Tensor& x) {
     const int64_t elements = x.numel() == 0 ? 0 : (x.size(0) - 1) * x.stride(0) + x.size(1);
     return x.data<char>() + elements * bytes_of(x.dtype());

@@ -19,19 +19,28 @@ _is_autocast_enabled = torch.is_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_length_of_function_modes = torch._C._len_torch_function_stack
 _length_of_modes = torch._C._len_torch_dispatch_stack
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _tracing_state = torch._C._get_tracing_state
 _transforms_are_active = torch._C._are_functorch_transforms_active
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
-REFUSED = (RuntimeError, ValueError, IndexError)
-"""What operators raise for arguments that they do not take, and tensors for dimensions that they have not."""
+REFUSED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
+"""What operators raise for arguments that they do not take, tensors for dimensions that they have not, and plans of
+something else than tensors."""
 
 
 def nothing_intervenes() -> bool:
     """Whether this thread traces nothing and transforms nothing, so that an operator that is called is run."""
-    return not (_is_compiling() or _length_of_modes() or _transforms_are_active() or _tracing_state() is not None)
+    return not (
+        _is_compiling()
+        or _length_of_modes()
+        or _length_of_function_modes()
+        or _transforms_are_active()
+        or _tracing_state() is not None
+    )
 
 
 def is_eager() -> bool:
@@ -39,6 +48,8 @@ def is_eager() -> bool:
     return (
         nothing_intervenes()
         and forward_ad._current_level < 0
+        # Who packs what is saved (checkpointing, offloading) may count it, and each way saves other tensors.
+        and _saving_hooks(True) is None
         and not _is_autocast_enabled("cpu")
         and processor_is_free()
     )

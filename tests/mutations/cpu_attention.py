@@ -135,7 +135,7 @@ MUTATIONS = (
     ),
     Mutation(
         "lanes of a long block dropped",
-        SCHEDULE,
+        FORWARD_SCHEDULE,
         "lane < lanes; lane += BLOCK_LANES",
         "lane < std::min(lanes, BLOCK_LANES); lane += BLOCK_LANES",
     ),

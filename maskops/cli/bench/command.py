@@ -144,7 +144,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "compile: the device kernels, compiled for machines that are not here",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="under two minutes on two cores (default)")
+    length.add_argument(
+        "--quick", action="store_true", help="under two minutes on two cores (the default of all but cpu)"
+    )
     length.add_argument("--full", action="store_true", help="longer documents, more of them, torch.compile, ten fills")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, raw rounds included")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the picture (needs matplotlib)")

@@ -34,9 +34,11 @@ def attention(q: Any, k: Any, v: Any, mask: object, *rest: Any) -> Any:
         mask: as in ``maskops.attention``.
         *rest: bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, return_lse.
     """
-    if not _is_plain(q, k, v, rest) or q.dim() != 4 or k.dim() != 4 or q.shape[3] == 0:
+    if not _is_plain(q, k, v, rest):
         return None
     try:
+        if q.dim() != 4 or k.dim() != 4 or q.shape[3] == 0:
+            return None
         plan = _plan(mask, q.shape[2], k.shape[2])
         return None if plan is None else _attend(q, k, v, plan, rest[4], rest[7])
     except REFUSED:
@@ -45,9 +47,11 @@ def attention(q: Any, k: Any, v: Any, mask: object, *rest: Any) -> Any:
 
 def varlen_attention(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, mask: object, *rest: Any) -> Any:
     """``maskops.varlen_attention``, as ``attention`` of this module."""
-    if not _is_plain(q, k, v, rest) or q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[2] == 0:
+    if not _is_plain(q, k, v, rest):
         return None
     try:
+        if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[2] == 0:
+            return None
         if cu_seqlens_q is not None:
             plan = _packed_plan(cu_seqlens_q, cu_seqlens_k, mask, q.shape[0], k.shape[0])
         elif cu_seqlens_k is None and type(mask) is RowSpans:
@@ -66,7 +70,7 @@ def varlen_attention(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: An
 
 
 def _is_plain(q: Any, k: Any, v: Any, rest: tuple[Any, ...]) -> bool:
-    bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, _ = rest
+    bias, alibi_slopes, sinks, softcap, softmax_scale, dropout_p, backend, return_lse = rest
     return (
         bias is None
         and alibi_slopes is None
@@ -77,6 +81,7 @@ def _is_plain(q: Any, k: Any, v: Any, rest: tuple[Any, ...]) -> bool:
         and softcap == 0.0
         and type(dropout_p) is float
         and dropout_p == 0.0
+        and type(return_lse) is bool
         and (softmax_scale is None or (type(softmax_scale) is float and -_LARGEST <= softmax_scale <= _LARGEST))
         and are_plain(q, k, v)
     )

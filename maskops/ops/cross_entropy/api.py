@@ -195,7 +195,8 @@ def cross_entropy(
             the gradient already, in one pass over the logits: whatever was in the buffer, or the logits, is lost then,
             and the backward pass multiplies the buffer by the gradient of the loss, unless that is 1 (``num_items``
             says the same without a pass). One buffer serves one loss at a time: a backward pass whose buffer another
-            loss has written to raises autograd's error about a modified variable.
+            loss has written to raises autograd's error about a modified variable. ``.grad`` of leaf logits is the
+            buffer itself: clear it before the buffer serves the next loss.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-dim, or the tokens' shape for ``"none"``. With any
@@ -216,10 +217,10 @@ def cross_entropy(
         >>> logits, target = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
         >>> loss = maskops.cross_entropy(logits, target, mask=torch.ones(2, 5, dtype=torch.bool), shift=True)
     """
-    only = (mask, token_weights, class_weights, cu_seqlens, num_items, shift, inplace_backward, grad_buffer)
-    wanted = (return_lse, return_logprobs, return_entropy, return_argmax)
+    absent = (mask, token_weights, class_weights, cu_seqlens, num_items, grad_buffer)
+    flags = (shift, inplace_backward, return_lse, return_logprobs, return_entropy, return_argmax)
     numbers = (label_smoothing, z_loss, softcap)
-    alone = direct.cross_entropy(logits, target, (*only, *wanted), ignore_index, numbers, logit_scale, reduction)
+    alone = direct.cross_entropy(logits, target, absent, flags, ignore_index, numbers, logit_scale, reduction)
     if alone is not None:
         return alone
     _check_logits(logits)
@@ -283,7 +284,7 @@ def cross_entropy(
             probabilities = probabilities.to(dtype)
         # Compiled code may keep numbers open, which an operator takes as tensors.
         opened = (scalar(label_smoothing, 0.0), scalar(z_loss, 0.0), scalar(softcap, 0.0), scalar(logit_scale, 1.0))
-        memory = memory_of(grad_buffer if chosen == "cpu" else None, inplace_backward, logits, matrix)
+        memory = memory_of(grad_buffer if chosen == "cpu" else None, inplace_backward, logits, matrix, target)
         of_rows = reduction == "none" or return_lse or return_logprobs or return_entropy
         # Gradients that are rounded to float16 before a loss scaler has multiplied them would underflow.
         if memory.buffer is not None and not of_rows and matrix.dtype != torch.float16:

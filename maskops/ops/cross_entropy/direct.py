@@ -19,7 +19,8 @@ _MOST_LOGITS = 2**18
 def cross_entropy(
     logits: Any,
     target: Any,
-    others: tuple[object, ...],
+    absent: tuple[object, ...],
+    flags: tuple[object, ...],
     ignore_index: object,
     numbers: tuple[object, ...],
     logit_scale: object,
@@ -30,7 +31,8 @@ def cross_entropy(
     Args:
         logits: (..., V).
         target: (...) labels.
-        others: arguments that a direct call does not have: all None or False.
+        absent: arguments that a direct call has as None.
+        flags: those that it has as False.
         ignore_index: the label of rows to skip.
         numbers: those that a direct call has as 0.0: label_smoothing, z_loss, softcap.
         logit_scale: 1.0 in a direct call.
@@ -38,8 +40,11 @@ def cross_entropy(
     """
     if not is_eager() or not are_plain(logits, target):
         return None
-    for other in others:
-        if other is not None and other is not False:
+    for other in absent:
+        if other is not None:
+            return None
+    for flag in flags:
+        if flag is not False:
             return None
     for number in numbers:
         if type(number) is not float or number != 0.0:

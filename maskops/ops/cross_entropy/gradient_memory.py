@@ -60,7 +60,9 @@ def check_grad_buffer(buffer: Tensor, logits: Tensor) -> None:
         raise ValueError("grad_buffer was made in inference mode: expected memory made outside of it")
 
 
-def memory_of(buffer: Tensor | None, over_logits: bool, logits: Tensor, matrix: Tensor) -> GradientMemory:
+def memory_of(
+    buffer: Tensor | None, over_logits: bool, logits: Tensor, matrix: Tensor, target: Tensor
+) -> GradientMemory:
     """From the arguments of ``maskops.cross_entropy`` to rows of memory.
 
     Args:
@@ -68,12 +70,21 @@ def memory_of(buffer: Tensor | None, over_logits: bool, logits: Tensor, matrix: 
         over_logits: its ``inplace_backward``.
         logits: (..., V).
         matrix: the same as rows, (N, V), possibly a copy.
+        target: labels or probabilities, which are read while the gradient is written.
     """
     if buffer is None or torch.compiler.is_compiling() or under_transform(matrix, buffer) or matrix.numel() == 0:
         return GradientMemory(over_logits)
     if buffer is logits and (logits.is_neg() or matrix.data_ptr() != logits.data_ptr()):
         return GradientMemory(over_logits)  # their values lie in no memory, or the rows are a copy of them
     first, last = _bytes_of(buffer)
+    if first % buffer.element_size() != 0:
+        raise ValueError(
+            f"grad_buffer begins in the middle of an element of {dtype_name(buffer)}: expected torch.empty"
+        )
+    if target.numel() > 0:
+        begin, end = _bytes_of(target)
+        if first < end and begin < last:
+            raise ValueError("grad_buffer shares memory with target: expected memory of its own, or logits itself")
     begin, end = _bytes_of(matrix)
     if first >= end or begin >= last:
         return GradientMemory(over_logits, buffer.detach().reshape(matrix.shape))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from maskops.backend import mask_compiler
 from maskops.ops.calls import run
+from maskops.ops.direct import nothing_intervenes
 from maskops.ops.operators import define, name_of
 from maskops.spans import KEY_TILE, RowSpans, build_row_spans, hull_of_mask, tiles_per_batch_element
 
@@ -223,7 +224,7 @@ def build_plan(
         (operand if operand.dtype in _NATIVE_DTYPES else operand.to(torch.int64)).contiguous() for operand in operands
     ]
     if len(passed) < MAX_OPERANDS:
-        is_here = device.type == "cpu" and not torch.compiler.is_compiling()
+        is_here = device.type == "cpu" and nothing_intervenes()
         nothing = _NOTHING if is_here else torch.empty(0, dtype=torch.int32, device=device)
         passed += [nothing] * (MAX_OPERANDS - len(passed))
     operator = getattr(torch.ops.maskops, name_of("build_plan", backend)).default

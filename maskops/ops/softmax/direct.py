@@ -21,10 +21,10 @@ def masked_softmax(x: Any, mask: Any, dim: object, return_lse: bool, backend: ob
     """``maskops.masked_softmax`` along contiguous rows, else None; also None where the full way raises."""
     if backend is not None or type(dim) is not int or not is_eager() or not are_plain(x):
         return None
-    last = x.dim() - 1
-    if last < 0 or dim not in (-1, last) or not x.is_contiguous():
-        return None
     try:
+        last = x.dim() - 1
+        if last < 0 or dim not in (-1, last) or not x.is_contiguous() or x.numel() == 0 or type(return_lse) is not bool:
+            return None
         allowed, plan = _NOTHING, _NO_PLAN
         if type(mask) is Mask or type(mask) is RowSpans:
             if last < 1:
@@ -37,7 +37,7 @@ def masked_softmax(x: Any, mask: Any, dim: object, return_lse: bool, backend: ob
             if not are_plain(mask) or mask.dtype != torch.bool:
                 return None
             allowed = mask.expand(x.shape)
-        arguments = (x, allowed, *plan, last, bool(return_lse))
+        arguments = (x, allowed, *plan, last, return_lse)
         if torch.is_grad_enabled() and x.requires_grad:
             weights, lse = _apply(*arguments)
         else:
