@@ -204,13 +204,16 @@ for name, call in calls.items():
 
 @LINUX
 def test_peaks_are_not_quadratic() -> None:
-    """Scores of 6,144 queries and keys would be 144 MiB, a row of logits or of sums for each thread far less."""
+    """Scores of 6,144 queries and keys would be 144 MiB, a row of logits or of sums for each thread far less.
+
+    Less than half of that is asked for: a build that watches memory keeps for a while what was freed.
+    """
     result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120)
     if "clear_refs" in result.stderr and "Error" in result.stderr:
         pytest.skip("this system does not reset the peak of a process")
     assert result.returncode == 0, result.stderr[-2000:]
     peaks = {line.split(": ")[0]: int(line.split(": ")[1]) for line in result.stdout.splitlines()}
-    assert len(peaks) == 8 and all(peak < 32 << 10 for peak in peaks.values()), peaks
+    assert len(peaks) == 8 and all(peak < 64 << 10 for peak in peaks.values()), peaks
 
 
 @LINUX
