@@ -58,11 +58,12 @@ def test_figures_of_kernels_are_written_from_the_json() -> None:
         rows = [{"name": "maskops", "problem": None, **changes}]
         result = {"group": "attention", "mode": "training", "rows": rows, "outcomes": [outcome]}
         machine = {"device": "a CPU", "threads": 2, "instruction_set": "avx2", "torch": "2.13.0", "load": 0.1}
-        return {"machine": machine, "results": [{**result, "before": limits, "after": limits}]}
+        return {"mode": "quick", "machine": machine, "results": [{**result, "before": limits, "after": limits}]}
 
     written = readme.kernel_figures({"avx2": run(1.25), "avx512": run(1.5)})
     assert "| attention, forward + backward: dense | SDPA | 1.3x | 2x | **1.25x** (85%) | 1.50x (85%) |" in written
     assert "|  | best of 2: b | 3x |  | 3.50x | 3.50x |" in written
+    assert "avx512, the part of the table that `--quick` measures: a CPU" in written
     assert "limits 200 GFLOP/s, read 30.0 GB/s, copy 50.0 GB/s, first touch 10.0 GB/s" in written
     assert "| 2x | WRONG |" in readme.kernel_figures({"avx2": run(None, problem="WRONG: by far")})
     assert "No run is stored here" in readme.kernel_figures({})

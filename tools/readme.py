@@ -109,7 +109,8 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
         place = picture.relative_to(ROOT).as_posix()
         lines += [f"![Times the speed of torch, kernel by kernel, and the share of the limits]({place})", ""]
     for name, run in runs.items():
-        lines += [f"{name}: {_place(run['machine'])}; {_limits(run)}.{_busy(run['machine'])}", ""]
+        part = ", the part of the table that `--quick` measures" if run["mode"] == "quick" else ""
+        lines += [f"{name}{part}: {_place(run['machine'])}; {_limits(run)}.{_busy(run['machine'])}", ""]
     lines += [
         "Times the speed of the quickest peer of its kind, medians of interleaved rounds, bold below what is wanted at "
         "least; in brackets the share of what the machine does at most (multiplications in registers, reading, "
