@@ -93,6 +93,8 @@ def test_figures_of_real_models_are_written_from_the_json() -> None:
     assert "the best row without maskops would be 1.18x as fast" in text and "not to be trusted" not in text
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert columns == {12}
+    once = readme.model_figures([{**run, "settings": {**run["settings"], "repeats": 1}}])
+    assert "| 1,500 |" in once and "measured once, batch by batch in turn" in once
     training = {
         "settings": {"layers": 4, "width": 192, "parameters": 2.5e6, "batch_size": 32, "until": 5.2},
         "curves": [{"name": "padded", "seconds": [3.0, 3.0], "losses": [6.0, 5.0]},
@@ -136,7 +138,9 @@ def test_what_leaks_is_written_from_the_json() -> None:
     assert "| bloom | - | - | - | - | - | - | - |" in text
     assert "1 of 2 families leak" in text and "of the 1 that take maskops, none does." in text
     run["rows"][2]["batches"]["packed"]["verdict"] = "WRONG"
-    assert "1 batches do." in readme.audit_figures(run, [])
+    assert "of the 1 that take maskops, llama, packed: WRONG." in readme.audit_figures(run, [])
+    run["rows"][2]["batches"]["packed"].update(verdict="LEAKS", enters=["layers.0"])
+    assert "llama, packed: leaks in layers.0." in readme.audit_figures(run, [])
 
 
 def test_what_has_not_run_on_a_gpu_says_so(tmp_path: Path) -> None:

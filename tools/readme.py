@@ -185,12 +185,14 @@ def model_figures(runs: Sequence[dict[str, Any]], training: dict[str, Any] | Non
         model, documents, settings, machine = run["model"], run["documents"], run["settings"], run["machine"]
         work = "sentence embeddings" if model["task"] == "embedding" else "a training step, forward and backward"
         passes = f", at most {settings['positions']:,} positions a pass" if settings["positions"] else ""
+        repeated = settings["repeats"] > 1
+        measured = f"medians of {settings['repeats']} repeats" if repeated else "measured once"
         lines += [
             f"**{model['name']}** ({model['architecture']}, {model['parameters'] / 1e6:.0f} M parameters, "
             f"{settings['dtype']}; {model['origin'].get('package', 'a folder')}), {work}: {documents['count']} "
             f"docstrings in arrival order, {documents['tokens']:,} tokens of its own tokenizer, batches of "
-            f"{settings['batch_size']}{passes}. {_place(machine)}, transformers {settings['transformers']}; medians of "
-            f"{settings['repeats']} repeats, batch by batch in turn; errors against one document at a time in "
+            f"{settings['batch_size']}{passes}. {_place(machine)}, transformers {settings['transformers']}; "
+            f"{measured}, batch by batch in turn; errors against one document at a time in "
             f"float64.{_busy(machine)}",
             "",
             f"| | tokens/s | | fill | peak memory | {' | '.join(_ERRORS[name] for name in run['own_error'])} "
@@ -207,7 +209,7 @@ def model_figures(runs: Sequence[dict[str, Any]], training: dict[str, Any] | Non
             memory = "" if row["memory"] is None else f"{row['memory'] / 2**30:.2f} GiB"
             parts = [f"{shares[row['name']][part]:.0%}" for part in ("gemm", "attention", "loss", "rest")]
             cells = [
-                f"{row['tokens_per_second']:,.0f} ± {row['timing']['spread']:.0%}",
+                f"{row['tokens_per_second']:,.0f}" + (f" ± {row['timing']['spread']:.0%}" if repeated else ""),
                 f"{row['speedup']:.2f}x",
                 f"{row['fill']:.0%}",
                 memory,
@@ -276,9 +278,9 @@ def audit_figures(run: dict[str, Any], families: Sequence[str] = AUDITED) -> str
         )
     audited = {row["model"] for row in run["rows"]}
     stock = [row for row in run["rows"] if row["attention"] != OURS and "batches" in row]
-    leaking = {row["model"] for row in stock if any("LEAK" in batch["verdict"] for batch in row["batches"].values())}
+    leaking = {row["model"] for row in stock if _faults(row)}
     ours = [row for row in run["rows"] if row["attention"] == OURS and "batches" in row]
-    wrong = sum(batch["verdict"] not in ("clean", "not taken") for row in ours for batch in row["batches"].values())
+    wrong = [f"{row['model']}, {name}: {fault}" for row in ours for name, fault in _faults(row).items()]
     return "\n".join(
         [
             f"Tiny models with random weights, float32, transformers {run['transformers']}; the largest error of an "
@@ -287,11 +289,20 @@ def audit_figures(run: dict[str, Any], families: Sequence[str] = AUDITED) -> str
             "",
             *lines,
             "",
-            f"{len(leaking)} of {len(audited)} families leak in some packed batch with an attention of their own; of "
-            f"the {len(ours)} that take maskops, {f'{wrong} batches do' if wrong else 'none does'}.",
+            f"{len(leaking)} of {len(audited)} families leak in some batch with an attention of their own; of the "
+            f"{len(ours)} that take maskops, {'; '.join(wrong) if wrong else 'none does'}.",
             "",
         ]
     )
+
+
+def _faults(row: dict[str, Any]) -> dict[str, str]:
+    """The batches that a model got wrong, with the verdict and the modules in which a leak enters."""
+    return {
+        name: f"{batch['verdict'].lower()} in {', '.join(batch['enters'])}" if "enters" in batch else batch["verdict"]
+        for name, batch in row["batches"].items()
+        if batch["verdict"] not in ("clean", "not taken")
+    }
 
 
 def _audited(rows: Sequence[dict[str, Any]], names: tuple[str, ...]) -> str:
