@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,22 @@ class Description(Protocol):
         """Whether a conjunct refers to a dense mask."""
 
 
+class Request(NamedTuple):
+    """Which plan is wanted: its sizes, where it shall be, and which of the parts it holds that not all read.
+
+    The arguments of ``Mask.spans`` once nothing about them is open.
+    """
+
+    q_len: int
+    k_len: int
+    batch: int
+    device: torch.device
+    grad: bool
+    order: bool
+    positions: bool
+    bits: bool
+
+
 def lower(
     mask: Description,
     q_len: int,
@@ -74,7 +90,7 @@ def lower(
                 check_operands(mask, q_len, k_len, plan_batch, on_device)
             wanted = {"grad": grad, "order": order, "positions": positions}
             return registration.build_plan(backend, words, operands, plan_batch, q_len, k_len, on_device, **wanted)
-    return spans_by_torch(mask, q_len, k_len, plan_batch, on_device, grad, order, positions, bits)
+    return spans_by_torch(mask, Request(q_len, k_len, plan_batch, on_device, grad, order, positions, bits))
 
 
 def check_structure(
@@ -203,38 +219,17 @@ def program(mask: Description, device: torch.device) -> tuple[str, list[Tensor]]
     return " ".join([*layouts, span_program(mask.conjuncts)]), operands
 
 
-def spans_by_torch(
-    mask: Description,
-    q_len: int,
-    k_len: int,
-    batch: int,
-    device: torch.device,
-    grad: bool,
-    order: bool,
-    positions: bool,
-    bits: bool,
-) -> RowSpans:
+def spans_by_torch(mask: Description, request: Request) -> RowSpans:
     """The meaning of a mask, in plain torch operations without a sync."""
+    q_len, k_len, batch, device = request[:4]
     check_operands(mask, q_len, k_len, batch, device)
     sequences = resolve(mask.layouts, batch, q_len, k_len, device)
-    whole = _whole_mask(mask)
-    return spans_of(mask, sequences, whole, q_len, k_len, batch, device, grad, order, positions, bits)
+    return spans_of(mask, sequences, _whole_mask(mask), request)
 
 
-def spans_of(
-    mask: Description,
-    sequences: Sequences,
-    whole: Tensor | None,
-    q_len: int,
-    k_len: int,
-    batch: int,
-    device: torch.device,
-    grad: bool,
-    order: bool,
-    positions: bool,
-    bits: bool,
-) -> RowSpans:
+def spans_of(mask: Description, sequences: Sequences, whole: Tensor | None, request: Request) -> RowSpans:
     """The plan of the patterns in ``sequences``; ``whole`` is the tensor of a mask that is nothing but dense."""
+    q_len, k_len, batch, device, grad, order, positions, bits = request
     shape = (batch, q_len)
     row = torch.arange(q_len, device=device)
     inside = ((row >= sequences.q_start) & (row < sequences.q_end)).expand(shape)

@@ -215,7 +215,8 @@ class Mask:
             bits: as in ``spans``.
         """
         order, bits = is_for_devices(device, order), is_for_devices(device, bits)
-        return lowering.spans_of(self, sequences, None, q_len, k_len, batch, device, grad, order, positions, bits)
+        request = lowering.Request(q_len, k_len, batch, device, grad, order, positions, bits)
+        return lowering.spans_of(self, sequences, None, request)
 
     def kept_spans(self, q_len: int, k_len: int) -> RowSpans | None:
         """The plan for the backend ``cpu``, made once where nothing but lengths tells what it holds.

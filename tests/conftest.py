@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from maskops import extension
 from maskops.backend import planner
-from tests import interpreter, placement
+from tests import interpreter, placement, served
 from tools import emulation
 
 _M_PERTURB = -6
@@ -70,6 +71,13 @@ def _keep_constants_of_sources_out_of_examples() -> None:
 def _seeded() -> None:
     """The numbers of a test are the same in every run, alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """On the kernels of the processor, and nothing else."""
+    with served.running_on("cpu"):
+        yield
 
 
 @pytest.fixture(params=["torch", "op"])

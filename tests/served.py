@@ -1,7 +1,8 @@
 """Which backends a test is for, how it runs on one, and the device that the session runs on."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,17 @@ def running_on(name: str) -> Iterator[None]:
         pytest.skip(f"{name}: {available}")
     with maskops.use_backend(name, fallback="error" if name != "reference" else "warn"):
         yield
+
+
+def each_of(names: Sequence[str]) -> Any:
+    """A fixture for a file of tests: each of these backends in turn, and no other; its value is the name."""
+
+    @pytest.fixture(params=names)
+    def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+        with running_on(request.param):
+            yield request.param
+
+    return backend
 
 
 place(DEVICE)

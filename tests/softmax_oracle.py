@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import maskops
+from maskops import masks
 from maskops.testing import error_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +51,35 @@ def noise(*sizes: int, seed: int = 0, scale: float = 3.0) -> Tensor:
 
 def coins(*sizes: int, seed: int = 0, share: float = 0.6) -> Tensor:
     return torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) < share
+
+
+UNREADABLE = 6
+"""How many kinds of arguments `unreadable` makes."""
+
+
+def unreadable(place: int, device: str = "cpu") -> tuple[Any, ...]:
+    """Arguments that an operator must refuse, because the kernels rely on it for their memory accesses.
+
+    Only a direct call of the operator can bring them about.
+    """
+    x = noise(2, 4, 5)
+    plan = masks.causal().spans(4, 5, grad=False, device=device)
+    absent = torch.empty(0, dtype=torch.int32)
+    spans: list[Tensor] = [plan.start, plan.end, plan.key_valid]
+    mask, dim = absent, 2
+    if place == 0:
+        mask, spans = coins(2, 4, 4), [absent] * 3
+    elif place == 1:
+        mask, spans = torch.ones(2, 4, 5), [absent] * 3
+    elif place == 2:
+        dim = 1
+    elif place == 3:
+        spans[0] = spans[0][:, :, :3]
+    elif place == 4:
+        spans[2] = spans[2][:, :4]
+    else:
+        dim = 3
+    return (x, mask, *spans, dim, False)
 
 
 def check(x: Tensor, mask: Any, allowed: Tensor, dim: int = -1) -> None:

@@ -1,7 +1,6 @@
 """maskops.cross_entropy against a token-by-token oracle, on every backend: scoring, masks, reductions, layouts."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,11 @@ from tests.cross_entropy_oracle import (
     needs_extension,
     problem,
 )
-from tests.served import running_on
+from tests.served import each_of
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
+backend = each_of(BACKENDS)
 
 
 SCORING = {

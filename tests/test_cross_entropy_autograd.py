@@ -1,6 +1,5 @@
 """Gradients of maskops.cross_entropy beside their values: twice, in place, refused, compiled, registered."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +18,11 @@ from tests.cross_entropy_oracle import (
     needs_extension,
     problem,
 )
-from tests.served import running_on
+from tests.served import each_of
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
+backend = each_of(BACKENDS)
 
 
 def test_float64() -> None:

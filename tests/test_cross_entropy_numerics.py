@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,15 +23,11 @@ from tests.cross_entropy_oracle import (
     needs_extension,
     problem,
 )
-from tests.served import running_on
+from tests.served import each_of
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
+backend = each_of(BACKENDS)
 
 
 TRANSFORMS: dict[str, dict[str, float]] = {

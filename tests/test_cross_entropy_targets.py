@@ -1,7 +1,6 @@
 """Class weights and target probabilities of maskops.cross_entropy, against torch and against the oracle."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,15 +24,11 @@ from tests.cross_entropy_oracle import (
     needs_extension,
     problem,
 )
-from tests.served import running_on
+from tests.served import each_of
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
+backend = each_of(BACKENDS)
 
 
 def factors(vocabulary: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,21 +21,11 @@ from tests.linear_cross_entropy_oracle import (
     check,
     gradients,
 )
-from tests.served import AT_HOME, running_on
+from tests.served import AT_HOME, each_of
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=AT_HOME)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def on_cpu() -> Iterator[None]:
-    with running_on("cpu"):
-        yield
+backend = each_of(AT_HOME)
 
 
 @pytest.fixture

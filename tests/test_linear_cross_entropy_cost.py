@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,8 @@ from tests.linear_cross_entropy_oracle import (
     IGNORE,
     Problem,
 )
-from tests.served import running_on
 
 pytestmark = pytest.mark.devices
-
-
-@pytest.fixture
-def on_cpu() -> Iterator[None]:
-    with running_on("cpu"):
-        yield
 
 
 class Recorder(TorchDispatchMode):

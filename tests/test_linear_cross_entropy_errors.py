@@ -1,22 +1,17 @@
 """What maskops.linear_cross_entropy refuses, and in which words."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import maskops
-from tests.served import AT_HOME, running_on
+from tests.served import AT_HOME, each_of
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=AT_HOME)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
+backend = each_of(AT_HOME)
 
 
 HIDDEN, WEIGHT, TARGET = torch.zeros(2, 3, 8), torch.zeros(10, 8), torch.zeros(2, 3, dtype=torch.int64)

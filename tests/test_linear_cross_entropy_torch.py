@@ -1,7 +1,5 @@
 """maskops.linear_cross_entropy inside torch: second derivatives, transforms, autocast, compile, export."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -14,21 +12,11 @@ from tests.linear_cross_entropy_oracle import (
     Problem,
     ramp,
 )
-from tests.served import AT_HOME, DEVICE, running_on
+from tests.served import AT_HOME, DEVICE, each_of
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=AT_HOME)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def on_cpu() -> Iterator[None]:
-    with running_on("cpu"):
-        yield
+backend = each_of(AT_HOME)
 
 
 @pytest.mark.processor

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 def by_torch(mask, q_len, k_len, batch=None, grad=True, order=False, positions=False, bits=False, device=None):
     plan_batch, device = lowering.check_structure(mask, q_len, k_len, batch, device, positions)
     with unittest.mock.patch.object(registration, "mask_compiler", return_value=None):
-        return lowering.spans_by_torch(mask, q_len, k_len, plan_batch, device, grad, order, positions, bits)
+        request = lowering.Request(q_len, k_len, plan_batch, device, grad, order, positions, bits)
+        return lowering.spans_by_torch(mask, request)
 
 
 def check_same(mask, q_len, k_len, **keywords):

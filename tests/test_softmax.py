@@ -1,7 +1,6 @@
 """maskops.masked_softmax against its definition in float64, on every backend."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskops
 from maskops import extension, masks
 from maskops.spans import build_row_spans
-from tests.served import AT_HOME, running_on
+from tests.served import AT_HOME, each_of
 from tests.softmax_oracle import (
     DTYPES,
     HOLES,
@@ -30,11 +29,7 @@ from tests.softmax_oracle import (
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=AT_HOME)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
+backend = each_of(AT_HOME)
 
 
 # ---- bool masks -----------------------------------------------------------------------------------------------------

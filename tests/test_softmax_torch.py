@@ -1,6 +1,6 @@
 """maskops.masked_softmax inside torch: derivatives, transforms, autocast, compile, export, fake tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor
 
 import maskops
 from maskops import masks
-from tests.served import AT_HOME, DEVICE, running_on
+from tests.served import AT_HOME, DEVICE, each_of
 from tests.softmax_oracle import (
     HOLES,
     coins,
@@ -19,11 +19,7 @@ from tests.softmax_oracle import (
 
 pytestmark = pytest.mark.devices
 
-
-@pytest.fixture(params=AT_HOME)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_on(request.param):
-        yield request.param
+backend = each_of(AT_HOME)
 
 
 @pytest.mark.processor

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskops
@@ -14,7 +13,18 @@ from maskops.ops import triton_language
 from maskops.ops.softmax import triton_kernels
 from maskops.spans import build_row_spans
 from tests.served import DEVICE, running_on
-from tests.softmax_oracle import HOLES, LENGTHS, check, coins, definition, gradient_of, noise, strided
+from tests.softmax_oracle import (
+    HOLES,
+    LENGTHS,
+    UNREADABLE,
+    check,
+    coins,
+    definition,
+    gradient_of,
+    noise,
+    strided,
+    unreadable,
+)
 
 pytestmark = pytest.mark.devices
 
@@ -246,25 +256,7 @@ def test_one_launch_a_pass_and_no_look_at_a_value(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.processor
-@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("place", range(UNREADABLE))
 def test_operator_refuses_what_it_cannot_read(place: int) -> None:
-    """What only a direct call of the operator can bring about; the kernels rely on it for their memory accesses."""
-    x = noise(2, 4, 5)
-    plan = masks.causal().spans(4, 5, grad=False, device=DEVICE)
-    absent = torch.empty(0, dtype=torch.int32)
-    spans: list[Tensor] = [plan.start, plan.end, plan.key_valid]
-    mask, dim = absent, 2
-    if place == 0:
-        mask, spans = coins(2, 4, 4), [absent] * 3
-    elif place == 1:
-        mask, spans = torch.ones(2, 4, 5), [absent] * 3
-    elif place == 2:
-        dim = 1
-    elif place == 3:
-        spans[0] = spans[0][:, :, :3]
-    elif place == 4:
-        spans[2] = spans[2][:, :4]
-    else:
-        dim = 3
     with pytest.raises(ValueError, match=r"^masked_softmax: "):
-        torch.ops.maskops.masked_softmax_forward_triton(x, mask, *spans, dim, False)
+        torch.ops.maskops.masked_softmax_forward_triton(*unreadable(place, DEVICE))
