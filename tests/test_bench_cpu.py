@@ -1,4 +1,4 @@
-"""`bench cpu`: the table against the contests it names, tiny contests from end to end, and what figures hang on."""
+"""`bench cpu`: tiny contests from end to end, and what figures hang on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from maskops import extension
 from maskops.cli.bench import chart as charts
 from maskops.cli.bench import machine, others
 from maskops.cli.bench.contests.contest import Contender, Contest, Setting
-from maskops.cli.bench.cpu import attention, chart, command, helper, limits, losses, measure, report, rows
+from maskops.cli.bench.cpu import attention, chart, command, helper, limits, losses, measure, report, rounds
 from maskops.cli.bench.cpu.contest import HUGE_PAGES, Entry, Goal, Line
 from maskops.cli.bench.timing import Timing
 from maskops.cli.main import main
@@ -28,34 +28,13 @@ pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=f"extensi
 
 CPU = torch.device("cpu")
 TINY = Setting(CPU, torch.float32, small=True)
-PACE = measure.Pace(budget=0.0, min_rounds=2, max_rounds=2, compiled=True, repeats=True)
-STEADY = limits.Limits(100.0, 10.0, 20.0, 5.0, 30.0, 40.0)
+PACE = rounds.Pace(budget=0.0, min_rounds=2, max_rounds=2, stretch=9.0, discards=1, compiled=True, late=9.0)
+STEADY = dict(zip(limits.LIMITS, (100.0, 10.0, 20.0, 5.0, 30.0, 40.0), strict=True))
 
 
 @pytest.fixture(autouse=True)
 def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "peaks", lambda device, dtype: machine.Peaks(1000.0, 2.0, 3.0))
-
-
-def test_the_table_names_contenders_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Values take memory and time, and none are needed.
-    monkeypatch.setattr(Setting, "randn", lambda self, *size, stream=0: torch.zeros(1, dtype=self.dtype).expand(size))
-    table = list(rows.entries())
-    keys = [(entry.group, entry.mode, line.name) for entry in table for line in entry.lines]
-    assert len(set(keys)) == len(keys)
-    assert {entry.group for entry in table} == {entry.group for entry in table if entry.quick}
-    for entry in table:
-        contest = entry.make()
-        known = {contender.name: contender for contender in contest.contenders()}
-        assert {name.removesuffix(HUGE_PAGES) for name in entry.names()} <= set(known)
-        for line in entry.lines:
-            assert known[line.ours].ours and line.goals
-            floor = measure.limit_seconds(line.limit, contest, entry.mode == "training", STEADY)
-            assert (floor is None) == (line.limit is None) and floor != 0.0
-            for goal in line.goals:
-                assert goal.aim is None or goal.aim >= goal.at_least
-                peers = [known[peer.removesuffix(HUGE_PAGES)] for peer in goal.peers]
-                assert not any(peer.ours and not peer.partial for peer in peers)
 
 
 def tiny(contest: Contest, mode: Any = "training", limit: Any = None) -> Entry:
@@ -170,13 +149,13 @@ def test_goals_are_held_against_the_quickest_that_is_right(tmp_path: Path) -> No
     assert first.peer == "peer" and first.met and third.ratio is None and third.met is None
     rows_of = {row.name: row for row in found.results[0].rows}
     ours = rows_of["ours"].timing
-    assert ours is not None and second.ratio == measure.ratio(ours, Timing((1.0,) * 2)) and second.met
+    assert ours is not None and second.met and second.ratio == measure.ratios(ours, Timing((1.0,) * 2)).median
     assert rows_of["wrong"].problem is not None and rows_of["wrong"].problem.startswith("WRONG: ")
     assert rows_of["refused"].problem == "refused: NotImplementedError: this machine has none"
     assert rows_of["ours"].floor == (1 << 16) and rows_of["peer" + HUGE_PAGES].memory == 4
     share = found.results[0].outcomes[0].share
-    # Bytes over the copy, and those that are new over the first touch.
-    assert share == pytest.approx((1.0 / 20.0 + 0.5 / 5.0) / ours.median)
+    # Bytes over the copy, and those that are new over what the system grants.
+    assert share == pytest.approx((1.0 / 20.0 + 0.5 / 5.0) * sum(1 / seconds for seconds in ours.seconds) / 2)
     assert [text.split(": ")[2] for text in found.problems()] == ["wrong"]
     text = report.render(found)
     assert "PROBLEMS" in text and "WRONG" in text and "compiled: not measured" in text
@@ -201,40 +180,85 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rounds_between_limits_that_moved_are_repeated_once() -> None:
-    measured = [
-        limits.Limits(100.0, 10.0, copy, 5.0, 30.0, 40.0) for copy in (20.0, 25.0, 26.0, 26.5, 20.0, 30.0, 20.0, 30.0)
-    ]
+def timed(seconds: dict[str, float], pace: rounds.Pace, copies: list[float] | None = None, **keywords: Any) -> Any:
+    """Rounds of stand-ins, "a" ours, with a limit that takes these values one after another; and who ran when."""
+    turns: list[str] = []
+    values = iter(copies or [])
+
+    def run(name: str) -> Any:
+        return lambda: turns.append(name) or seconds[name]
+
+    who = rounds.Contenders({name: run(name) for name in seconds}, frozenset("a"), **keywords)
+    gauge = (lambda names: {"copy": next(values)}) if copies else lambda names: {"copy": 20.0}
+    found = rounds.rounds(who, pace, gauge, {"copy"})
+    return found, turns
+
+
+def test_rounds_between_limits_that_moved_do_not_count() -> None:
+    pace = rounds.Pace(budget=9.0, min_rounds=2, max_rounds=3, stretch=0.0, discards=2, compiled=True, late=9.0)
+    found, turns = timed({"a": 0.1, "b": 0.2}, pace, [20.0, 20.5, 25.0, 24.5, 30.0, 30.0])
+    # A round a stretch: the second and the fourth fall away, and the fourth round that counts is not needed.
+    assert [stretch.kept for stretch in found.stretches] == [True, False, True, False, True]
+    assert found.stretches[1].moved == pytest.approx(25.0 / 20.5 - 1.0) and len(turns) == 10
+    assert [len(timing.seconds) for timing in found.timings.values()] == [3, 3] and found.problem is None
+    assert [stretch.before["copy"] for stretch in found.around()] == [20.0, 25.0, 30.0]
+
+    found, turns = timed({"a": 0.1, "b": 0.2}, pace, [20.0, 30.0, 20.0, 20.0, 30.0, 20.0, 20.0])
+    assert not found.timings and len(found.stretches) == 4 and len(turns) == 8  # two are made up for, not a third
+    assert found.problem == (
+        "unsteady: copy moved by more than 5% around 3 of 4 stretches of rounds (50% in the middle of them)"
+    )
+    hurried = dataclasses.replace(pace, budget=0.0)
+    assert timed({"a": 0.1}, hurried, [20.0, 30.0, 30.0])[0].problem is not None
+    assert limits.moved({"copy": 30.0, "read": 1.0}, {"copy": 20.0, "read": 9.0}, {"copy"}) == pytest.approx(0.5)
+    assert limits.best({"copy": 30.0, "read": 1.0}, {"copy": 20.0, "read": 9.0}) == {"copy": 30.0, "read": 9.0}
+
+
+def test_a_row_under_which_the_machine_moved_says_so_and_has_no_speed() -> None:
+    copies = iter(range(10, 10_000, 10))
     entry = doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER))
-    gauge = iter(measured)
-    result = measure.measure(entry, PACE, lambda names: next(gauge), None)
-    assert result.moved < limits.STEADY and result.before.copy == 26.0
-    result = measure.measure(entry, PACE, lambda names: next(gauge), None)
-    assert result.moved == pytest.approx(0.5)
-    text = report.render(report.CpuReport("quick", executed().machine, {}, (result,), 1.0))
-    assert "those of 1 of 1 measurements differ by more than 5%" in text and "~" in text
-    other = dataclasses.replace(STEADY, multiply_add=1.0, read=50.0)
-    assert STEADY.best(other) == dataclasses.replace(STEADY, read=50.0)
+    moving = command.execute([entry], PACE, lambda names: {**STEADY, "copy": next(copies)}, None, mode="quick", seed=0)
+    (outcome,) = moving.results[0].outcomes
+    assert outcome.reached[0].ratio is None and outcome.share is None and outcome.best.ratio is None
+    assert all(row.timing is None and row.memory is not None for row in moving.results[0].rows)
+    text = report.render(moving)
+    assert "unsteady: copy moved" in text and "UNSTEADY" in text and "MOVED" in text
+    assert "0 goals measured" in text and moving.problems() == []
+
+
+def test_each_round_is_held_against_the_limit_around_it() -> None:
+    pace = dataclasses.replace(PACE, budget=9.0, max_rounds=3, stretch=0.0, discards=3)
+    copies = iter([10.0, 10.0, 40.0, 40.0, 40.0, 40.0])
+    gauge = lambda names: {**STEADY, "copy": next(copies)}  # noqa: E731
+    result = measure.measure(doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER)), pace, gauge, None)
+    assert [stretch.kept for stretch in result.stretches] == [True, False, True, True]
+    ours = next(row.timing for row in result.rows if row.ours)
+    assert ours is not None and result.outcomes[0].share is not None
+    floors = [1.0 / copy + 0.5 / 5.0 for copy in (10.0, 40.0, 40.0)]
+    shares = sorted(floor / seconds for floor, seconds in zip(floors, ours.seconds, strict=True))
+    assert result.outcomes[0].share == pytest.approx(shares[1])
+    assert result.outcomes[0].reached[0].rounds == 3 and set(result.stretches[0].before) == set(STEADY)
+    assert measure.needed(doubled()) == ({"copy"}, {"touch"})
+    assert measure.needed(dataclasses.replace(doubled(), lines=(Line("", "", (), None),))) == ({"multiply_add"}, set())
 
 
 def test_everybody_gets_the_same_share_of_the_time() -> None:
-    pace = measure.Pace(budget=1.0, min_rounds=2, max_rounds=9, compiled=True, repeats=True)
-    turns: list[str] = []
+    pace = rounds.Pace(budget=1.0, min_rounds=2, max_rounds=9, stretch=9.0, discards=0, compiled=True, late=9.0)
 
-    def run(name: str, seconds: float) -> Any:
-        return lambda: turns.append(name) or seconds
+    def counts(seconds: dict[str, float], **keywords: Any) -> list[int]:
+        found, turns = timed(seconds, pace, **keywords)
+        assert {turns[index] for index in range(len(seconds))} == set(seconds)
+        assert all(len(stretch.before) == 1 for stretch in found.stretches)
+        return [len(found.timings[name].seconds) for name in seconds]
 
-    found = measure.rounds({"a": run("a", 0.01), "b": run("b", 0.9), "c": run("c", 0.2)}, {"a"}, pace)
     # Each may take a third of a second; b has used its share after the rounds that everybody gets, c after two more.
-    assert [len(found[name].seconds) for name in "abc"] == [2, 2, 2]
-    found = measure.rounds({"a": run("a", 0.01), "b": run("b", 0.9), "c": run("c", 0.1)}, {"a"}, pace)
-    assert [len(found[name].seconds) for name in "abc"] == [4, 2, 4]
-    slow = {"a": run("a", 0.01), "b": run("b", 0.9), "c": run("c", 0.8), "d": run("d", 0.3)}
-    found = measure.rounds(slow, {"a"}, pace, {"c"})
+    assert counts({"a": 0.01, "b": 0.9, "c": 0.2}) == [2, 2, 2]
+    assert counts({"a": 0.01, "b": 0.9, "c": 0.1}) == [4, 2, 4]
     # b is clearly beaten by d, and nobody asks for it by name.
-    assert [len(found[name].seconds) for name in "abcd"] == [2, 1, 2, 2]
-    assert measure.ratio(Timing((1.0, 2.0, 9.0)), Timing((3.0, 8.0))) == 3.5
-    assert {turns[index] for index in range(3)} == {"a", "b", "c"}
+    slow = {"a": 0.01, "b": 0.9, "c": 0.8, "d": 0.3}
+    assert counts(slow, wanted=frozenset("c")) == [2, 1, 2, 2]
+    each = measure.ratios(Timing((1.0, 2.0, 9.0)), Timing((3.0, 8.0)))
+    assert each == Timing((3.0, 4.0)) and each.median == 3.5
 
 
 def test_inputs_that_are_overwritten_come_back() -> None:
@@ -300,9 +324,9 @@ def test_loops_that_measure_the_machine_do_their_work(instruction_set: str) -> N
         assert extension.limit_multiply_add(0) == 0
         gauge = limits.Gauge(3, numel=1 << 14, rounds=2000)
         found = gauge.measure()
-        assert all(value > 0.0 for value in dataclasses.astuple(found))
+        assert set(found) == set(limits.LIMITS) and all(value > 0.0 for value in found.values())
         again = gauge.measure({"copy"})
-        assert again.copy != found.copy and again == dataclasses.replace(found, copy=again.copy)
+        assert set(again) == {"copy"} and again["copy"] != found["copy"]
     finally:
         extension.select_instruction_set(before)
 
@@ -328,6 +352,29 @@ def test_options_of_the_command(
     assert main(["bench", "cpu", "--quick"]) == 1
     assert main(["bench", "cpu", "--only", "no such thing"]) == 2
     assert "no line of the table has this in its name" in capsys.readouterr().err
+    for given, message in (
+        (
+            ["--device", "cuda"],
+            "--device goes with bench text and bench train, not with bench cpu: it measures",
+        ),
+        (
+            ["--dtype", "bfloat16"],
+            "--dtype goes with bench text and bench train and bench gpu, not with bench cpu",
+        ),
+        (["--huge-pages"], "--huge-pages goes with bench text and bench train, not with bench cpu: its table runs"),
+        (["--model", "minilm"], "--model goes with bench text, not with bench cpu\n"),
+    ):
+        assert main(["bench", "cpu", *given]) == 2
+        assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_late_run_takes_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    paces: list[rounds.Pace] = []
+    monkeypatch.setattr(command, "measure", lambda entry, pace, gauge, helper: paces.append(pace) or ())
+    for late, budget in ((9e9, 7.0), (0.0, 0.0)):
+        pace = dataclasses.replace(PACE, budget=7.0, late=late)
+        command.execute([doubled()], pace, lambda names: STEADY, None, mode="quick", seed=0)
+        assert paces.pop().budget == budget
 
 
 def test_an_instruction_set_is_that_of_both_sides(

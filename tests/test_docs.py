@@ -52,20 +52,29 @@ def test_figures_are_written_from_the_json() -> None:
 def test_figures_of_kernels_are_written_from_the_json() -> None:
     def run(ratio: float | None, **changes: Any) -> dict[str, Any]:
         goals = [{"peers": ["SDPA"], "at_least": 1.3, "aim": 2.0}, {"peers": ["a", "b"], "at_least": 3.0, "aim": None}]
-        reached = [{"goal": goals[0], "ratio": ratio, "peer": "SDPA"}, {"goal": goals[1], "ratio": 3.5, "peer": "b"}]
+        taken = {"spread": 0.021, "rounds": 9}
+        reached = [
+            {"goal": goals[0], "ratio": ratio, "peer": "SDPA", **taken},
+            {"goal": goals[1], "ratio": 3.5, "peer": "b", **taken, "rounds": 4},
+        ]
         outcome = {"line": {"name": "dense", "ours": "maskops"}, "reached": reached, "share": 0.854}
-        limits = {"multiply_add": 200.0, "read": 30.0, "copy": 50.0, "touch": 10.0}
-        rows = [{"name": "maskops", "problem": None, **changes}]
-        result = {"group": "attention", "mode": "training", "rows": rows, "outcomes": [outcome]}
+        stretch = {"before": {"read": 30.0, "copy": 40.0}, "after": {"copy": 60.0}}
+        rows = [{"name": "maskops", "problem": None, "memory": 12.6e6, "floor": 10e6, **changes}]
+        result = {"group": "attention", "mode": "training", "rows": rows, "outcomes": [outcome], "stretches": [stretch]}
         machine = {"device": "a CPU", "threads": 2, "instruction_set": "avx2", "torch": "2.13.0", "load": 0.1}
-        return {"mode": "quick", "machine": machine, "results": [{**result, "before": limits, "after": limits}]}
+        limits = {"multiply_add": 200.0, "read": 30.0, "copy": 50.0, "touch": 10.0}
+        return {"mode": "quick", "machine": machine, "limits": limits, "results": [result]}
 
     written = readme.kernel_figures({"avx2": run(1.25), "avx512": run(1.5)})
-    assert "| attention, forward + backward: dense | SDPA | 1.3x | 2x | **1.25x** (85%) | 1.50x (85%) |" in written
-    assert "|  | best of 2: b | 3x |  | 3.50x | 3.50x |" in written
+    line = "| attention, forward + backward: dense | SDPA | 1.3x | 2x | **1.25x** (85%) | 1.50x (85%) | 13, 10 |"
+    assert line in written
+    assert "|  | best of 2: b | 3x |  | 3.50x | 3.50x |  |" in written
     assert "avx512, the part of the table that `--quick` measures: a CPU" in written
     assert "limits 200 GFLOP/s, read 30.0 GB/s, copy 50.0 GB/s, first touch 10.0 GB/s" in written
+    assert "Ratios of 4 to 9 rounds; half the distance of their quartiles is 2% in the middle of all rows" in written
+    assert "Memory is that of avx2" in written
     assert "| 2x | WRONG |" in readme.kernel_figures({"avx2": run(None, problem="WRONG: by far")})
+    assert "| 2x | unsteady |" in readme.kernel_figures({"avx2": run(None, problem="unsteady: read moved")})
     assert "No run is stored here" in readme.kernel_figures({})
 
 

@@ -110,17 +110,20 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
         lines += [f"![Times the speed of torch, kernel by kernel, and the share of the limits]({place})", ""]
     for name, run in runs.items():
         part = ", the part of the table that `--quick` measures" if run["mode"] == "quick" else ""
-        lines += [f"{name}{part}: {_place(run['machine'])}; {_limits(run)}.{_busy(run['machine'])}", ""]
+        place = f"{_place(run['machine'])}; {_limits(run)}"
+        lines += [f"{name}{part}: {place}.{_spreads(run)}{_busy(run['machine'])}", ""]
     lines += [
         "Times the speed of the quickest peer of its kind, medians of interleaved rounds, bold below what is wanted at "
         "least; in brackets the share of what the machine does at most (multiplications in registers, reading, "
-        "copying, writing to new memory), measured around each row; errors are at most twice torch's own, or a row "
-        "has no speed. `python -m maskops bench cpu` repeats it.",
+        "copying, first touch of pages), measured around each row; errors are at most twice torch's own, or a "
+        "row has no speed, and a row under which the machine's limits did not hold still has none (unsteady). Memory "
+        f"is that of {next(iter(runs))}: what a call takes at its peak, and its results with what no way can spare. "
+        "`python -m maskops bench cpu` repeats it.",
         "",
-        f"| | against | at least | aim | {' | '.join(runs)} |",
-        f"|---|---|---|---|{'---|' * len(runs)}",
+        f"| | against | at least | aim | {' | '.join(runs)} | MB, floor |",
+        f"|---|---|---|---|{'---|' * len(runs)}---|",
     ]
-    found: dict[tuple[str, str, str, int], tuple[dict[str, Any], dict[str, str]]] = {}
+    found: dict[tuple[str, str, str, int], tuple[dict[str, Any], dict[str, str], str]] = {}
     for name, run in runs.items():
         for result in run["results"]:
             speeds = {row["name"]: row for row in result["rows"]}
@@ -128,14 +131,15 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
                 for number, reached in enumerate(outcome["reached"]):
                     key = (result["group"], result["mode"], outcome["line"]["name"], number)
                     own = speeds.get(outcome["line"]["ours"], {})
-                    found.setdefault(key, (reached, {}))[1][name] = _reached(outcome, reached, own, number)
-    for (group, mode, line, number), (reached, cells) in found.items():
+                    entry = found.setdefault(key, (reached, {}, "" if number else _memory(own)))
+                    entry[1][name] = _reached(outcome, reached, own, number)
+    for (group, mode, line, number), (reached, cells, memory) in found.items():
         work = "" if number else f"{group}, {MODES[mode]}: {line}"
         goal = reached["goal"]
         peer = goal["peers"][0] if len(goal["peers"]) == 1 else f"best of {len(goal['peers'])}: {reached['peer']}"
         aim = "" if goal["aim"] is None else f"{goal['aim']:.3g}x"
         columns = " | ".join(cells.get(name, "") for name in runs)
-        lines.append(f"| {work} | {peer} | {goal['at_least']:.3g}x | {aim} | {columns} |")
+        lines.append(f"| {work} | {peer} | {goal['at_least']:.3g}x | {aim} | {columns} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
@@ -148,13 +152,38 @@ def _reached(outcome: dict[str, Any], reached: dict[str, Any], own: dict[str, An
     return text if number or outcome["share"] is None else f"{text} ({outcome['share']:.0%})"
 
 
+def _memory(own: dict[str, Any]) -> str:
+    """Megabytes at the peak of a call and the floor; nothing where a call is too small to be measured."""
+    if own.get("memory") is None or not own.get("floor"):
+        return ""
+    return f"{own['memory'] / 1e6:,.0f}, {own['floor'] / 1e6:,.0f}"
+
+
 def _limits(run: dict[str, Any]) -> str:
     """The middle of the limits that were measured."""
-    measured = [result[side] for result in run["results"] for side in ("before", "after")]
-    middle = {name: statistics.median(limits[name] for limits in measured) for name in measured[0]}
+    # A result without stretches is one.
+    stretches = [stretch for result in run["results"] for stretch in result.get("stretches", [result])]
+    measured = [stretch[side] for stretch in stretches for side in ("before", "after")]
+    measured += [run["limits"]] if "limits" in run else []
+    names = ("multiply_add", "read", "copy", "touch")
+    middle = {name: statistics.median(limits[name] for limits in measured if name in limits) for name in names}
     return (
         f"limits {middle['multiply_add']:.0f} GFLOP/s, read {middle['read']:.1f} GB/s, copy {middle['copy']:.1f} GB/s, "
         f"first touch {middle['touch']:.1f} GB/s"
+    )
+
+
+def _spreads(run: dict[str, Any]) -> str:
+    """How far the rounds of a ratio were apart, and how many there were."""
+    reached = [each for result in run["results"] for outcome in result["outcomes"] for each in outcome["reached"]]
+    told = [each for each in reached if each.get("spread") is not None and each["rounds"] > 1]
+    if not told:
+        return ""
+    counts = [each["rounds"] for each in told]
+    spreads = [each["spread"] for each in told]
+    return (
+        f" Ratios of {min(counts)} to {max(counts)} rounds; half the distance of their quartiles is "
+        f"{statistics.median(spreads):.0%} in the middle of all rows and {max(spreads):.0%} at most."
     )
 
 

@@ -29,6 +29,25 @@ from maskops.cli.bench.sweep import cut_documents, lengths_with_fill
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_GOES_WITH = {
+    ("chart", "threads"): ("text", "train", "cpu"),
+    ("device", "huge_pages"): ("text", "train"),
+    ("dtype",): ("text", "train", "gpu"),
+    ("dry_run", "resume", "precompile", "limit"): ("gpu",),
+    ("instruction_set",): ("cpu",),
+    ("model", "documents", "repeats"): ("text",),
+    ("only",): ("cpu", "gpu", "compile"),
+    ("seed",): ("text", "train", "cpu", "gpu"),
+    ("triton", "processes", "cache", "everyday", "without_triton", "without_cuda"): ("compile",),
+}
+"""Which work reads which options; all read the others."""
+
+_INSTEAD = {
+    ("cpu", "device"): "it measures the processor",
+    ("cpu", "dtype"): "each line of its table has a dtype of its own",
+    ("cpu", "huge_pages"): "its table runs the peers that huge pages help both ways",
+}
+
 _STEP = next(job for job in JOBS if job.name == "step")
 
 
@@ -169,11 +188,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     cpu.add_options(parser)
     gpu.add_options(parser)
     compilation.add_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(run, defaults=parser.parse_args([])))
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the benchmark; 0 if every row is right and maskops refused nothing."""
+def ignored(options: argparse.Namespace, defaults: argparse.Namespace) -> str | None:
+    """Why an option that was given means nothing to the work, or None: nobody shall believe that it was heeded."""
+    for names, works in _GOES_WITH.items():
+        for name in names:
+            if options.work in works or getattr(options, name) == getattr(defaults, name):
+                continue
+            reason = _INSTEAD.get((options.work, name))
+            flag, places = name.replace("_", "-"), " and ".join(f"bench {work}" for work in works)
+            return f"--{flag} goes with {places}, not with bench {options.work}{f': {reason}' if reason else ''}"
+    return None
+
+
+def run(options: argparse.Namespace, defaults: argparse.Namespace) -> int:
+    """Runs the benchmark; 0 if every row is right and maskops refused nothing, 2 where options make no sense."""
+    if (problem := ignored(options, defaults)) is not None:
+        print(problem, file=sys.stderr)
+        return 2
     if options.work == "cpu":
         return cpu.run(options)
     if options.work == "gpu":

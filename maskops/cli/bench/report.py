@@ -90,7 +90,7 @@ def to_plain(value: Any) -> Any:
     """Dataclasses to dictionaries, with the properties that readers of the JSON want to have computed."""
     if isinstance(value, Timing):
         seconds = [float(f"{seconds:.7g}") for seconds in value.seconds]
-        return {"median": value.median, "spread": value.spread, "seconds": seconds}
+        return {"median": value.median, "spread": value.spread, "rounds": len(seconds), "seconds": seconds}
     if isinstance(value, Shares):
         return {**dataclasses.asdict(value), "ceiling": value.ceiling}
     if dataclasses.is_dataclass(value):

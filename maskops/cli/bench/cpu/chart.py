@@ -4,88 +4,115 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskops.cli.bench.chart import FAINT, INK, OURS, PADDING, THEIRS, bare, heading
 from maskops.cli.bench.cpu.contest import MODES
+from maskops.cli.bench.cpu.measure import Outcome, Reached, Row
 from maskops.cli.bench.cpu.report import CpuReport
 from maskops.cli.bench.report import busy
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _MISSED = "#c05a3e"
-_MOST = 40.0
-"""Ratios beyond are drawn as long as this."""
+_LEAST, _MOST = 0.11, 40.0
+"""Ratios beyond are drawn as far as this."""
+
+_WIDTH, _ROW, _ABOVE, _BELOW = 10.4, 0.185, 1.2, 0.75
+"""Inches: of the picture, of a bar, over the bars and under them."""
+
+_SPEEDS, _SHARES = (0.435, 0.77), (0.785, 0.985)
+"""Where the columns begin and end, as shares of the width."""
 
 
 def draw(report: CpuReport, path: Path) -> None:
-    """Draws the report as a PNG."""
+    """Draws the report as a PNG: a bar for each goal, so that the whole table is in it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Calls of tiny shapes, whose goals lie below 1, are a table, not a picture of kernels.
-    lines = [(outcome, row) for outcome, row in report.outcomes() if row.timing is not None and outcome.line.limit]
-    bars = [(outcome, reached) for outcome, _ in lines for reached in outcome.reached if reached.ratio is not None]
-    heights, labels, height = [], [], 0.0
-    for (_, _), found in groupby(bars, key=lambda bar: (bar[0].group, bar[0].mode)):
-        for _ in found:
-            heights.append(height)
-            height += 1.0
-        height += 1.4  # room for the heading of the next group
-    figure = Figure(figsize=(12.0, 1.6 + 0.21 * max(height, 6.0)), dpi=125, facecolor="white")
+    groups = [
+        (f"{group}, {MODES[mode]}", list(found))
+        for (group, mode), found in groupby(report.outcomes(), key=lambda pair: (pair[0].group, pair[0].mode))
+    ]
+    rows = sum(1.5 + sum(len(outcome.reached) for outcome, _ in found) for _, found in groups)
+    inches = _ABOVE + _BELOW + _ROW * max(rows, 6.0)
+    figure = Figure(figsize=(_WIDTH, inches), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    inches = figure.get_figheight()
-    grid = figure.add_gridspec(
-        1, 2, left=0.3, right=0.97, top=1 - 1.15 / inches, bottom=0.45 / inches, wspace=0.06, width_ratios=(0.66, 0.34)
-    )
-    speeds, shares = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    shown, headed = None, None
-    for place, (outcome, reached) in zip(heights, bars, strict=True):
-        if (outcome.group, outcome.mode) != headed:
-            headed = outcome.group, outcome.mode
-            speeds.text(0, place - 0.75, f"{outcome.group}, {MODES[outcome.mode]}", fontsize=8.5, weight="bold",
-                        color=INK, ha="right", va="center", transform=speeds.get_yaxis_transform())  # fmt: skip
-        assert reached.ratio is not None
-        length, goal = min(reached.ratio, _MOST), reached.goal
-        speeds.barh(place, length - 1.0, left=1.0, height=0.62, color=OURS[0] if reached.met else _MISSED)
-        for value, style in ((goal.at_least, "-"), (goal.aim, ":")):
-            if value is not None:
-                speeds.plot([value] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.2, linestyle=style)
-        speeds.text(max(length, goal.aim or goal.at_least, 1.0) * 1.04, place, f"{reached.ratio:.2f}×", va="center",
-                    fontsize=7.5, color=INK)  # fmt: skip
-        is_first = outcome is not shown
-        labels.append(f"{outcome.line.name}  against {reached.peer}" if is_first else f"against {reached.peer}")
-        if is_first and outcome.share is not None:
-            shares.barh(place, min(outcome.share, 1.1), height=0.62, color=PADDING)
-            shares.text(0.02, place, f"{outcome.share:.0%} {outcome.line.limit}", va="center", fontsize=7.5, color=INK)
-            if outcome.line.share is not None:
-                aim = [outcome.line.share] * 2
-                shares.plot(aim, [place - 0.42, place + 0.42], color=INK, linewidth=1.2, linestyle=":")
-        shown = outcome
+    bottom, height = _BELOW / inches, 1 - (_ABOVE + _BELOW) / inches
+    speeds, shares = (figure.add_axes((left, bottom, right - left, height)) for left, right in (_SPEEDS, _SHARES))
+    place = 0.0
+    for title, found in groups:
+        _write(speeds, -_SPEEDS[0] + 0.012, place + 0.25, title, weight="bold")
+        place += 1.1
+        for outcome, row in found:
+            _write(speeds, -_SPEEDS[0] + 0.012, place, outcome.line.name)
+            _share(shares, place, outcome, row)
+            for reached in outcome.reached:
+                _ratio(speeds, place, reached, row)
+                place += 1.0
+        place += 0.4
     speeds.set_xscale("log", base=2)
-    ticks = [1, 2, 4, 8, 16, 32]
-    speeds.set_xticks(ticks, [f"{tick}×" for tick in ticks])
+    ticks = {0.125: "⅛×", 0.25: "¼×", 0.5: "½×", **{2**power: f"{2**power}×" for power in range(6)}}
+    speeds.set_xticks(list(ticks), list(ticks.values()))
     speeds.set_xticks([], minor=True)
-    speeds.set_xlim(0.7, _MOST * 1.6)
-    speeds.axvline(1.0, color=FAINT, linewidth=1)
-    speeds.set_yticks(heights, labels)
-    shares.set_yticks([])
+    speeds.set_xlim(_LEAST, _MOST * 2.0)
     shares.set_xlim(0, 1.15)
-    shares.axvline(1.0, color=FAINT, linewidth=1)
     shares.set_xticks([0, 0.5, 1.0], ["0", "50 %", "100 %"])
     for axes in (speeds, shares):
-        axes.set_ylim(max(height, 6.0) - 1.4, -1.4)
+        axes.axvline(1.0, color=FAINT, linewidth=1, zorder=0)
+        axes.set_yticks([])
+        axes.set_ylim(max(rows, 6.0) - 0.4, -0.9)
         bare(axes)
-        axes.tick_params(axis="y", labelsize=7.5)
-    machine = report.machine
     heading(speeds, "Times the speed of the peer", "line: at least; dotted: aim; red: missed")
-    heading(shares, "Share of the machine's limit", "dotted: aim")
-    figure.text(0.012, 1 - 0.42 / inches, "maskops on a processor, kernel by kernel", fontsize=14, weight="bold",
-                color=INK)  # fmt: skip
-    warning = "".join(f" · {label}: {text}" for label, text in busy(machine))
-    figure.text(
-        0.012,
-        0.12 / inches,
-        f"{machine.device}, {machine.threads} threads, {machine.instruction_set} · torch {machine.torch}, maskops "
-        f"{machine.maskops} ({machine.commit}) · medians of interleaved rounds{warning}",
-        fontsize=7.5,
-        color=THEIRS,
-    )
+    heading(shares, "Share of the limit", "dotted: aim")
+    machine = report.machine
+    for words, above, size, colour, weight in (
+        (f"maskops {machine.maskops} on a processor, kernel by kernel", 1 - 0.4 / inches, 14, INK, "bold"),
+        (f"{machine.device}, {machine.threads} threads, {machine.instruction_set}", 0.3 / inches, 8, THEIRS, "normal"),
+        (
+            f"torch {machine.torch}, maskops {machine.commit}, {report.mode} run · medians of interleaved rounds "
+            f"while the limits held still{''.join(f' · {label}: {text}' for label, text in busy(machine))}",
+            0.12 / inches,
+            8,
+            THEIRS,
+            "normal",
+        ),
+    ):
+        figure.text(0.012, above, words, fontsize=size, color=colour, weight=weight)
     figure.savefig(path)
+
+
+def _write(axes: Axes, left: float, place: float, text: str, **keywords: str) -> None:
+    """Words beside the columns; `left` is a share of the picture's width, from the left end of the first column."""
+    across = left / (_SPEEDS[1] - _SPEEDS[0])
+    keywords = {"color": INK, "ha": "left", **keywords}
+    axes.text(across, place, text, fontsize=8.5, va="center", transform=axes.get_yaxis_transform(), **keywords)  # type: ignore[arg-type]
+
+
+def _ratio(axes: Axes, place: float, reached: Reached, row: Row) -> None:
+    """A bar from 1 on, with marks at what was wanted; or why there is none."""
+    _write(axes, -0.01, place, reached.peer or reached.goal.peers[0], ha="right", color=THEIRS)
+    if reached.ratio is None:
+        words = "not measured" if row.problem is None else row.problem.partition(":")[0]
+        axes.text(1.1, place, words, va="center", fontsize=8.5, color=THEIRS)
+        return
+    end, goal = min(max(reached.ratio, _LEAST), _MOST), reached.goal
+    axes.barh(place, end - 1.0, left=1.0, height=0.66, color=OURS[0] if reached.met else _MISSED)
+    for value, style in ((goal.at_least, "-"), (goal.aim, ":")):
+        if value is not None:
+            axes.plot([value] * 2, [place - 0.44, place + 0.44], color=INK, linewidth=1.3, linestyle=style)
+    behind = max(end, goal.aim or goal.at_least, 1.0) * 1.08
+    axes.text(behind, place, f"{reached.ratio:.2f}×", va="center", fontsize=8.5, color=INK)
+
+
+def _share(axes: Axes, place: float, outcome: Outcome, row: Row) -> None:
+    """A bar with the name of the limit in it, on the first line of the outcome."""
+    if outcome.share is None or row.timing is None:
+        return
+    axes.barh(place, min(outcome.share, 1.1), height=0.66, color=PADDING)
+    words = f"{outcome.share:.0%} {outcome.line.limit}"
+    axes.text(0.02, place, words, va="center", fontsize=8.5, color=INK)
+    if outcome.line.share is not None:
+        aim = [outcome.line.share] * 2
+        axes.plot(aim, [place - 0.44, place + 0.44], color=INK, linewidth=1.3, linestyle=":")

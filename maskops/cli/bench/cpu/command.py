@@ -20,21 +20,20 @@ from maskops.cli.bench import machine, output
 from maskops.cli.bench.cpu import chart
 from maskops.cli.bench.cpu.contest import MODES, Entry
 from maskops.cli.bench.cpu.helper import Helper
-from maskops.cli.bench.cpu.limits import Gauge
-from maskops.cli.bench.cpu.measure import GaugeLike, Pace, Result, measure
+from maskops.cli.bench.cpu.limits import LIMITS, Gauge
 from maskops.cli.bench.cpu.measure import Helper as HelperLike
+from maskops.cli.bench.cpu.measure import Result, measure
 from maskops.cli.bench.cpu.report import CpuReport, render
+from maskops.cli.bench.cpu.rounds import GaugeLike, Pace
 from maskops.cli.bench.cpu.rows import entries
 from maskops.cli.bench.others import Others
 from maskops.cli.bench.progress import Progress
 
 PACES = {
-    "full": Pace(budget=8.0, min_rounds=3, max_rounds=60, compiled=True, repeats=True),
-    "quick": Pace(budget=1.0, min_rounds=3, max_rounds=20, compiled=False, repeats=False),
+    "full": Pace(budget=6.0, min_rounds=3, max_rounds=60, stretch=1.5, discards=6, compiled=True, late=660.0),
+    "quick": Pace(budget=1.0, min_rounds=3, max_rounds=20, stretch=0.5, discards=3, compiled=False, late=85.0),
 }
-
-LIMIT = 660.0
-"""Seconds after which nothing is repeated because limits moved: a run stays below a quarter of an hour."""
+"""A full run stays below a quarter of an hour on two cores, a quick one below two minutes: late entries are short."""
 
 _CAPABILITIES = {
     "avx2": {
@@ -146,6 +145,7 @@ def execute(
             mode=mode,
             machine=dataclasses.replace(host, load=others.taken()),
             settings={"dtype": "float32", "seed": seed, **dataclasses.asdict(pace)},
+            limits=limits,
             results=tuple(results),
             seconds=time.perf_counter() - started,
         )
@@ -153,10 +153,11 @@ def execute(
     with Progress(float(len(chosen))) as progress:
         progress.stage("measuring what plain torch reaches")
         host = machine.describe(torch.device("cpu"), torch.float32)
+        limits = gauge(LIMITS)
         for entry in chosen:
             progress.stage(f"{entry.group}, {MODES[entry.mode]}: {entry.lines[0].name}")
-            late = time.perf_counter() - started > LIMIT
-            results.append(measure(entry, dataclasses.replace(pace, repeats=False) if late else pace, gauge, helper))
+            late = time.perf_counter() - started > pace.late
+            results.append(measure(entry, dataclasses.replace(pace, budget=0.0) if late else pace, gauge, helper))
             if path is not None:
                 found().write_json(path)
             progress.advance(1.0)

@@ -6,9 +6,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -22,37 +21,36 @@ _ROUNDS = 3_000_000
 _NUMEL = 48 << 20
 """Floats of a stream: six times the largest last-level cache that these machines have."""
 
-_REPEATS = 5
+_REPEATS = 16
+"""Of which the best counts: with half of them two measurements in a row differ by more than `STEADY` by chance."""
+
 _HUGE_PAGE = 2 << 20
 
+Limits = Mapping[str, float]
+"""What was measured at one moment, by its name in `LIMITS`."""
 
-@dataclass(frozen=True)
-class Limits:
-    """The best of some repeats, all threads together.
+LIMITS = ("multiply_add", "read", "copy", "touch", "huge_read", "huge_copy")
+"""What can be measured, each the best of some repeats, all threads together.
 
-    Attributes:
-        multiply_add: GFLOP/s in registers alone, in float32.
-        read: GB/s of reading what fits no cache, in memory as torch's allocator gives it: no kernel chooses the pages
-            of its inputs.
-        copy: GB/s of copying it, read and written bytes together.
-        touch: GB/s of writing to memory that the system has just granted, in huge pages where it has some.
-        huge_read, huge_copy: The same in huge pages, for comparison.
-    """
+    multiply_add: GFLOP/s in registers alone, in float32.
+    read: GB/s of reading what fits no cache, in memory as torch's allocator gives it: no kernel chooses the pages of
+        its inputs.
+    copy: GB/s of copying it, read and written bytes together.
+    touch: GB/s at which the system grants memory, in huge pages where it has some: what writing to fresh memory takes
+        beyond writing there again.
+    huge_read, huge_copy: Reading and copying in huge pages, for comparison.
+"""
 
-    multiply_add: float
-    read: float
-    copy: float
-    touch: float
-    huge_read: float
-    huge_copy: float
 
-    def best(self, other: Limits) -> Limits:
-        """The higher of both, each."""
-        return Limits(*map(max, astuple(self), astuple(other)))
+def best(one: Limits, other: Limits) -> Limits:
+    """The higher of both, each."""
+    return {name: max(value, other[name]) for name, value in one.items()}
 
-    def moved(self, other: Limits) -> dict[str, float]:
-        """By what share each differs from that of another measurement."""
-        return {field.name: abs(getattr(self, field.name) / getattr(other, field.name) - 1.0) for field in fields(self)}
+
+def moved(one: Limits, other: Limits, names: Collection[str]) -> float:
+    """By what share the limits with these names differ, at most."""
+    pairs = [sorted((one[name], other[name])) for name in names]
+    return max((high / low - 1.0 for low, high in pairs), default=0.0)
 
 
 class Gauge:
@@ -70,21 +68,17 @@ class Gauge:
     def __init__(self, threads: int, *, numel: int = _NUMEL, rounds: int = _ROUNDS) -> None:
         self._threads, self._rounds = threads, rounds
         self._source, self._target, self._size = torch.ones(numel), torch.zeros(numel), 4 * numel
-        self._last: Limits | None = None
 
-    def measure(self, wanted: Collection[str] = ()) -> Limits:
-        """Measures the limits with these names, and all of them the first time; the others are those of last time."""
-        names = {field.name for field in fields(Limits)} if self._last is None else set(wanted)
+    def measure(self, wanted: Collection[str] = LIMITS) -> Limits:
+        """Measures the limits with these names."""
         with ThreadPoolExecutor(self._threads) as pool:
             _together(pool, self._threads, _keep_to_a_processor)
-            found = {name: getattr(self, f"_{name}")(pool) for name in sorted(names)}
-        self._last = Limits(**found) if self._last is None else replace(self._last, **found)
-        return self._last
+            return {name: getattr(self, f"_{name}")(pool) for name in sorted(wanted)}
 
     def _multiply_add(self, pool: ThreadPoolExecutor) -> float:
         operations = self._threads * extension.limit_multiply_add(1) * self._rounds
-        best = _together(pool, self._threads, lambda thread: extension.limit_multiply_add(self._rounds))
-        return operations / best * 1e-9
+        seconds = _together(pool, self._threads, lambda thread: extension.limit_multiply_add(self._rounds))
+        return operations / seconds * 1e-9
 
     def _read(self, pool: ThreadPoolExecutor) -> float:
         return max(self._own_read(pool, self._source), self._size / _best(self._source.sum) * 1e-9)
@@ -95,7 +89,10 @@ class Gauge:
 
     def _touch(self, pool: ThreadPoolExecutor) -> float:
         del pool  # the threads of torch write, as they do for whoever asks it for memory
-        return self._size / min(_seconds_of_touching(self._size) for _ in range(3)) * 1e-9
+        pairs = [_touched(self._size) for _ in range(3)]
+        first, again = min(pair[0] for pair in pairs), min(pair[1] for pair in pairs)
+        # Never nothing, whatever the clock says: it is divided by.
+        return self._size / max(first - again, 0.01 * first) * 1e-9
 
     def _huge_read(self, pool: ThreadPoolExecutor) -> float:
         return self._own_read(pool, _in_huge_pages(self._size // 4).fill_(1.0))
@@ -106,17 +103,17 @@ class Gauge:
 
     def _own_read(self, pool: ThreadPoolExecutor, source: Tensor) -> float:
         spans = self._spans()
-        best = _together(pool, self._threads, lambda thread: extension.limit_read(_part(source, spans[thread])))
-        return 4 * sum(map(len, spans)) / best * 1e-9
+        seconds = _together(pool, self._threads, lambda thread: extension.limit_read(_part(source, spans[thread])))
+        return 4 * sum(map(len, spans)) / seconds * 1e-9
 
     def _own_copy(self, pool: ThreadPoolExecutor, target: Tensor, source: Tensor) -> float:
         spans = self._spans()
-        best = _together(
+        seconds = _together(
             pool,
             self._threads,
             lambda thread: extension.limit_copy(_part(target, spans[thread]), _part(source, spans[thread])),
         )
-        return 8 * sum(map(len, spans)) / best * 1e-9
+        return 8 * sum(map(len, spans)) / seconds * 1e-9
 
     def _spans(self) -> list[range]:
         """A part for each thread, that begins at the alignment that streaming stores want."""
@@ -162,12 +159,14 @@ def _best(work: Callable[[], object]) -> float:
     return min(seconds() for _ in range(_REPEATS))
 
 
-def _seconds_of_touching(size: int) -> float:
-    """Seconds of writing to so many fresh bytes, in huge pages where the system grants them."""
+def _touched(size: int) -> tuple[float, float]:
+    """Seconds of writing to so many fresh bytes, in huge pages where the system grants them, and of doing so again."""
     fresh = _in_huge_pages(size // 4)
     begun = time.perf_counter()
     fresh.zero_()
-    return time.perf_counter() - begun
+    between = time.perf_counter()
+    fresh.zero_()
+    return between - begun, time.perf_counter() - between
 
 
 def _in_huge_pages(numel: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Checks and times the contenders of an entry, between two measurements of the machine's limits."""
+"""Checks the contenders of an entry, has them timed between measurements of the limits, and judges the goals."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from random import Random
 from typing import Protocol
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from maskops.cli.bench.contests.contest import Contender, Contest, Leaves
 from maskops.cli.bench.cpu.contest import HUGE_PAGES, Entry, Goal, Line, Mode
-from maskops.cli.bench.cpu.limits import STEADY, Limits
+from maskops.cli.bench.cpu.limits import Limits, best
+from maskops.cli.bench.cpu.rounds import SLOW, Contenders, GaugeLike, Pace, Rounds, Stretch, rounds
 from maskops.cli.bench.jobs import Outcome as Compared
 from maskops.cli.bench.measure import WRONG_ABOVE, error_multiple
 from maskops.cli.bench.memory import Peak, tidy
-from maskops.cli.bench.timing import Timing, without_collector
+from maskops.cli.bench.timing import Timing
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,8 @@ class Row:
         timing: Seconds of a run; None where there is no speed to show.
         memory: Bytes at the peak of a run beyond those before it, results included.
         floor: Bytes of the results, and of what the op cannot do without.
-        problem: Why there is no speed: "WRONG: ..." or "refused: ...".
+        problem: Why there is no speed: "WRONG: ...", "refused: ...", or "unsteady: ..." where the machine's limits
+            moved around too many of its rounds.
     """
 
     name: str
@@ -47,11 +49,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Reached:
-    """What became of a goal. `ratio`: times the speed of `peer`, median of the rounds; None where one has no speed."""
+    """What became of a goal.
+
+    Attributes:
+        goal: What was wanted.
+        peer: The quickest of its peers.
+        ratio: Times the speed of that peer, median of the rounds; None where one of both has no speed.
+        spread: Half the distance between the quartiles of the ratios of the rounds, relative to the median.
+        rounds: That both took part in.
+    """
 
     goal: Goal
     peer: str | None = None
     ratio: float | None = None
+    spread: float | None = None
+    rounds: int = 0
 
     @property
     def met(self) -> bool | None:
@@ -68,7 +80,7 @@ class Outcome:
         line: What was wanted.
         reached: One for each goal.
         best: The quickest peer of all that took part, with our speed in its units.
-        share: Of the limit.
+        share: Of the limit, median of the rounds, each against the limit as it was measured around it.
     """
 
     group: str
@@ -87,52 +99,20 @@ class Result:
         group, mode: Of the entry.
         rows: One a contender.
         outcomes: One a line.
-        before, after: Limits around the rounds.
-        moved: The largest relative difference between them of those that lines name; the rounds were repeated once
-            where it was more than `STEADY`.
-        seconds: That it took in all.
+        stretches: Of the rounds, with the limits around each.
+        seconds: That it took in all: "rounds" with the limits, and "rest", which is values, checks and compilations.
     """
 
     group: str
     mode: Mode
     rows: tuple[Row, ...]
     outcomes: tuple[Outcome, ...]
-    before: Limits
-    after: Limits
-    moved: float
-    seconds: float
+    stretches: tuple[Stretch, ...]
+    seconds: dict[str, float]
 
-
-@dataclass(frozen=True)
-class Pace:
-    """How long to measure.
-
-    Attributes:
-        budget: Seconds of rounds for all contenders of an entry; each gets the same share.
-        min_rounds, max_rounds: Bounds on the rounds of each.
-        compiled: Whether torch.compile takes part.
-        repeats: Whether rounds between limits that moved are repeated.
-    """
-
-    budget: float
-    min_rounds: int
-    max_rounds: int
-    compiled: bool
-    repeats: bool
-
-
-_BEATEN = 1.5
-"""A peer this many times slower than another in the first round is not the best."""
-
-SLOW = 0.5
-"""Seconds of a run that is long enough for its first to be like any other."""
 
 Against = tuple[Compared, Compared]
 """The sample in float64, and by plain torch."""
-
-
-GaugeLike = Callable[[Collection[str]], Limits]
-"""Measures the limits with these names."""
 
 
 class Helper(Protocol):
@@ -231,8 +211,8 @@ def checked(
         if calls > 1:
             return replace(row, error=error), runner
         runner.renew()
-        if runner.first < SLOW:
-            # Once more without what a first call loads and keeps.
+        if runner.first < SLOW or contender.compiles:
+            # Once more without what a first call loads, compiles and keeps.
             del results
             tidy()
             results, memory = Peak(CPU).over(runner.run)
@@ -284,101 +264,51 @@ def measure(entry: Entry, pace: Pace, gauge: GaugeLike, helper: Helper | None) -
     tidy()
     for name in cold:
         runs[name]()
-    timings, before, after, moved = _timed(entry, runs, {name for name in runs if rows[name].ours}, pace, gauge)
-    rows = {name: replace(row, timing=timings.get(name)) for name, row in rows.items()}
-    limits = before.best(after)
-    outcomes = tuple(_outcome(entry, line, contest, rows, timings, limits) for line in entry.lines)
-    found = tuple(rows.values())
-    return Result(entry.group, entry.mode, found, outcomes, before, after, moved, seconds=time.perf_counter() - begun)
+    checked_at = time.perf_counter()
+    wanted = {goal.peers[0] for line in entry.lines for goal in line.goals if len(goal.peers) == 1}
+    who = Contenders(runs, frozenset(name for name in runs if rows[name].ours), frozenset(wanted))
+    judged, also = needed(entry)
+    found = rounds(who, pace, gauge, judged, also)
+    rows = {
+        name: replace(row, timing=found.timings.get(name), problem=row.problem or found.problem)
+        for name, row in rows.items()
+    }
+    outcomes = tuple(_outcome(entry, line, contest, rows, found) for line in entry.lines)
+    ended = time.perf_counter()
+    seconds = {"rounds": ended - checked_at, "rest": checked_at - begun}
+    return Result(entry.group, entry.mode, tuple(rows.values()), outcomes, found.stretches, seconds)
 
 
 def _run_of(helper: Helper, contender: str) -> Callable[[], float]:
     return lambda: helper.run(contender)
 
 
-def _timed(
-    entry: Entry,
-    runs: dict[str, Callable[[], float]],
-    ours: set[str],
-    pace: Pace,
-    gauge: GaugeLike,
-) -> tuple[dict[str, Timing], Limits, Limits, float]:
-    """Rounds between two measurements of the limits; once more where these have moved."""
-    needed = {name for line in entry.lines for name in _NEEDED[line.limit]}
-    wanted = {goal.peers[0] for line in entry.lines for goal in line.goals if len(goal.peers) == 1}
-    for attempt in range(2):
-        before = gauge(needed)
-        timings = rounds(runs, ours, pace, wanted)
-        after = gauge(needed)
-        moved = max((share for name, share in after.moved(before).items() if name in needed - _FICKLE), default=0.0)
-        if moved <= STEADY or attempt or not pace.repeats:
-            break
-    return timings, before, after, moved
-
-
-_FICKLE = {"touch"}
-"""How fast the system grants pages depends on what it has at hand: it may change without anybody's doing."""
-
-_NEEDED: dict[str | None, tuple[str, ...]] = {
-    None: (),
-    "multiply-add": ("multiply_add",),
-    "read": ("read",),
-    "copy": ("copy",),
-    "copy + touch": ("copy", "touch"),
+_JUDGED: dict[str | None, str] = {
+    None: "multiply_add",  # which follows the clock, as the interpreter does
+    "multiply-add": "multiply_add",
+    "read": "read",
+    "copy": "copy",
+    "copy + touch": "copy",
 }
 
 
-def rounds(
-    runs: dict[str, Callable[[], float]], ours: set[str], pace: Pace, wanted: set[str] | None = None
-) -> dict[str, Timing]:
-    """Every contender once a round, until each has used its share of the time.
+def needed(entry: Entry) -> tuple[set[str], set[str]]:
+    """Limits that must hold still while the entry is timed, and those that are only measured.
 
-    The i-th entries of all timings are of the same round: who has used its share takes part in no later one.
-
-    Args:
-        runs: From names to what runs them once and says how long it took.
-        ours: Names of those that the others are compared with.
-        pace: How long.
-        wanted: Names of peers that somebody wants to be compared with by name (default: all). The others may leave
-            before the fewest rounds are over, once another peer has clearly beaten them.
+    How fast the system grants pages depends on what it has at hand: it may change without anybody's doing.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    share = pace.budget / max(len(runs), 1)
-    begun = time.perf_counter()
-
-    def beaten(name: str, quickest: float) -> bool:
-        first = seconds[name][0]
-        return wanted is not None and name not in ours | wanted and first > max(_BEATEN * quickest, SLOW)
-
-    with without_collector():
-        for number in range(pace.max_rounds):
-            late = number >= pace.min_rounds
-            quickest = min((taken[0] for name, taken in seconds.items() if taken and name not in ours), default=0.0)
-            going = [
-                name
-                for name, taken in seconds.items()
-                if sum(taken) < share or not (late or (number and beaten(name, quickest)))
-            ]
-            # Nobody is left to be compared with, or the time that others waste beside the runs is over.
-            if late and (not ours.intersection(going) or not set(going) - ours):
-                break
-            if late and time.perf_counter() - begun > 2.0 * pace.budget:
-                break
-            # In another order each round: nobody always inherits the cache and the heap of the same neighbour.
-            for name in Random(number).sample(going, len(going)):
-                seconds[name].append(runs[name]())
-    return {name: Timing(tuple(taken)) for name, taken in seconds.items() if taken}
+    limits = {line.limit for line in entry.lines}
+    return {_JUDGED[limit] for limit in limits}, {"touch"} if "copy + touch" in limits else set()
 
 
-def ratio(ours: Timing, theirs: Timing) -> float:
-    """How many times as fast as the other: the median over the rounds that both took part in."""
+def ratios(ours: Timing, theirs: Timing) -> Timing:
+    """How many times as fast as the other, in each round that both took part in."""
     common = min(len(ours.seconds), len(theirs.seconds))
-    return Timing(ours.seconds[:common]).speedup_over(Timing(theirs.seconds[:common]))
+    return Timing(tuple(other / own for own, other in zip(ours.seconds[:common], theirs.seconds[:common], strict=True)))
 
 
-def _outcome(
-    entry: Entry, line: Line, contest: Contest, rows: dict[str, Row], timings: dict[str, Timing], limits: Limits
-) -> Outcome:
+def _outcome(entry: Entry, line: Line, contest: Contest, rows: dict[str, Row], found: Rounds) -> Outcome:
+    timings = found.timings
     own = timings.get(line.ours)
 
     def against(goal: Goal) -> Reached:
@@ -386,12 +316,21 @@ def _outcome(
         if not there:
             return Reached(goal)
         peer = min(there, key=lambda name: timings[name].median)
-        return Reached(goal, peer, None if own is None else ratio(own, timings[peer]))
+        if own is None:
+            return Reached(goal, peer)
+        each = ratios(own, timings[peer])
+        return Reached(goal, peer, each.median, each.spread, len(each.seconds))
 
     peers = tuple(name for name in entry.names() if name in rows and not rows[name].ours)
-    floor = limit_seconds(line.limit, contest, entry.mode == "training", limits)
-    share = None if floor is None or own is None else floor / own.median
+    shares: list[float] = []
+    if own is not None and line.limit is not None:
+        for seconds, stretch in zip(own.seconds, found.around(), strict=False):
+            limits = best(stretch.before, stretch.after)
+            floor = limit_seconds(line.limit, contest, entry.mode == "training", limits)
+            assert floor is not None
+            shares.append(floor / seconds)
     reached = tuple(against(goal) for goal in line.goals)
+    share = statistics.median(shares) if shares else None
     return Outcome(entry.group, entry.mode, line, reached, against(Goal(peers, 0.0)), share)
 
 
@@ -399,10 +338,10 @@ def limit_seconds(limit: str | None, contest: Contest, backward: bool, limits: L
     """How long the machine itself takes for the work of a contest."""
     operations, moved = contest.flops(backward) or 0.0, contest.bytes(backward) or 0.0
     if limit == "multiply-add":
-        return operations / limits.multiply_add * 1e-9
+        return operations / limits["multiply_add"] * 1e-9
     if limit == "read":
-        return moved / limits.read * 1e-9
+        return moved / limits["read"] * 1e-9
     if limit is None:
         return None
-    fresh = contest.written(backward) if limit == "copy + touch" else 0.0
-    return (moved / limits.copy + fresh / limits.touch) * 1e-9
+    seconds = moved / limits["copy"]
+    return (seconds + contest.written(backward) / limits["touch"] if limit == "copy + touch" else seconds) * 1e-9

@@ -80,8 +80,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def refuse(options: argparse.Namespace) -> str | None:
     """What is wrong with the options of models, or None."""
-    if options.model is not None and options.work != "text":
-        return f"--model goes with bench text, not with bench {options.work}"
     for name in ("documents", "repeats"):
         value = getattr(options, name)
         if value is not None and options.model is None:
