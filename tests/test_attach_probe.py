@@ -264,6 +264,24 @@ def test_the_report_is_a_table_and_plain_data() -> None:
     assert data["arrivals"]["padded left"]["verdict"] == "right"
 
 
+class Lending(torch.nn.Module):
+    """Wraps a model as PEFT does: what it lacks it takes from the model inside."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+
+def test_a_wrapper_that_lends_the_attributes_of_its_model_is_proven() -> None:
+    wrapped = Lending(models.FAMILIES["llama"].build())
+    assert wrapped.main_input_name == "input_ids"
+    with maskops.attach(wrapped) as handle:
+        assert handle.report.proven
+
+
 def unproven(model: torch.nn.Module, **options: Any) -> str:
     """Why nothing was proven of a model that was attached all the same."""
     with maskops.attach(model, **options) as attachment:

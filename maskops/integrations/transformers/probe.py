@@ -79,7 +79,8 @@ def unprovable(model: nn.Module, root: Any) -> str:
     if not parameters:
         return "it has no parameters"
     inside = {id(module) for module in root.modules()}
-    outside = [m for m in model.modules() if hasattr(m, "main_input_name") and id(m) not in inside]
+    # Of the class: wrappers such as those of PEFT lend the attributes of the model inside them.
+    outside = [m for m in model.modules() if hasattr(type(m), "main_input_name") and id(m) not in inside]
     if outside:
         return f"it holds several models ({type(root).__name__}, {type(outside[0]).__name__}); attach each by itself"
     names = inspect.signature(root.forward).parameters
