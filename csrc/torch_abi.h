@@ -66,6 +66,11 @@ inline void check_torch(AOTITorchError error, const char* what) {
   if (error != 0) throw std::runtime_error(std::string("maskops: a call into libtorch failed: ") + what);
 }
 #define MASKOPS_CHECK_TORCH(call) ::maskops::check_torch((call), #call)
+// The same for questions to a tensor. One that has no answer, a wrapper without memory, is an argument that is refused.
+inline void check_tensor(AOTITorchError error, const char* what) {
+  if (error != 0) throw std::invalid_argument(std::string("maskops: a tensor did not answer: ") + what);
+}
+#define MASKOPS_ASK_TENSOR(call) ::maskops::check_tensor((call), #call)
 
 // The values of torch::headeronly::ScalarType; they are part of torch's serialization format and do not change.
 enum class DType : int32_t {
@@ -157,7 +162,7 @@ class Tensor {
   template <class T = void>
   T* data() const {
     void* pointer;
-    MASKOPS_CHECK_TORCH(aoti_torch_get_data_ptr(handle_, &pointer));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_data_ptr(handle_, &pointer));
     return static_cast<T*>(pointer);
   }
   // nullptr where the caller passed an empty tensor for "absent".
@@ -167,35 +172,35 @@ class Tensor {
   }
   int64_t numel() const {
     int64_t value;
-    MASKOPS_CHECK_TORCH(aoti_torch_get_numel(handle_, &value));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_numel(handle_, &value));
     return value;
   }
   int64_t dim() const {
     int64_t value;
-    MASKOPS_CHECK_TORCH(aoti_torch_get_dim(handle_, &value));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_dim(handle_, &value));
     return value;
   }
   const int64_t* sizes() const {
     int64_t* values;
-    MASKOPS_CHECK_TORCH(aoti_torch_get_sizes(handle_, &values));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_sizes(handle_, &values));
     return values;
   }
   const int64_t* strides() const {
     int64_t* values;
-    MASKOPS_CHECK_TORCH(aoti_torch_get_strides(handle_, &values));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_strides(handle_, &values));
     return values;
   }
   int64_t size(int64_t d) const { return sizes()[d]; }
   int64_t stride(int64_t d) const { return strides()[d]; }
   DType dtype() const {
     int32_t value;
-    MASKOPS_CHECK_TORCH(aoti_torch_get_dtype(handle_, &value));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_dtype(handle_, &value));
     return static_cast<DType>(value);
   }
   Place place() const {
     Place place;
-    MASKOPS_CHECK_TORCH(aoti_torch_get_device_type(handle_, &place.type));
-    MASKOPS_CHECK_TORCH(aoti_torch_get_device_index(handle_, &place.index));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_device_type(handle_, &place.type));
+    MASKOPS_ASK_TENSOR(aoti_torch_get_device_index(handle_, &place.index));
     return place;
   }
 

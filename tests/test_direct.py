@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -233,26 +234,23 @@ def test_a_changed_plan_is_noticed() -> None:
 
 
 def test_a_mask_keeps_plans_that_nobody_else_holds() -> None:
-    q, k, v = qkv()
+    scores = torch.randn(2, 5, 7)
     mask = masks.causal() & masks.sliding_window(2, 0)
-    expected = maskops.attention(q, k, v, mask)
+    expected = maskops.masked_softmax(scores, mask)
     (kept,) = mask._kept.values()
     assert torch.equal(mask.spans(5, 7, grad=False).end, kept.end)
     mask.spans(5, 7).end.zero_()
-    assert torch.equal(maskops.attention(q, k, v, mask), expected)
+    assert torch.equal(maskops.masked_softmax(scores, mask), expected)
     for length in range(1, masks._MOST_KEPT + 3):
-        maskops.attention(
-            q[:1, :1, :1, :3], k[:1, :1, :1, :3].expand(1, 1, length, 3), v[:1, :1, :1].expand(1, 1, length, 3), mask
-        )
+        maskops.masked_softmax(scores[:, :1, :1].expand(2, 1, length).contiguous(), mask)
     assert 0 < len(mask._kept) <= masks._MOST_KEPT
     for copied in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
-        assert not copied._kept and torch.equal(maskops.attention(q, k, v, copied), expected)
+        assert not copied._kept and torch.equal(maskops.masked_softmax(scores, copied), expected)
 
 
 def test_long_plans_and_those_of_tensors_are_not_kept() -> None:
     mask = masks.causal() & masks.sliding_window(8, 0)
-    long = torch.zeros(1, 1, masks._LONGEST_KEPT, 4)
-    maskops.attention(long[:, :, :1], long, long, mask)
+    maskops.masked_softmax(torch.zeros(1, masks._LONGEST_KEPT), mask)
     lengths = torch.tensor([7, 3])
     padding = masks.key_padding(lengths)
     q, k, v = qkv()
@@ -263,12 +261,47 @@ def test_long_plans_and_those_of_tensors_are_not_kept() -> None:
 
 def test_a_plan_made_under_inference_mode_serves_training() -> None:
     mask = masks.causal() & masks.sliding_window(3, 0)
-    leaves = [x.requires_grad_() for x in qkv()]
+    scores = torch.randn(2, 5, 7, requires_grad=True)
     with torch.inference_mode():
-        expected = maskops.attention(*leaves, mask)
-    out = maskops.attention(*leaves, mask)
-    out.sum().backward()
-    assert torch.equal(out, expected)
+        expected = maskops.masked_softmax(scores, mask)
+    weights = maskops.masked_softmax(scores, mask)
+    weights.square().sum().backward()
+    assert torch.equal(weights, expected)
+
+
+def test_a_plan_follows_the_values_of_offsets_however_they_change() -> None:
+    """A kernel keeps the plans of its last calls, and finds them by these values alone."""
+    values = np.array([0, 5, 9])
+    offsets = torch.from_numpy(values)  # whose version does not count what numpy writes
+    tensors = [torch.randn(9, 2, 4, requires_grad=True) for _ in range(3)]
+    outputs = []
+    for border in (5, 3, 5, 8):
+        values[1] = border
+        outputs.append(maskops.varlen_attention(*tensors, offsets, mask=masks.causal()))
+        alone = [
+            maskops.attention(*(x[rows].transpose(0, 1)[None] for x in tensors), masks.causal())
+            for rows in (slice(0, border), slice(border, 9))
+        ]
+        torch.testing.assert_close(outputs[-1], torch.cat([x[0].transpose(0, 1) for x in alone]))
+    values[:] = 0
+    gradients = [torch.autograd.grad(out.sum(), tensors) for out in outputs]
+    assert all(torch.equal(x, y) for x, y in zip(gradients[0], gradients[2], strict=True))
+    assert not torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_a_call_that_fails_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def fail(*arguments: Any) -> Any:
+        called.append(arguments)
+        raise RuntimeError("maskops: out of memory: no 1.00 MiB on the processor")
+
+    monkeypatch.setattr(attention_direct, "_pattern", fail)
+    monkeypatch.setattr(attention_direct, "_apply_pattern", fail)
+    for leaves in (qkv(), tuple(x.requires_grad_() for x in qkv())):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            maskops.attention(*leaves)
+    assert len(called) == 2
 
 
 def test_checkpointing_may_meet_a_mode_in_one_of_its_passes() -> None:

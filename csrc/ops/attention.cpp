@@ -6,30 +6,10 @@
 #include <tuple>
 
 #include "../cpu/attention.h"
+#include "attention_spans.h"
 
 namespace maskops {
 namespace {
-
-Spans spans_of(const AttentionShape& shape, const SpanTensors& plan) {
-  auto spans = planned_spans<Spans>(shape, plan);
-  const int64_t plan_batch = spans.plan_batch;
-  spans.n_tiles = *plan.tile_count.data<int32_t>();
-  require(0 <= spans.n_tiles && spans.n_tiles <= plan.tiles.size(0), "attention: tile_count exceeds the work list");
-  int32_t batch = 0, row = 0;  // the list must cover every row once, in order: each row's output is written by its tile
-  for (int64_t tile = 0; tile < spans.n_tiles; tile++) {
-    const int32_t* item = spans.tiles + tile * spans.tile_width;
-    while (batch < item[0] && row == shape.q_len) {
-      batch++;
-      row = 0;
-    }
-    require(item[0] == batch && item[1] == row && 1 <= item[2] && item[2] <= tile_rows && item[2] <= shape.q_len - row,
-            "attention: the work list does not cover the rows of q in order");
-    row += item[2];
-  }
-  require(plan_batch == 0 || shape.q_len == 0 || (batch == plan_batch - 1 && row == shape.q_len),
-          "attention: the work list does not cover the rows of q");
-  return spans;
-}
 
 Features features_of(const AttentionShape& shape, const Spans& spans, const FeatureTensors& tensors,
                      bool slopes_by_sequence, double dropout_p) {
@@ -87,19 +67,6 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(const Tensor& q, const Tensor& 
       k, v);
 }
 
-// The same without features, whose arguments alone take longer than a small problem.
-std::tuple<Tensor, Tensor> attention_direct_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& start,
-                                                const Tensor& end, const Tensor& key_valid, const Tensor& tiles,
-                                                const Tensor& tile_count, double softmax_scale) {
-  const AttentionShape shape = attention_shape(q, k, v, softmax_scale, 0.0);
-  return forward(shape, spans_of(shape, {start, end, key_valid, tiles, tile_count}), Features{}, q, k, v);
-}
-
-void clear(const Tensor& gradient) {
-  const int64_t elements = gradient.numel();
-  if (elements != 0) std::memset(gradient.data(), 0, elements * bytes_of(gradient.dtype()));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& start, const Tensor& end, const Tensor& key_valid,
@@ -147,32 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cp
           std::move(grad_bias), std::move(grad_slopes), std::move(grad_sinks)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_direct_backward_cpu(const Tensor& grad_out, const Tensor& q,
-                                                                 const Tensor& k, const Tensor& v, const Tensor& out,
-                                                                 const Tensor& lse, const Tensor& start,
-                                                                 const Tensor& end, const Tensor& key_valid,
-                                                                 const Tensor& tiles, const Tensor& tile_count,
-                                                                 double softmax_scale) {
-  const AttentionShape shape = attention_shape(q, k, v, softmax_scale, 0.0);
-  const Spans spans = spans_of(shape, {start, end, key_valid, tiles, tile_count});
-  check_outputs(shape, q.dtype(), out, grad_out, lse, nullptr);
-  Tensor grad_q = empty_in_order_of(q, shape.head_dim), grad_k = empty_in_order_of(k, shape.head_dim);
-  Tensor grad_v = empty_in_order_of(v, shape.value_dim);
-  if (has_work(shape)) {
-    attention_backward({shape, spans, Features{}, rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(grad_out),
-                        rows_of(grad_q), rows_of(grad_k), rows_of(grad_v), lse.data<float>()},
-                       torch_threads());
-  } else {
-    for (const Tensor* gradient : {&grad_q, &grad_k, &grad_v}) clear(*gradient);
-  }
-  return {std::move(grad_q), std::move(grad_k), std::move(grad_v)};
-}
-
 const bool registered = [] {
   static OperatorLibrary library("maskops", "CPU");
   library.implement<&attention_forward_cpu>("attention_forward");
-  library.implement<&attention_direct_cpu>("attention_direct");
-  library.implement<&attention_direct_backward_cpu>("attention_direct_backward");
   library.implement<&attention_backward_cpu>("attention_backward");
   return true;
 }();

@@ -18,8 +18,9 @@ inline bool adjacent(const Tensor& tensor) {
 // A stride of 0 where a dimension of 1 serves every index.
 inline int64_t broadcast_stride(const Tensor& tensor, int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); }
 
-inline AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
-                                      double softcap) {
+// Tensors, or what is seen as tensors of four dimensions.
+template <class Rows>
+AttentionShape attention_shape(const Rows& q, const Rows& k, const Rows& v, double softmax_scale, double softcap) {
   require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention: q, k and v must have 4 dimensions");
   require(q.dtype() == k.dtype() && q.dtype() == v.dtype(), "attention: q, k and v must have one dtype");
   const AttentionShape shape{element_of(q),
@@ -42,7 +43,7 @@ inline AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Te
           "attention: at most 2^31 - 130 queries and keys");
   require(shape.heads <= INT32_MAX / tile_rows && shape.batch < INT32_MAX, "attention: too many heads");
   require(shape.head_dim < INT32_MAX / 2 && shape.value_dim < INT32_MAX / 2, "attention: head_dim is too large");
-  for (const Tensor* tensor : {&q, &k, &v}) {
+  for (const Rows* tensor : {&q, &k, &v}) {
     require(last_is_contiguous(*tensor), "attention: the last dimension must be contiguous");
   }
   return shape;
@@ -157,15 +158,20 @@ inline DropoutNumbers dropout_numbers(const AttentionShape& shape, const Tensor&
           static_cast<float>(1.0 / (1.0 - dropout_p))};
 }
 
-// What the forward pass gave, and what comes in for it; for the lse that may be nothing.
-inline void check_outputs(const AttentionShape& shape, DType dtype, const Tensor& out, const Tensor& grad_out,
-                          const Tensor& lse, const Tensor* grad_lse) {
-  for (const Tensor* tensor : {&grad_out, &out}) {
+template <class Rows>
+void check_out(const AttentionShape& shape, DType dtype, const Rows& out, const Rows& grad_out) {
+  for (const Rows* tensor : {&grad_out, &out}) {
     require(tensor->dim() == 4 && tensor->dtype() == dtype && tensor->size(0) == shape.batch &&
                 tensor->size(1) == shape.heads && tensor->size(2) == shape.q_len && tensor->size(3) == shape.value_dim,
             "attention: out and its gradient must have the shape and dtype of the output");
     require(last_is_contiguous(*tensor), "attention: the last dimension of out and its gradient must be contiguous");
   }
+}
+
+// What the forward pass gave, and what comes in for it; for the lse that may be nothing.
+inline void check_outputs(const AttentionShape& shape, DType dtype, const Tensor& out, const Tensor& grad_out,
+                          const Tensor& lse, const Tensor* grad_lse) {
+  check_out(shape, dtype, out, grad_out);
   const auto is_dense = [&](const Tensor& tensor) {
     return tensor.dtype() == DType::float32 && tensor.dim() == 3 && tensor.size(0) == shape.batch &&
            tensor.size(1) == shape.heads && tensor.size(2) == shape.q_len &&

@@ -28,7 +28,8 @@ inline Threads torch_threads() {
   return {&run_tasks, static_cast<int>(count)};
 }
 
-inline Element element_of(const Tensor& tensor) {
+template <class Any>
+Element element_of(const Any& tensor) {
   switch (tensor.dtype()) {
     case DType::float32: return Element::float32;
     case DType::bfloat16: return Element::bfloat16;
@@ -41,22 +42,27 @@ inline StridedRows rows_of(const Tensor& tensor) {
   return {tensor.data(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// A dense tensor with the sizes of `like`, but for the last one, and its order of dimensions. The twin of
-// output_strides in registration.py, which the fake kernels use.
-inline Tensor empty_in_order_of(const Tensor& like, int64_t width) {
-  const int64_t* sizes = like.sizes();
-  const int64_t* strides = like.strides();
+// Sizes and strides of a dense tensor like one of four dimensions, but for the last size, in its order of dimensions.
+// The twin of output_strides in registration.py, which the fake kernels use.
+inline void dense_in_order_of(const int64_t* sizes, const int64_t* strides, int64_t width, int64_t (&new_sizes)[4],
+                              int64_t (&new_strides)[4]) {
   int order[3] = {0, 1, 2};
   auto key = [&](int d) { return strides[d] == 0 ? INT64_MAX : strides[d]; };
   std::stable_sort(order, order + 3, [&](int a, int b) { return key(a) > key(b); });
-  const int64_t new_sizes[4] = {sizes[0], sizes[1], sizes[2], width};
-  int64_t new_strides[4] = {0, 0, 0, 1};
+  std::copy_n(sizes, 3, new_sizes);
+  new_sizes[3] = width;
+  new_strides[3] = 1;
   int64_t running = std::max<int64_t>(width, 1);
   for (int i = 3; i-- > 0;) {
     new_strides[order[i]] = running;
     running *= std::max<int64_t>(sizes[order[i]], 1);
   }
-  return Tensor::empty_strided(4, new_sizes, new_strides, like.dtype(), like.place());
+}
+
+inline Tensor empty_in_order_of(const Tensor& like, int64_t width) {
+  int64_t sizes[4], strides[4];
+  dense_in_order_of(like.sizes(), like.strides(), width, sizes, strides);
+  return Tensor::empty_strided(4, sizes, strides, like.dtype(), like.place());
 }
 
 // A large tensor that was just allocated has no memory behind it yet: the kernel (of the system) provides and clears it
@@ -76,7 +82,8 @@ inline void advise_huge_pages(const Tensor& tensor, int64_t element_bytes) {
 }
 
 // Without elements any stride will do; torch's contiguous() leaves it as it is.
-inline bool last_is_contiguous(const Tensor& tensor) {
+template <class Any>
+bool last_is_contiguous(const Any& tensor) {
   return tensor.numel() == 0 || tensor.size(3) <= 1 || tensor.stride(3) == 1;
 }
 

@@ -25,6 +25,9 @@ def run(operator: Any, *args: Any) -> Any:
     try:
         return operator(*args)
     except RuntimeError as error:
-        if str(error).startswith(_WORDS):
-            raise torch.OutOfMemoryError(str(error)) from None
-        raise
+        raise as_torch_says_it(error) from None
+
+
+def as_torch_says_it(error: RuntimeError) -> RuntimeError:
+    """The error itself, or torch's own where an operator found no memory."""
+    return torch.OutOfMemoryError(str(error)) if str(error).startswith(_WORDS) else error

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from maskops.backend import processor_is_free
 
-_is_autocast_enabled = torch.is_autocast_enabled
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -27,9 +27,9 @@ _transforms_are_active = torch._C._are_functorch_transforms_active
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
-REFUSED = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
-"""What operators raise for arguments that they do not take, tensors for dimensions that they have not, and plans of
-something else than tensors."""
+REFUSED = (ValueError, IndexError, TypeError, AttributeError, NotImplementedError)
+"""What operators raise for arguments that they do not take, torch for those that they do not know, and tensors for
+dimensions that they have not. Whatever else goes wrong has gone wrong, and nothing is tried again."""
 
 
 def nothing_intervenes() -> bool:
@@ -45,14 +45,15 @@ def nothing_intervenes() -> bool:
 
 def is_eager() -> bool:
     """Whether a call on plain tensors of the processor is one of the backend ``cpu``, with their own dtypes."""
-    return (
-        nothing_intervenes()
-        and forward_ad._current_level < 0
-        # Who packs what is saved (checkpointing, offloading) may count it, and each way saves other tensors.
-        and _saving_hooks(True) is None
-        and not _is_autocast_enabled("cpu")
-        and processor_is_free()
-    )
+    return nothing_intervenes() and forward_ad._current_level < 0 and not _is_autocast_enabled() and processor_is_free()
+
+
+def saves_as_usual() -> bool:
+    """Whether nobody packs what is saved for a backward pass.
+
+    Who does (checkpointing, offloading) may count it, and each way saves other tensors.
+    """
+    return _saving_hooks(True) is None
 
 
 def are_plain(*arguments: Any) -> bool:

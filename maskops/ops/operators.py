@@ -57,6 +57,20 @@ def define(
     library.impl(name_of(name, "triton"), _triton_implementation(op, name), "CompositeExplicitAutograd")
 
 
+def define_direct(library: torch.library.Library, schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
+    """Defines an operator that only an op's ``direct.py`` calls, eager, on the processor, with its graph around it.
+
+    It has no fake kernel, which nobody would call, and the dispatcher has nothing to do for it before its kernel.
+
+    Args:
+        library: a fragment of the library ``maskops``.
+        schema: the operator's whole schema.
+        tags: tags of the operator.
+    """
+    name = library.define(schema, tags=tags)
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def _triton_implementation(op: str, name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return getattr(importlib.import_module(f"maskops.ops.{op}.triton_kernels"), name)(*args)

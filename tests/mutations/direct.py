@@ -9,21 +9,21 @@ STATE = "maskops/ops/direct.py"
 ATTENTION = "maskops/ops/attention/direct.py"
 
 MUTATIONS = (
-    Mutation("direct: autocast is not seen", STATE, '        and not _is_autocast_enabled("cpu")\n', "", TESTS),
+    Mutation("direct: autocast is not seen", STATE, "        and not _is_autocast_enabled()\n", "", TESTS),
     Mutation("direct: modes are not seen", STATE, "        or _length_of_modes()\n", "", TESTS),
     Mutation("direct: a preferred backend is not seen", STATE, "        and processor_is_free()\n", "", TESTS),
     Mutation(
         "direct: plans of dense masks are taken for their hull",
         ATTENTION,
-        "return mask if mask.dense is None and mask.start.is_cpu else None",
-        "return mask if mask.start.is_cpu else None",
+        "type(mask) is not RowSpans or mask.dense is not None or not mask.start.is_cpu",
+        "type(mask) is not RowSpans or not mask.start.is_cpu",
         TESTS,
     ),
     Mutation(
         "direct: the gradient of the lse is lost",
         ATTENTION,
-        "if grad_lse is None and not torch.is_grad_enabled()",
-        "if not torch.is_grad_enabled()",
+        "return grad_lse is None and not _is_grad_enabled()",
+        "return not _is_grad_enabled()",
         TESTS,
     ),
     Mutation(
@@ -31,6 +31,27 @@ MUTATIONS = (
         "maskops/masks.py",
         "with torch.inference_mode(False):",
         "if True:",
+        TESTS,
+    ),
+    Mutation(
+        "direct: plans are found without the values of offsets",
+        "csrc/ops/attention_direct.cpp",
+        "keys_given == other.keys_given && offsets == other.offsets &&",
+        "keys_given == other.keys_given &&",
+        TESTS,
+    ),
+    Mutation(
+        "direct: the gradient of packed rows reads the offsets as they are now",
+        ATTENTION,
+        "ctx.save_for_backward(q, k, v, out, lse, offsets)",
+        "ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q[None])",
+        TESTS,
+    ),
+    Mutation(
+        "direct: a call that failed is made again",
+        STATE,
+        "TypeError, AttributeError, NotImplementedError)",
+        "TypeError, AttributeError, RuntimeError)",
         TESTS,
     ),
     Mutation(
@@ -43,8 +64,8 @@ MUTATIONS = (
     Mutation(
         "direct: prefixes of a tensor are taken for a pattern of packed rows",
         ATTENTION,
-        "or mask.layouts or mask.operands:",
-        "or mask.layouts:",
+        "elif type(mask) is not Mask or mask.layouts or mask.operands:",
+        "elif type(mask) is not Mask or mask.layouts:",
         OP_TESTS,
     ),
 )

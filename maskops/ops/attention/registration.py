@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskops.ops.operators import define, name_of, names_of
+from maskops.ops.operators import define, define_direct, name_of, names_of
 from maskops.ops.scalars import call
 from maskops.ops.transforms import Argument, define_vmap, is_absent, is_differentiated, refuse_forward_mode
 from maskops.spans import RowSpans, packed_bits
@@ -124,20 +124,26 @@ define(
 )  # fmt: skip
 
 # The same without what plain calls of the processor have not (direct.py, which alone calls them): no feature, and a
-# gradient of out alone.
+# gradient of out alone. Their q, k, v, out and gradients may be packed, (rows, heads, width), and lse is then (heads,
+# rows). ``program`` is that of the spans of a mask, within the sequences of offsets where there are any; offsets of the
+# keys that are empty are those of the queries. ``saving`` also gives what a backward pass needs.
+_HEADS = "Tensor q, Tensor k, Tensor v"
+_GIVEN = f"Tensor grad_out, {_HEADS}, Tensor out, Tensor lse"
 _SPANS = "Tensor start, Tensor end, Tensor key_valid, Tensor tiles, Tensor tile_count, float softmax_scale"
-_library.define(f"attention_direct(Tensor q, Tensor k, Tensor v, {_SPANS}) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define(
-    f"attention_direct_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SPANS})"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-torch.library.register_fake("maskops::attention_direct", _forward_fake, lib=_library)
-
-
-@torch.library.register_fake("maskops::attention_direct_backward", lib=_library)  # type: ignore[untyped-decorator]
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(empty_in_order(x, x.shape[3]) for x in (q, k, v))
+_PATTERN = "str program, float softmax_scale"
+_PACKED = f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_PATTERN}"
+_DIRECT = {
+    "attention_direct": f"({_HEADS}, {_SPANS}) -> (Tensor, Tensor)",
+    "attention_direct_backward": f"({_GIVEN}, {_SPANS}) -> (Tensor, Tensor, Tensor)",
+    "attention_pattern": f"({_HEADS}, {_PATTERN}) -> Tensor",
+    "attention_pattern_saving": f"({_HEADS}, {_PATTERN}) -> (Tensor, Tensor)",
+    "attention_pattern_backward": f"({_GIVEN}, {_PATTERN}) -> (Tensor, Tensor, Tensor)",
+    "attention_packed": f"({_HEADS}, {_PACKED}) -> Tensor",
+    "attention_packed_saving": f"({_HEADS}, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    "attention_packed_backward": f"({_GIVEN}, Tensor offsets, {_PATTERN}) -> (Tensor, Tensor, Tensor)",
+}
+for _name, _signature in _DIRECT.items():
+    define_direct(_library, f"{_name}{_signature}", _TAGS)
 
 
 _OF_HEADS = ("q", "k", "v", "out", "lse", "grad_out", "grad_lse")

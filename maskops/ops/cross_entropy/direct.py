@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskops.ops.calls import as_torch_says_it
 from maskops.ops.cross_entropy import registration
-from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes
+from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes, saves_as_usual
 
 _forward = torch.ops.maskops.cross_entropy_direct.default
 _backward = torch.ops.maskops.cross_entropy_direct_backward.default
@@ -57,12 +58,16 @@ def cross_entropy(
         return None
     try:
         if torch.is_grad_enabled() and logits.requires_grad:
+            if not saves_as_usual():
+                return None
             loss: Tensor = _apply(logits, target, ignore_index, reduction == "mean")
             return loss
         loss, _, _ = _forward(logits, target, ignore_index, reduction == "mean")
         return loss
     except REFUSED:
         return None
+    except RuntimeError as error:
+        raise as_torch_says_it(error) from None
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from maskops.masks import causal
+from maskops.ops.calls import as_torch_says_it
 from maskops.ops.decode.registration import NOTHING
 from maskops.ops.direct import REFUSED, are_plain, is_eager
 
@@ -44,6 +45,8 @@ def append_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, lengths: Any, *rest: o
         _append(k_cache, v_cache, k, v, lengths, NOTHING, NOTHING)
     except REFUSED:
         return False
+    except RuntimeError as error:
+        raise as_torch_says_it(error) from None
     return True
 
 
@@ -83,4 +86,6 @@ def decode_attention(q: Any, k_cache: Any, v_cache: Any, lengths: Any, mask: obj
         outputs = _decode(q, k_cache, v_cache, lengths, *_NOTHINGS, softmax_scale, 0.0)
     except REFUSED:
         return None
+    except RuntimeError as error:
+        raise as_torch_says_it(error) from None
     return outputs if return_lse else outputs[0]

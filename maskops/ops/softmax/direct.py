@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from maskops.masks import Mask
-from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes
+from maskops.ops.calls import as_torch_says_it
+from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes, saves_as_usual
 from maskops.ops.softmax import registration
 from maskops.spans import RowSpans
 
@@ -22,29 +23,43 @@ def masked_softmax(x: Any, mask: Any, dim: object, return_lse: bool, backend: ob
     if backend is not None or type(dim) is not int or not is_eager() or not are_plain(x):
         return None
     try:
-        last = x.dim() - 1
-        if last < 0 or dim not in (-1, last) or not x.is_contiguous() or x.numel() == 0 or type(return_lse) is not bool:
-            return None
-        allowed, plan = _NOTHING, _NO_PLAN
-        if type(mask) is Mask or type(mask) is RowSpans:
-            if last < 1:
-                return None
-            spans = mask.kept_spans(*x.shape[-2:]) if isinstance(mask, Mask) else mask
-            if spans is None or spans.dense is not None or not spans.start.is_cpu:
-                return None
-            plan = spans[:3]
-        elif mask is not None:
-            if not are_plain(mask) or mask.dtype != torch.bool:
-                return None
-            allowed = mask.expand(x.shape)
-        arguments = (x, allowed, *plan, last, return_lse)
+        arguments = _arguments(x, mask, dim, return_lse)
+    except (*REFUSED, RuntimeError):  # what tensors answer that have no such shape
+        return None
+    if arguments is None:
+        return None
+    try:
         if torch.is_grad_enabled() and x.requires_grad:
+            if not saves_as_usual():
+                return None
             weights, lse = _apply(*arguments)
         else:
             weights, lse = _forward(*arguments)
     except REFUSED:
         return None
+    except RuntimeError as error:
+        raise as_torch_says_it(error) from None
     return (weights, lse) if return_lse else weights
+
+
+def _arguments(x: Tensor, mask: Any, dim: int, return_lse: bool) -> tuple[Any, ...] | None:
+    """Those of the operator; None where the call is not plain."""
+    last = x.dim() - 1
+    if last < 0 or dim not in (-1, last) or not x.is_contiguous() or x.numel() == 0 or type(return_lse) is not bool:
+        return None
+    allowed, plan = _NOTHING, _NO_PLAN
+    if type(mask) is Mask or type(mask) is RowSpans:
+        if last < 1:
+            return None
+        spans = mask.kept_spans(*x.shape[-2:]) if isinstance(mask, Mask) else mask
+        if spans is None or spans.dense is not None or not spans.start.is_cpu:
+            return None
+        plan = spans[:3]
+    elif mask is not None:
+        if not are_plain(mask) or mask.dtype != torch.bool:
+            return None
+        allowed = mask.expand(x.shape)
+    return x, allowed, *plan, last, return_lse
 
 
 class _MaskedSoftmax(torch.autograd.Function):
