@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -180,17 +181,29 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def timed(seconds: dict[str, float], pace: rounds.Pace, copies: list[float] | None = None, **keywords: Any) -> Any:
-    """Rounds of stand-ins, "a" ours, with a limit that takes these values one after another; and who ran when."""
+def timed(
+    seconds: dict[str, float], pace: rounds.Pace, copies: list[float] | None = None, ticks: float = 0.0, **keywords: Any
+) -> Any:
+    """Rounds of stand-ins, "a" ours, with a limit that takes these values one after another; and who ran when.
+
+    A clock goes on by so many times the seconds that the stand-ins say they took.
+    """
     turns: list[str] = []
     values = iter(copies or [])
+    clock = [0.0]
 
     def run(name: str) -> Any:
-        return lambda: turns.append(name) or seconds[name]
+        def take() -> float:
+            turns.append(name)
+            clock[0] += ticks * seconds[name]
+            return seconds[name]
+
+        return take
 
     who = rounds.Contenders({name: run(name) for name in seconds}, frozenset("a"), **keywords)
     gauge = (lambda names: {"copy": next(values)}) if copies else lambda names: {"copy": 20.0}
-    found = rounds.rounds(who, pace, gauge, {"copy"})
+    with mock.patch.object(rounds.time, "perf_counter", side_effect=lambda: clock[0]):
+        found = rounds.rounds(who, pace, gauge, {"copy"})
     return found, turns
 
 
@@ -208,8 +221,12 @@ def test_rounds_between_limits_that_moved_do_not_count() -> None:
     assert found.problem == (
         "unsteady: copy moved by more than 5% around 3 of 4 stretches of rounds (50% in the middle of them)"
     )
+    # Rounds of 0.3 s: stretches of four, and after one that is lost of two.
+    patient = dataclasses.replace(pace, stretch=1.1, max_rounds=6)
+    found, _ = timed({"a": 0.1, "b": 0.2}, patient, [20.0, 30.0, 30.0, 30.0, 30.0], ticks=1.0)
+    assert [stretch.rounds for stretch in found.stretches] == [4, 2, 2, 2]
     hurried = dataclasses.replace(pace, budget=0.0)
-    assert timed({"a": 0.1}, hurried, [20.0, 30.0, 30.0])[0].problem is not None
+    assert timed({"a": 0.1}, hurried, [20.0, 30.0], ticks=1.0)[0].problem is not None
     assert limits.moved({"copy": 30.0, "read": 1.0}, {"copy": 20.0, "read": 9.0}, {"copy"}) == pytest.approx(0.5)
     assert limits.best({"copy": 30.0, "read": 1.0}, {"copy": 20.0, "read": 9.0}) == {"copy": 30.0, "read": 9.0}
 

@@ -72,7 +72,7 @@ def test_figures_of_kernels_are_written_from_the_json() -> None:
     assert "avx512, the part of the table that `--quick` measures: a CPU" in written
     assert "limits 200 GFLOP/s, read 30.0 GB/s, copy 50.0 GB/s, first touch 10.0 GB/s" in written
     assert "Ratios of 4 to 9 rounds; half the distance of their quartiles is 2% in the middle of all rows" in written
-    assert "Memory is that of avx2" in written
+    assert "Memory, of avx2, is what a call takes" in written
     assert "| 2x | WRONG |" in readme.kernel_figures({"avx2": run(None, problem="WRONG: by far")})
     assert "| 2x | unsteady |" in readme.kernel_figures({"avx2": run(None, problem="unsteady: read moved")})
     assert "No run is stored here" in readme.kernel_figures({})

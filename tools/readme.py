@@ -113,12 +113,15 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
         place = f"{_place(run['machine'])}; {_limits(run)}"
         lines += [f"{name}{part}: {place}.{_spreads(run)}{_busy(run['machine'])}", ""]
     lines += [
-        "Times the speed of the quickest peer of its kind, medians of interleaved rounds, bold below what is wanted at "
-        "least; in brackets the share of what the machine does at most (multiplications in registers, reading, "
-        "copying, first touch of pages), measured around each row; errors are at most twice torch's own, or a "
-        "row has no speed, and a row under which the machine's limits did not hold still has none (unsteady). Memory "
-        f"is that of {next(iter(runs))}: what a call takes at its peak, and its results with what no way can spare. "
-        "`python -m maskops bench cpu` repeats it.",
+        "How many times the speed of the quickest peer of its kind each kernel has: medians of interleaved rounds, "
+        "**bold** below what is wanted at least. In brackets the share of what the machine does at most "
+        "(multiplications in registers, reading, copying, first touch of pages), measured right around the rounds; a "
+        "row under which that did not hold still is *unsteady* and has no speed, nor has one whose error is above "
+        f"twice torch's own. Memory, of {next(iter(runs))}, is what a call takes at its peak beside its results with "
+        "what no way can spare. `python -m maskops bench cpu` repeats it.",
+        "",
+        "<details>",
+        "<summary>The whole table in figures</summary>",
         "",
         f"| | against | at least | aim | {' | '.join(runs)} | MB, floor |",
         f"|---|---|---|---|{'---|' * len(runs)}---|",
@@ -140,7 +143,7 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
         aim = "" if goal["aim"] is None else f"{goal['aim']:.3g}x"
         columns = " | ".join(cells.get(name, "") for name in runs)
         lines.append(f"| {work} | {peer} | {goal['at_least']:.3g}x | {aim} | {columns} | {memory} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "</details>"]) + "\n"
 
 
 def _reached(outcome: dict[str, Any], reached: dict[str, Any], own: dict[str, Any], number: int) -> str:

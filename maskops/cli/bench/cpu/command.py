@@ -30,8 +30,8 @@ from maskops.cli.bench.others import Others
 from maskops.cli.bench.progress import Progress
 
 PACES = {
-    "full": Pace(budget=6.0, min_rounds=3, max_rounds=60, stretch=1.5, discards=6, compiled=True, late=660.0),
-    "quick": Pace(budget=1.0, min_rounds=3, max_rounds=20, stretch=0.5, discards=3, compiled=False, late=85.0),
+    "full": Pace(budget=5.0, min_rounds=3, max_rounds=60, stretch=1.5, discards=8, compiled=True, late=560.0),
+    "quick": Pace(budget=1.0, min_rounds=3, max_rounds=20, stretch=0.5, discards=3, compiled=False, late=80.0),
 }
 """A full run stays below a quarter of an hour on two cores, a quick one below two minutes: late entries are short."""
 

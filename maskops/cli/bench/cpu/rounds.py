@@ -31,7 +31,8 @@ class Pace:
     Attributes:
         budget: Seconds of rounds for all contenders of an entry; each gets the same share.
         min_rounds, max_rounds: Bounds on the rounds of each that count.
-        stretch: Seconds of rounds after which limits are measured again, at the end of a round.
+        stretch: Seconds of rounds after which limits are measured again, at the end of a round; half as many after
+            each stretch that was thrown away.
         discards: How many stretches of an entry are made up for because limits moved, as long as that takes no more
             than a few times the budget.
         compiled: Whether torch.compile takes part.
@@ -129,7 +130,9 @@ def rounds(
         before = gauge(names)
         while True:
             started = time.perf_counter()
-            taken = _stretch(who, pace, kept, started - begun - lost, len(stretches))
+            # On a machine that moves shorter ones hold more often.
+            length = pace.stretch / 2**discarded
+            taken = _stretch(who, pace, kept, started - begun - lost, length, len(stretches))
             if not taken:
                 break
             after = gauge(names)
@@ -160,7 +163,7 @@ def _words(names: Collection[str]) -> str:
 
 
 def _stretch(
-    who: Contenders, pace: Pace, kept: Mapping[str, list[float]], spent: float, number: int
+    who: Contenders, pace: Pace, kept: Mapping[str, list[float]], spent: float, length: float, number: int
 ) -> dict[str, list[float]]:
     """Rounds until the stretch is over; empty where everything has been measured.
 
@@ -169,6 +172,7 @@ def _stretch(
         pace: How long.
         kept: The rounds so far that count.
         spent: Seconds that these took, with everything between them.
+        length: Seconds after which the stretch is over.
         number: Of the stretch: another one, another order.
     """
     taken: dict[str, list[float]] = {}
@@ -178,7 +182,7 @@ def _stretch(
         elapsed = time.perf_counter() - begun
         so_far = {name: [*seconds, *taken.get(name, ())] for name, seconds in kept.items()}
         going = _going(who, pace, so_far, spent + elapsed)
-        if not going or (taken and elapsed >= pace.stretch):
+        if not going or (taken and elapsed >= length):
             return taken
         # In another order each round: nobody always inherits the cache and the heap of the same neighbour.
         for name in shuffled.sample(going, len(going)):
