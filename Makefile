@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 export VENV TORCH
 
-.PHONY: bench bench-full gpu test grid lint package compile compile-everyday mutate sanitize fuzz coverage ci clean
+.PHONY: bench bench-full gpu test grid lint package compile compile-everyday mutate sanitize instruction-sets fuzz coverage ci clean
 
 bench: $(READY)
 	$(RUN) -m maskops bench --chart bench.png --json bench.json
@@ -46,6 +46,9 @@ mutate: $(READY)
 sanitize: $(READY)
 	$(RUN) -m tools.sanitize
 
+instruction-sets: $(READY)
+	$(RUN) -m tools.instruction_sets
+
 fuzz: $(READY)
 	$(RUN) -m tools.fuzz --seconds $(FUZZ_SECONDS)
 	$(RUN) -m tests.fuzz --seconds $(FUZZ_SECONDS)
@@ -53,7 +56,7 @@ fuzz: $(READY)
 coverage: $(READY)
 	$(RUN) -m tools.coverage
 
-ci: test lint package sanitize compile-everyday
+ci: test lint package sanitize instruction-sets compile-everyday
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info maskops/_native.so maskops/_build_report.json bench.png bench.json

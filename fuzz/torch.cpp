@@ -263,6 +263,12 @@ void operator delete(void* memory, size_t) noexcept { operator delete(memory); }
 
 namespace fuzz {
 
+std::vector<std::string> operator_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, entry] : operators()) names.push_back(name);
+  return names;
+}
+
 Call& Call::add(const Value& value) {
   arguments_.push_back({Argument::Kind::tensor, value, 0, 0, {}});
   return *this;

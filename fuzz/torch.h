@@ -48,6 +48,9 @@ struct World {
 };
 World& world();
 
+// What the sources have registered, in the order of the alphabet.
+std::vector<std::string> operator_names();
+
 // A call of a registered operator.
 class Call {
  public:
