@@ -1,6 +1,7 @@
 // The only symbols that the binary exports. They concern the process, not tensors, and are called through ctypes.
 #include "cpu/isa.h"
 #include "cuda/device.h"
+#include "large_memory.h"
 #include "task_trace.h"
 
 #define EXPORTED __attribute__((visibility("default")))
@@ -16,6 +17,8 @@ EXPORTED float maskops_limit_read(const float* x, int64_t n) { return maskops::k
 EXPORTED void maskops_limit_copy(float* to, const float* from, int64_t n) {
   maskops::kernels().limit_copy(to, from, n);
 }
+// Returns memory that is kept for large results to the system; how many bytes.
+EXPORTED int64_t maskops_release_memory() { return static_cast<int64_t>(maskops::release_large()); }
 // Begins to write down what tasks take, or ends that where there is no memory to write to; the number of tasks since
 // the last beginning. For one thread at a time.
 EXPORTED int64_t maskops_trace_tasks(maskops::TaskTime* times, int64_t capacity) {

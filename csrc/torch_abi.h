@@ -22,6 +22,7 @@
 #include <pthread.h>
 #endif
 
+#include "large_memory.h"
 #include "task_trace.h"
 
 extern "C" {
@@ -58,6 +59,13 @@ AOTITorchError torch_string_c_str(StringHandle handle, const char** data);
 AOTITorchError torch_delete_string(StringHandle handle);
 // What the last call that failed in this thread had to say; there since torch 2.13, before it torch logs it.
 __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+// There since torch 2.11.
+__attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes_ptr,
+                                                     const int64_t* strides_ptr, int64_t storage_offset, int32_t dtype,
+                                                     int32_t device_type, int32_t device_index, AtenTensorHandle* ret,
+                                                     int32_t layout, const uint8_t* opaque_metadata,
+                                                     int64_t opaque_metadata_size,
+                                                     void (*deleter)(void* data, void* ctx), void* deleter_ctx);
 }
 
 namespace maskops {
@@ -123,6 +131,32 @@ constexpr Place PROCESSOR{};
                            (words.empty() ? "" : ": " + words));
 }
 
+// A tensor of so many bytes that large_memory.h is for them, or nullptr. Strides are those of a dense tensor.
+inline AtenTensorHandle in_large_memory(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype) {
+  if (torch_from_blob == nullptr) return nullptr;
+  int64_t last = 0;
+  for (int64_t d = 0; d < dim; d++) {
+    int64_t reach;
+    if (sizes[d] <= 0 || __builtin_mul_overflow(sizes[d] - 1, strides[d], &reach) ||
+        __builtin_add_overflow(last, reach, &last)) {
+      return nullptr;
+    }
+  }
+  if (last < static_cast<int64_t>(LARGE_BYTES) / bytes_of(dtype) || last > INT64_MAX / 16) return nullptr;
+  size_t size;
+  void* memory = take_large(static_cast<size_t>(last + 1) * static_cast<size_t>(bytes_of(dtype)), &size);
+  if (memory == nullptr) return nullptr;
+  const auto give_back = [](void* begin, void* size) { give_back_large(begin, reinterpret_cast<size_t>(size)); };
+  AtenTensorHandle handle = nullptr;
+  constexpr int32_t strided = 0, no_index = -1;  // as the processor has it
+  const AOTITorchError error =
+      torch_from_blob(memory, dim, sizes, strides, 0, static_cast<int32_t>(dtype), PROCESSOR.type, no_index, &handle,
+                      strided, nullptr, 0, give_back, reinterpret_cast<void*>(size));
+  if (error == 0) return handle;
+  give_back_large(memory, size);
+  return nullptr;
+}
+
 // An owning reference to a tensor.
 class Tensor {
  public:
@@ -141,7 +175,8 @@ class Tensor {
 
   static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype,
                               Place place = PROCESSOR) {
-    AtenTensorHandle handle;
+    AtenTensorHandle handle = place == PROCESSOR ? in_large_memory(dim, sizes, strides, dtype) : nullptr;
+    if (handle != nullptr) return Tensor(handle);
     const AOTITorchError error =
         aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), place.type, place.index, &handle);
     if (error != 0) refuse_tensor(dim, sizes, dtype, place);

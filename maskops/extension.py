@@ -48,6 +48,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.maskops_limit_read.restype = ctypes.c_float
     library.maskops_limit_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     library.maskops_limit_copy.restype = None
+    library.maskops_release_memory.argtypes = []
+    library.maskops_release_memory.restype = ctypes.c_int64
     library.maskops_trace_tasks.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.maskops_trace_tasks.restype = ctypes.c_int64
     return library, None
@@ -105,6 +107,16 @@ def limit_read(source: torch.Tensor) -> float:
 def limit_copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies a contiguous float32 tensor past the caches on the calling thread; `target` is aligned to 64 bytes."""
     _loaded().maskops_limit_copy(target.data_ptr(), source.data_ptr(), source.numel())
+
+
+def release_memory() -> int:
+    """Returns memory that is kept for the next large result to the system; how many bytes that were.
+
+    On Linux the memory of results of 32 MiB and more is kept when they are freed, at most four blocks and a sixteenth
+    of the machine's memory: new memory takes longer to get than most results to compute. It counts as resident, but the
+    system takes it back by itself when it runs short.
+    """
+    return 0 if _library is None else int(_library.maskops_release_memory())
 
 
 def _loaded() -> ctypes.CDLL:

@@ -27,7 +27,11 @@ def sources() -> list[Path]:
     """Everything that goes into the library."""
     kernels = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name != DEVICE]
     folders = (ROOT / "csrc/ops/cuda", ROOT / "tests/emulation")
-    return [*kernels, *(path for folder in folders for path in sorted(folder.glob("*.cpp")))]
+    return [
+        *kernels,
+        ROOT / "csrc/large_memory.cpp",
+        *(path for folder in folders for path in sorted(folder.glob("*.cpp"))),
+    ]
 
 
 def library() -> Path:

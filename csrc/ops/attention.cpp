@@ -96,7 +96,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cp
                         lse.data<float>(),
                         grad_lse.data_or_null<float>()};
     if (features.bias.data != nullptr && wants_bias) {
-      advise_huge_pages(grad_bias, bytes_of(features.bias_element));
       p.grad_bias = grad_bias.data();
       const int64_t full[4] = {shape.batch, shape.heads, shape.q_len, shape.k_len};
       for (int d = 0; d < 4; d++) {

@@ -152,13 +152,11 @@ std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(const Tensor& grad_loss, c
                               z_loss, softcap, logit_scale);
   const CrossEntropyRows& rows = labelled.rows;
   Tensor grad_logits = Tensor::empty({rows.n_rows, rows.vocabulary}, logits.dtype());
-  advise_huge_pages(grad_logits, bytes_of(rows.element));
   const bool wanted = probabilities_grad && is_soft(rows);
   Tensor grad_probabilities = Tensor::empty({wanted ? rows.n_rows : 0, rows.vocabulary}, probabilities.dtype());
   char* first = nullptr;
   if (wanted && rows.n_rows > 0) {
     const int64_t element = bytes_of(rows.probability_element);
-    advise_huge_pages(grad_probabilities, element);
     first = static_cast<char*>(grad_probabilities.data());
     if (shift) {  // no row is scored against the first
       std::memset(first, 0, static_cast<size_t>(rows.vocabulary * element));

@@ -43,7 +43,6 @@ std::tuple<Tensor, Tensor> masked_softmax_forward_cpu(const Tensor& x, const Ten
     std::fill_n(lse.data<float>(), lse.numel(), -std::numeric_limits<float>::infinity());
     return {std::move(weights), std::move(lse)};
   }
-  advise_huge_pages(weights, bytes_of(common.shape.element));
   const PlannedSpans planned(x, dim, start, end, key_valid);
   softmax_forward({common.shape, common.operands[0], common.operands[1], common.operands[2], planned.spans,
                    return_lse ? lse.data<float>() : nullptr},
@@ -60,7 +59,6 @@ std::tuple<Tensor> masked_softmax_backward_cpu(const Tensor& grad_weights, const
   if (weights.numel() == 0) return {std::move(grad_x)};
   const float* lse_gradient = softmax_grad_lse(grad_lse, weights, dim);
   require_saved_weights(common.shape, common.operands[0], common.operands[2]);
-  advise_huge_pages(grad_x, bytes_of(common.shape.element));
   const PlannedSpans planned(weights, dim, start, end, key_valid);
   softmax_backward(
       {common.shape, common.operands[0], common.operands[1], common.operands[2], planned.spans, lse_gradient},

@@ -7,10 +7,6 @@
 #include <cstdint>
 #include <stdexcept>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../attention.h"
 #include "../cpu/threads.h"
 #include "../element.h"
@@ -63,22 +59,6 @@ inline Tensor empty_in_order_of(const Tensor& like, int64_t width) {
   int64_t sizes[4], strides[4];
   dense_in_order_of(like.sizes(), like.strides(), width, sizes, strides);
   return Tensor::empty_strided(4, sizes, strides, like.dtype(), like.place());
-}
-
-// A large tensor that was just allocated has no memory behind it yet: the kernel (of the system) provides and clears it
-// page by page at the first touch, which takes several times longer with pages of 4 KiB than with huge ones.
-inline void advise_huge_pages(const Tensor& tensor, int64_t element_bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t worthwhile = 32 << 20;
-  constexpr uintptr_t page = 4096;
-  const int64_t bytes = tensor.numel() * element_bytes;
-  if (bytes < worthwhile) return;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failing costs time only
-#else
-  static_cast<void>(tensor), static_cast<void>(element_bytes);
-#endif
 }
 
 // Without elements any stride will do; torch's contiguous() leaves it as it is.

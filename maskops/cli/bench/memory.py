@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from maskops import extension
+
 Result = TypeVar("Result")
 
 _STATUS = Path("/proc/self/status")
@@ -46,6 +48,7 @@ class Peak:
 def tidy() -> None:
     """Collects garbage and gives free memory back, so that the next peak is not that of something earlier."""
     gc.collect()
+    extension.release_memory()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
         if trim is not None:

@@ -189,7 +189,8 @@ def cross_entropy(
             logits that are a leaf shares their memory, and a second backward pass, or one of another op that saved
             the logits, raises autograd's error about a modified variable. A target that needs a gradient voids it.
         grad_buffer: memory for the gradient, contiguous, of the logits' shape, dtype and device, for training loops
-            that keep it from step to step: large new memory takes longer to get than the gradient to compute. Or
+            that keep it from step to step: large new memory takes longer to get than the gradient to compute (without
+            it, memory of a freed gradient is used again; see ``maskops.extension.release_memory``). Or
             ``logits`` itself. An allowance as well, on the terms of ``inplace_backward``. Where the loss is a single
             number, no ``return_*`` but ``return_argmax`` is set and the logits are not float16, the forward pass writes
             the gradient already, in one pass over the logits: whatever was in the buffer, or the logits, is lost then,

@@ -1,0 +1,97 @@
+"""Memory of large results: in huge pages, kept for the next one, given back when asked; what it held never shows."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskops
+from maskops import extension
+
+pytestmark = [
+    pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason())),
+    pytest.mark.skipif(sys.platform != "linux", reason="large results lie in memory of their own on Linux alone"),
+    pytest.mark.skipif(
+        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch has no tensors over others' memory"
+    ),
+]
+HUGE_PAGE = 2 << 20
+ROWS, VOCABULARY = 3, 3 << 20
+BYTES = 4 * ROWS * VOCABULARY
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    extension.release_memory()
+    yield
+    extension.release_memory()
+
+
+@pytest.fixture(scope="module")
+def logits() -> Tensor:
+    return torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def gradient(logits: Tensor) -> Tensor:
+    target = torch.tensor([5, -100, VOCABULARY - 1])
+    with maskops.use_backend("cpu", fallback="error"):
+        return torch.autograd.grad(maskops.cross_entropy(logits, target), logits)[0]
+
+
+def test_freed_memory_serves_the_next_result_and_what_it_held_reaches_nothing(logits: Tensor) -> None:
+    first = gradient(logits)
+    expected, place = first.clone(), first.data_ptr()
+    assert place % HUGE_PAGE == 0
+    first.fill_(math.nan)
+    row = first[1]  # a view keeps the memory as the tensor does
+    del first
+    second = gradient(logits)
+    assert second.data_ptr() != place and torch.equal(second, expected)
+    assert bool(row.isnan().all())
+    del row
+    third = gradient(logits)
+    assert third.data_ptr() == place and torch.equal(third, expected)
+    assert bool((third[1] == 0).all())
+
+
+def test_memory_that_is_much_larger_is_not_taken(logits: Tensor) -> None:
+    place = gradient(logits).data_ptr()  # and freed
+    wide = torch.zeros(ROWS, 3 * VOCABULARY, requires_grad=True)
+    large = gradient(wide).data_ptr()
+    assert large != place
+    assert gradient(logits).data_ptr() == place
+    assert extension.release_memory() >= 4 * BYTES
+    assert extension.release_memory() == 0
+
+
+def test_at_most_four_blocks_are_kept(logits: Tensor) -> None:
+    held = [gradient(logits) for _ in range(6)]
+    assert len({x.data_ptr() for x in held}) == 6
+    held.clear()
+    rounded = -(-BYTES // HUGE_PAGE) * HUGE_PAGE
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert extension.release_memory() == min(4, physical // 16 // rounded) * rounded
+
+
+def test_nothing_is_kept_where_address_space_is_limited(logits: Tensor) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    large = gradient(logits)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 46, before[1]))
+    try:
+        del large
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert extension.release_memory() == 0
+
+
+def test_such_tensors_are_shared_and_copied_like_others(logits: Tensor) -> None:
+    large = gradient(logits)
+    expected = large.clone()
+    assert large.untyped_storage().nbytes() == BYTES
+    assert torch.equal(large.share_memory_(), expected) and large.is_shared()
