@@ -22,6 +22,7 @@ from tests.cross_entropy_oracle import (
     instruction_set,
     needs_extension,
     problem,
+    token_by_token,
 )
 from tests.served import each_of
 
@@ -223,6 +224,23 @@ def test_a_banned_target_has_infinite_loss(backend: str) -> None:
     outputs = maskops.cross_entropy(logits, torch.tensor([4]), **RETURNS)
     assert outputs.loss == math.inf and outputs.logprobs == -math.inf
     assert outputs.lse.item() == pytest.approx(math.log(19)) and outputs.entropy.item() == pytest.approx(math.log(19))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_a_banned_target_is_pulled_at_all_the_same(backend: str, softcap: float) -> None:
+    """The cap leaves -inf as it is, so that the slope there is that of the scale."""
+    logits, target = problem((4,), 90)
+    logits[torch.arange(4), target.clamp(min=0)] = -math.inf
+    soft = logits.nan_to_num(neginf=0.0).softmax(-1)  # gives what is banned a share
+    for scored in (target, soft):
+        results = []
+        for x in (logits.double(), logits.clone()):
+            x.requires_grad_()
+            function = token_by_token if x.dtype == torch.float64 else maskops.cross_entropy
+            loss = function(x, scored, softcap=softcap, logit_scale=1.5, reduction="sum", label_smoothing=0.1)
+            results.append(torch.autograd.grad(loss if isinstance(loss, Tensor) else loss.loss, x)[0].float())
+        assert bool((results[0] != 0).any()) and bool(results[0].isfinite().all())
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -25,8 +25,9 @@ __device__ __forceinline__ float value_of(float logit, const Transform& transfor
   if (transform.softcap == 0.0f || logit == -INFINITY) return logit;
   return tanhf(logit * transform.inside) * transform.softcap;
 }
-// d(softcap * tanh(u)) / du / softcap = 1 - tanh^2, which would cancel.
+// d(softcap * tanh(u)) / du / softcap = 1 - tanh^2, which would cancel; 1 in a banned column, which stays what it is.
 __device__ __forceinline__ float slope_of(float logit, const Transform& transform) {
+  if (logit == -INFINITY) return 1.0f;
   const float e = expf(-2.0f * fabsf(logit * transform.inside)), half = 2.0f / (1.0f + e);
   return e * (half * half);
 }
@@ -37,7 +38,7 @@ __device__ inline double exact_z(double logit, const CrossEntropyRows& rows) {
   return rows.softcap == 0.0 || scaled == -INFINITY ? scaled : rows.softcap * tanh(scaled / rows.softcap);
 }
 __device__ inline double exact_slope(double logit, const CrossEntropyRows& rows) {
-  if (rows.softcap == 0.0) return rows.logit_scale;
+  if (rows.softcap == 0.0 || logit == -INFINITY) return rows.logit_scale;
   const double e = exp(-2.0 * fabs(logit * rows.logit_scale / rows.softcap)), half = 2.0 / (1.0 + e);
   return rows.logit_scale * e * (half * half);
 }

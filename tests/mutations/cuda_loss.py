@@ -26,7 +26,13 @@ MUTATIONS = (
         "cuda loss: labels outside are followed", ROWS, "label >= 0 && label < rows.vocabulary", "label >= 0", LOSS
     ),
     Mutation("cuda loss: the last row under shift", ROWS, "row >= rows.n_probability_rows", "false", LOSS),
-    Mutation("cuda loss: capped padding", ROWS, "|| logit == -INFINITY", "", LOSS),
+    Mutation(
+        "cuda loss: capped padding",
+        ROWS,
+        "if (transform.softcap == 0.0f || logit == -INFINITY) return",
+        "if (transform.softcap == 0.0f) return",
+        LOSS,
+    ),
     Mutation(
         "cuda loss: slope of the softcap", ROWS, "return e * (half * half);\n}\n// z", "return e * half;\n}\n// z", LOSS
     ),

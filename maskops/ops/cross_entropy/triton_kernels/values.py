@@ -30,10 +30,10 @@ def capped(x, inside, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def slope(x, inside):
-    """The derivative of tanh at ``inside * x``: 1 - tanh^2 would cancel."""
+    """The derivative of tanh at ``inside * x``: 1 - tanh^2 would cancel. 1 in a banned column, which is not capped."""
     e = tl.exp2(tl.abs(x * inside) * (-2.0 * LOG2E))
     half = 2.0 / (1.0 + e)
-    return e * (half * half)
+    return tl.where(x == float("-inf"), 1.0, e * (half * half))
 
 
 @triton.jit
@@ -77,5 +77,5 @@ def exact_slope(x, scale, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         e = tl.exp(-2.0 * tl.abs(x * scale / softcap))
         half = 2.0 / (1.0 + e)
-        result = scale * e * (half * half)
+        result = scale * tl.where(x == float("-inf"), 1.0, e * (half * half))
     return result
