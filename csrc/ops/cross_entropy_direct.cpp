@@ -57,10 +57,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_direct_cpu(const Tensor& logits
         {plain.rows, losses.data(), lse.data<float>(), logprobs.data<float>(), nullptr, nullptr, nullptr},
         torch_threads());
   }
+  // Products in float32 and their sum in double precision, as reduce_rows in rows.py has it: the same bits.
+  const float factor = plain.factor(mean);
   double sum = 0.0;
-  for (const float row : losses) sum += static_cast<double>(row);
-  *loss.data<float>() =
-      static_cast<float>(mean ? (plain.kept == 0 ? 0.0 : sum / static_cast<double>(plain.kept)) : sum);
+  for (const float row : losses) sum += static_cast<double>(row * factor);
+  *loss.data<float>() = static_cast<float>(sum);
   return {std::move(loss), std::move(lse), std::move(logprobs)};
 }
 

@@ -112,14 +112,18 @@ def select_rows(
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over the last dimension, the same bits for any number of threads."""
+    """Sum over the last dimension in double precision, the same bits for any number of threads.
+
+    The operator of direct calls adds in double precision, too, where the order of the values hardly ever shows.
+    """
     length = values.shape[-1]
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
     if not torch.compiler.is_compiling() and length <= _PIECE:
-        return values.sum(-1)
+        return values.sum(-1, dtype=wide).to(values.dtype)
     # Compiled code is made once for short and long sums, and has sizes of 1 apart: it always takes two pieces or more.
     count = length // _PIECE + 2
     pieces = F.pad(values, (0, count * _PIECE - length))
-    return pieces.reshape(*values.shape[:-1], count, _PIECE).sum(-1).sum(-1)
+    return pieces.reshape(*values.shape[:-1], count, _PIECE).sum(-1, dtype=wide).sum(-1).to(values.dtype)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
