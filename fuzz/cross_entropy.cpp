@@ -1,4 +1,5 @@
-// Cross-entropy: labels, strides and numbers of every kind, forward and backward.
+// Cross-entropy: labels, strides and numbers of every kind, forward and backward; the gradient in new memory, over the
+// logits, and in memory that is handed in, there also in one pass with the losses.
 #include <algorithm>
 
 #include "targets.h"
@@ -52,25 +53,37 @@ void fuzz_cross_entropy(Input& input) {
     return input.misshapen(input.floats({input.once_in(64) ? rows + 1 : rows}, DType::float32, wild));
   };
   const Value grad_loss = gradient(), grad_lse = gradient(), grad_logprobs = gradient(), grad_entropy = gradient();
-  const bool in_place = input.once_in(2);
+  // Memory for the gradient: the logits themselves, or rows of any stride.
+  const Value buffer = input.once_in(2) ? logits : input.misshapen(input.floats(logits.sizes, logits.dtype));
+  if (input.once_in(3)) {
+    Call both;
+    both.add(grad_loss).add(grad_lse).add(grad_logprobs).add(grad_entropy).add(logits).add(target);
+    both.add(weights).add(probabilities).add(buffer).add(shift).add(ignore_index);
+    both.add(smoothing).add(z_loss).add(softcap).add(scale).add(entropy).add(argmax);
+    run_twice(input, both, "cross_entropy_both_into", 5, results, {buffer});
+    return;
+  }
+  enum class Memory { fresh, logits, buffer };
+  const Memory memory = input.of({Memory::fresh, Memory::logits, Memory::buffer});
   const Value saved[] = {input.misshapen(results[1]), input.misshapen(results[2]), input.misshapen(results[3]),
                          input.misshapen(results[5])};
   Call backward;
   backward.add(grad_loss).add(grad_lse).add(grad_logprobs).add(grad_entropy).add(logits).add(target);
   backward.add(weights).add(probabilities);
   for (const Value& value : saved) backward.add(value);
+  if (memory == Memory::buffer) backward.add(buffer);
   if (saved[3].dtype == DType::float64 && input.once_in(16)) {  // the column that it names is read
     double* statistics = saved[3].data<double>();
     for (int64_t i = 0; i < saved[3].elements; i++) statistics[i] = input.real();
   }
   backward.add(shift);
-  if (!in_place) backward.add(input.once_in(2));
+  if (memory == Memory::fresh) backward.add(input.once_in(2));
   backward.add(input.once_in(16) ? input.hostile(vocabulary) : ignore_index);
   backward.add(input.once_in(16) ? 0.5 : smoothing).add(z_loss).add(softcap).add(scale);
-  if (in_place) {
-    run_twice(input, backward, "cross_entropy_backward_", 0, results, {logits});
-  } else {
-    run_twice(input, backward, "cross_entropy_backward", 2, results);
+  switch (memory) {
+    case Memory::fresh: run_twice(input, backward, "cross_entropy_backward", 2, results); break;
+    case Memory::logits: run_twice(input, backward, "cross_entropy_backward_", 0, results, {logits}); break;
+    case Memory::buffer: run_twice(input, backward, "cross_entropy_backward_into", 0, results, {buffer}); break;
   }
 }
 
