@@ -9,6 +9,7 @@ LOSS = (
     "tests/test_cross_entropy_errors.py",
 )
 LOSS_BUFFER = ("tests/test_cross_entropy_grad_buffer.py",)
+LARGE_MEMORY = ("tests/test_large_memory.py",)
 LOSS_TARGETS = ("tests/test_cross_entropy_targets.py",)
 
 CROSS_ENTROPY = "csrc/cpu/cross_entropy.inc"
@@ -25,6 +26,48 @@ MUTATIONS = (
         "alpha * (s.carried_moment + delta * s.carried_sum);\n    s.carried",
         "alpha * s.carried_moment;\n    s.carried",
         LOSS,
+    ),
+    Mutation(
+        "loss: the cap flattens a banned label",
+        CROSS_ENTROPY_LANES,
+        "if (rows.softcap == 0.0 || x == -INFINITY) return rows.logit_scale;",
+        "if (rows.softcap == 0.0) return rows.logit_scale;",
+        LOSS,
+    ),
+    Mutation(
+        "loss: the cap flattens a banned column with a probability",
+        CROSS_ENTROPY_BACKWARD,
+        "g *= x > splat(-INFINITY) ? tanh_slope_lanes(x * splat(transform.inside)) : splat(1.0f);",
+        "g *= tanh_slope_lanes(x * splat(transform.inside));",
+        LOSS,
+    ),
+    Mutation(
+        "loss: exponentials over logits lie beside their columns",
+        CROSS_ENTROPY_BOTH,
+        "kept.exponentials = over_logits ? (float*)g : (float*)scratch;",
+        "kept.exponentials = over_logits ? (float*)g + 1 : (float*)scratch;",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "large memory: a block is handed out twice",
+        "csrc/large_memory.cpp",
+        "const Block found = std::exchange(*best, Block{});",
+        "const Block found = *best;",
+        LARGE_MEMORY,
+    ),
+    Mutation(
+        "large memory: kept where address space is limited",
+        "csrc/large_memory.cpp",
+        "|| limit.rlim_cur != RLIM_INFINITY) return 0;",
+        ") return 0;",
+        LARGE_MEMORY,
+    ),
+    Mutation(
+        "large memory: much larger blocks are taken",
+        "csrc/large_memory.cpp",
+        " && block.size / 2 <= size;",
+        ";",
+        LARGE_MEMORY,
     ),
     Mutation("loss: a sum not rescaled", CROSS_ENTROPY, "    s.carried_sum *= alpha;\n", "", LOSS),
     Mutation(
