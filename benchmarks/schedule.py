@@ -3,8 +3,7 @@
 A machine with few cores can tell: the schedule of each kernel is asked for the tasks that so many threads would share,
 every task is run and timed on one thread, and the threads are then played, each taking the next task when it
 is free, as in `run_tasks`. The makespan is what the last thread needs; ideal is an even share of all tasks. What many
-cores do to one another (memory, clock) is not in it, nor what waking them costs. The backward pass of attention is not
-here: its workers take their tasks themselves, where the trace does not see them.
+cores do to one another (memory, clock) is not in it, nor what waking them costs.
 """
 
 from __future__ import annotations
@@ -70,6 +69,25 @@ def makespan(nanoseconds: list[int], workers: int) -> int:
     return max(free)
 
 
+TURN_KEYS, TURN_SHARE = 64, 0.4
+"""Keys that a task of a chain keeps for itself at a time, and for how much of its time: two products of five."""
+
+
+def chained_makespan(tasks: list[extension.TaskTime], workers: int) -> float:
+    """As `makespan`; a task of a chain follows the one before it through the keys of both, and ends after it."""
+    free = [0.0] * workers
+    last: dict[int, tuple[float, float]] = {}  # when the next task of a chain can begin and end
+    for task in tasks:
+        begin, earliest = free[0], 0.0
+        if task.chain in last:
+            begin, earliest = max(begin, last[task.chain][0]), last[task.chain][1]
+        end = max(begin + task.nanoseconds, earliest)
+        if task.chain >= 0:
+            last[task.chain] = begin + TURN_SHARE * task.nanoseconds * TURN_KEYS / max(task.keys, TURN_KEYS), end
+        heapq.heapreplace(free, end)
+    return max(free)
+
+
 def measure(name: str, call: Callable[[], object], threads: int, repeats: int) -> Result:
     """Tasks of a call as `threads` threads would get them, each with the least time that it took."""
     before = torch.get_num_threads()
@@ -80,32 +98,43 @@ def measure(name: str, call: Callable[[], object], threads: int, repeats: int) -
         torch.set_num_threads(before)
     if len({len(run) for run in runs}) != 1:
         raise RuntimeError(f"{name}: runs of the same call differ in their tasks")
-    regions: dict[int, list[int]] = {}
+    regions: dict[int, list[extension.TaskTime]] = {}
     for task in zip(*runs, strict=True):
-        regions.setdefault(task[0].region, []).append(min(time.nanoseconds for time in task))
+        regions.setdefault(task[0].region, []).append(min(task, key=lambda time: time.nanoseconds))
     workers = {time.region: min(threads, time.most_workers) for time in runs[0]}
-    total = sum(map(sum, regions.values()))
+    costs = [task.nanoseconds for tasks in regions.values() for task in tasks]
     return Result(
         name,
         threads,
         max(workers.values()),
-        sum(map(len, regions.values())),
-        max(map(max, regions.values())) / 1e6,
-        total / threads / 1e6,
-        sum(makespan(costs, workers[region]) for region, costs in regions.items()) / 1e6,
+        len(costs),
+        max(costs) / 1e6,
+        sum(costs) / threads / 1e6,
+        sum(chained_makespan(tasks, workers[region]) for region, tasks in regions.items()) / 1e6,
     )
 
 
 def packed(
-    lengths: list[int], *, heads: int, kv_heads: int, head_dim: int, mask: maskops.masks.Mask | None
+    lengths: list[int],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    mask: maskops.masks.Mask | None,
+    backward: bool = False,
 ) -> Callable[[], Callable[[], object]]:
-    """Attention over documents one behind the other."""
+    """Attention over documents one behind the other, or the gradients of its inputs."""
 
     def work() -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)
         sizes = [(sum(lengths), count, head_dim) for count in (heads, kv_heads, kv_heads)]
         q, k, v = (torch.randn(size, generator=generator) for size in sizes)
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        if backward:
+            inputs = [x.requires_grad_() for x in (q, k, v)]
+            out = maskops.varlen_attention(q, k, v, offsets, offsets, mask, backend="cpu")
+            gradient = torch.randn(out.shape, generator=generator)
+            return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
         return lambda: maskops.varlen_attention(q, k, v, offsets, offsets, mask, backend="cpu")
 
     return work
@@ -152,8 +181,10 @@ def cases() -> Iterator[Case]:
     for name, lengths in distributions():
         for mask_name, mask in (("full", None), ("causal", masks.causal())):
             for heads, kv_heads in ((12, 12), (32, 8)):
-                title = f"{name}, {mask_name}, heads {heads}/{kv_heads}, forward"
-                yield Case(title, packed(lengths, heads=heads, kv_heads=kv_heads, head_dim=64, mask=mask))
+                title = f"{name}, {mask_name}, heads {heads}/{kv_heads}"
+                for backward in (False, True):
+                    work = packed(lengths, heads=heads, kv_heads=kv_heads, head_dim=64, mask=mask, backward=backward)
+                    yield Case(f"{title}, {'backward' if backward else 'forward'}", work)
     for batch, q_len, k_len in ((1, 1, 32768), (16, 1, 8192), (1, 64, 32768), (1, 256, 16384)):
         yield Case(
             f"{q_len} queries of {batch} over {k_len} keys, heads 32/8, forward", few_queries(batch, q_len, k_len)

@@ -14,6 +14,8 @@ struct TaskTime {
   int64_t region;
   int64_t most_workers;  // that the schedule would have let run the region's tasks
   int64_t nanoseconds;   // of the processor
+  int64_t chain;         // tasks of one chain of a region add to the same sums, one behind the other; -1 for none
+  int64_t keys;          // of a task of a chain, in whose sums the next one follows it
 };
 
 struct TaskTrace {
@@ -22,8 +24,8 @@ struct TaskTrace {
   int64_t tasks = 0;  // those beyond the capacity are counted, and not written
   int64_t regions = 0;
 
-  void add(int64_t most_workers, int64_t nanoseconds) {
-    if (tasks < capacity) times[tasks] = {regions, most_workers, nanoseconds};
+  void add(int64_t most_workers, int64_t nanoseconds, int64_t chain = -1, int64_t keys = 0) {
+    if (tasks < capacity) times[tasks] = {regions, most_workers, nanoseconds, chain, keys};
     tasks++;
   }
 

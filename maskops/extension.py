@@ -142,6 +142,10 @@ class TaskTime(NamedTuple):
     region: int
     most_workers: int
     nanoseconds: int
+    chain: int = -1
+    """Tasks of one chain of a region add to the same sums, one behind the other; -1 for a task of no chain."""
+    keys: int = 0
+    """Keys that a task of a chain sees: it goes from one to the next, and the task behind it follows."""
 
 
 def trace_tasks(call: Callable[[], object]) -> list[TaskTime]:
@@ -157,14 +161,14 @@ def trace_tasks(call: Callable[[], object]) -> list[TaskTime]:
         raise RuntimeError(str(_reason))
     capacity = 1 << 16
     while True:
-        times = (ctypes.c_int64 * (3 * capacity))()
+        times = (ctypes.c_int64 * (5 * capacity))()
         _library.maskops_trace_tasks(times, capacity)
         try:
             call()
         finally:
             found = _library.maskops_trace_tasks(None, 0)
         if found <= capacity:
-            return [TaskTime(*times[3 * task : 3 * task + 3]) for task in range(found)]
+            return [TaskTime(*times[5 * task : 5 * task + 5]) for task in range(found)]
         capacity = found
 
 

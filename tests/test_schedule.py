@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import maskops
-from benchmarks.schedule import makespan
+from benchmarks.schedule import chained_makespan, makespan
 from maskops import extension, masks
 
 pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
@@ -81,6 +81,49 @@ def test_few_long_sequences_have_tasks_for_all_threads() -> None:
         assert all(task.nanoseconds >= 0 for task in tasks)
 
 
+@pytest.mark.parametrize("instruction_set", extension.instruction_sets())
+@pytest.mark.parametrize("name", ["causal", "window behind keys", "softcap"])
+def test_tasks_of_a_chain_add_in_order(instruction_set: str, name: str) -> None:
+    """Gradients of keys that many tasks add to: the same bits for any number of threads, 0 for keys of nobody."""
+    q, k, v = inputs(1, 4, 2, 300, 450, 13)
+    mask = {"window behind keys": masks.causal() & masks.sliding_window(40, 0)}.get(name, masks.causal())
+    features = {"softcap": 3.0} if name == "softcap" else {}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    gradient = torch.randn(1, 4, 300, 13)
+    before = extension.instruction_set()
+    assert before is not None
+    extension.select_instruction_set(instruction_set)
+    try:
+        results = []
+        for count in (1, 3, 64):
+            torch.set_num_threads(count)
+            out = maskops.attention(*leaves, mask, backend="cpu", **features)
+            results.append(torch.autograd.grad(out, leaves, gradient))
+    finally:
+        extension.select_instruction_set(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, many) for one, many in zip(results[0], other, strict=True))
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(
+        maskops.attention(*doubles, mask, backend="reference", **features), doubles, gradient.double()
+    )
+    for one, expected_one in zip(results[0], expected, strict=True):
+        torch.testing.assert_close(one.double(), expected_one, atol=1e-5, rtol=1e-4)
+        assert one[expected_one == 0].eq(0).all()
+
+
+def test_a_long_backward_has_tasks_for_all_threads() -> None:
+    """And only what many threads share is cut: one thread takes a sequence as a whole."""
+    leaves = [x.requires_grad_() for x in inputs(1, 2, 1, 1500, 1500, 8)]
+    for count, least, most in ((64, 64, 200), (1, 1, 1)):
+        torch.set_num_threads(count)
+        out = maskops.attention(*leaves, masks.causal(), backend="cpu")
+        tasks = extension.trace_tasks(lambda out=out: torch.autograd.grad(out.sum(), leaves, retain_graph=True))
+        chained = [task for task in tasks if task.chain >= 0]
+        assert least <= len(tasks) <= most and len(chained) == (0 if count == 1 else len(tasks))
+        assert all(0 < task.keys <= 1500 for task in chained)
+
+
 def test_short_sequences_share_tasks() -> None:
     """One sequence and head a task would be 4,096 of them, each over in less time than it takes to hand it out."""
     torch.set_num_threads(2)
@@ -104,3 +147,16 @@ def test_makespan() -> None:
     assert makespan([4, 3, 3, 2], 2) == 6
     assert makespan([1, 1, 1, 9], 3) == 10
     assert makespan([5], 8) == 5
+
+
+def test_makespan_of_chains() -> None:
+    """The second task of a chain follows the first by its 2 / 5 for 64 keys, and ends after it."""
+
+    def task(nanoseconds: int, chain: int) -> extension.TaskTime:
+        return extension.TaskTime(0, 8, nanoseconds, chain, 128)
+
+    assert chained_makespan([task(100, -1), task(100, -1)], 2) == 100
+    assert chained_makespan([task(100, 0), task(100, 1)], 2) == 100
+    assert chained_makespan([task(100, 0), task(100, 0)], 2) == 120
+    assert chained_makespan([task(100, 0), task(50, 0), task(20, -1)], 2) == 120
+    assert chained_makespan([task(100, 0), task(100, 0)], 1) == 200

@@ -35,13 +35,19 @@ struct Entry {
   }
 
 const Entry entries[] = {
-    KERNEL(attention_forward),      KERNEL(attention_forward_merge),
-    KERNEL(attention_backward),     KERNEL(attention_backward_merge),
-    KERNEL(attention_bias),         KERNEL(decode_forward),
-    KERNEL(decode_merge),           KERNEL(cross_entropy_forward),
-    KERNEL(cross_entropy_backward), KERNEL(cross_entropy_backward_streaming),
-    KERNEL(cross_entropy_both),     KERNEL(cross_entropy_both_streaming),
-    KERNEL(softmax_forward),        KERNEL(softmax_backward),
+    KERNEL(attention_forward),
+    KERNEL(attention_forward_merge),
+    KERNEL(attention_backward),
+    KERNEL(attention_bias),
+    KERNEL(decode_forward),
+    KERNEL(decode_merge),
+    KERNEL(cross_entropy_forward),
+    KERNEL(cross_entropy_backward),
+    KERNEL(cross_entropy_backward_streaming),
+    KERNEL(cross_entropy_both),
+    KERNEL(cross_entropy_both_streaming),
+    KERNEL(softmax_forward),
+    KERNEL(softmax_backward),
 };
 
 }  // namespace

@@ -2,6 +2,8 @@
 // arithmetic (attention_*.inc, once per instruction set).
 #pragma once
 
+#include <atomic>
+
 #include "../attention.h"
 #include "threads.h"
 
@@ -36,17 +38,41 @@ struct LaneBlock {
 // The most parts that a block's keys are cut into.
 constexpr int MOST_KEY_PARTS = 256;
 
-// One task of the backward pass owns the key rows [key_begin, key_end) of the key heads [kv_head, kv_head_end) of a
-// batch element for a run of tiles.
+// Keys whose gradients the tasks of a long sequence add to in turns.
+constexpr int TURN_KEYS = 64;
+
+// The link, from 1 on, of the last task that has added its part to these keys.
+struct alignas(64) Turn {
+  std::atomic<int32_t> passed{0};
+};
+
+// The turns [begin, end) that one task of a sequence takes, and hulls of those of all tasks before and after it.
+struct Link {
+  int32_t begin, end, before_begin, before_end, after_begin, after_end;
+};
+
+// One task of the backward pass: the lanes [lane_begin, lane_end) of tiles, the last tile first, and the keys
+// [key_begin, key_end) that they see, for the key heads [kv_head, kv_head_end) of a batch element.
 struct BackwardTask {
-  int32_t batch, kv_head, kv_head_end, tile_begin, tile_end, key_begin, key_end;
+  int32_t batch, kv_head, kv_head_end, tile_begin, tile_end, lane_begin, lane_end, key_begin, key_end;
   // Keys before key_begin that belong to nobody and get a gradient of zero, from zero_begin on; likewise up to
   // zero_end.
   int32_t zero_begin, zero_end;
-  // Where several tasks own the same keys: their sums, (key_end - key_begin) x padded widths, added up afterwards in a
-  // fixed order. nullptr where the task owns its keys alone and writes the gradients itself.
-  float* partial;
+  // Where other tasks add to the same keys, one head and one block of lanes: the sums of the keys [sums_begin,
+  // sums_end), dK and then dV with padded widths, a turn for each TURN_KEYS of them, and the links of all these tasks.
+  // nullptr where the task owns its keys alone.
+  float* sums;
+  int32_t sums_begin, sums_end;
+  Turn* turns;
+  const Link* links;
+  int32_t link, n_links;
 };
+
+// Waits until it is the task's turn to add to keys; true where none comes before it.
+bool take_turn(const BackwardTask& task, int32_t turn);
+// Whether no task comes after this one.
+bool is_last_turn(const BackwardTask& task, int32_t turn);
+void pass_turn(const BackwardTask& task, int32_t turn);
 
 // One task of the gradient of a broadcast bias owns the piece of it that belongs to these batch elements, key heads,
 // rows and keys: all of them along a dimension of size 1.
@@ -63,6 +89,20 @@ inline int64_t slopes_of_row(const Features& features, int64_t batch, int64_t ro
   const int64_t ordinal =
       features.positions[batch * features.positions_batch_stride + 2 * features.positions_stride + row];
   return ordinal < 0 ? 0 : ordinal < slopes.outer ? ordinal : slopes.outer - 1;
+}
+
+// The hull of the keys that a tile sees: begin >= end where it sees none.
+inline void keys_of_tile(const Spans& spans, int64_t tile, int32_t k_len, int32_t& begin, int32_t& end) {
+  const int32_t* item = spans.tiles + tile * spans.tile_width;
+  begin = k_len;
+  end = 0;
+  for (int s = 0; s < spans.n_spans; s++) {
+    const int32_t lo = item[4 + 4 * s] > 0 ? item[4 + 4 * s] : 0;
+    const int32_t hi = item[4 + 4 * s + 3] < k_len ? item[4 + 4 * s + 3] : k_len;
+    if (lo >= hi) continue;
+    if (lo < begin) begin = lo;
+    if (hi > end) end = hi;
+  }
 }
 
 // Query rows that a block of lanes holds.

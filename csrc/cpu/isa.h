@@ -27,10 +27,8 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForward&, const LaneBlock&, char* scratch);
   void (*attention_forward_merge)(const AttentionForward&, const LaneBlock&, const float* partials, int n_parts);
   size_t (*attention_backward_scratch)(const AttentionShape&, int n_spans, int64_t owned_keys);
-  int64_t (*attention_backward_width)(const AttentionShape&);  // floats of a key's partial sums, dK and dV
+  int64_t (*attention_backward_width)(const AttentionShape&);  // floats of a key's sums, dK and dV
   void (*attention_backward)(const AttentionBackward&, const BackwardTask&, const BackwardTask* next, char* scratch);
-  void (*attention_backward_merge)(const AttentionBackward&, const BackwardTask*, int n_tasks, int64_t key,
-                                   float* scratch);
   size_t (*attention_bias_scratch)(const AttentionBackward&, const BiasTask& largest);
   void (*attention_bias)(const AttentionBackward&, const BiasTask&, char* scratch);
   size_t (*decode_scratch)(const AttentionShape&, int n_spans, int rows);
