@@ -29,7 +29,9 @@ pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=f"extensi
 
 CPU = torch.device("cpu")
 TINY = Setting(CPU, torch.float32, small=True)
-PACE = rounds.Pace(budget=0.0, min_rounds=2, max_rounds=2, stretch=9.0, discards=1, compiled=True, late=9.0)
+PACE = rounds.Pace(
+    budget=0.0, min_rounds=2, max_rounds=2, stretch=9.0, discards=1, patience=9.0, compiled=True, late=9.0
+)
 STEADY = dict(zip(limits.LIMITS, (100.0, 10.0, 20.0, 5.0, 30.0, 40.0), strict=True))
 
 
@@ -208,7 +210,7 @@ def timed(
 
 
 def test_rounds_between_limits_that_moved_do_not_count() -> None:
-    pace = rounds.Pace(budget=9.0, min_rounds=2, max_rounds=3, stretch=0.0, discards=2, compiled=True, late=9.0)
+    pace = dataclasses.replace(PACE, budget=9.0, max_rounds=3, stretch=0.0, discards=2)
     found, turns = timed({"a": 0.1, "b": 0.2}, pace, [20.0, 20.5, 25.0, 24.5, 30.0, 30.0])
     # A round a stretch: the second and the fourth fall away, and the fourth round that counts is not needed.
     assert [stretch.kept for stretch in found.stretches] == [True, False, True, False, True]
@@ -225,7 +227,7 @@ def test_rounds_between_limits_that_moved_do_not_count() -> None:
     patient = dataclasses.replace(pace, stretch=1.1, max_rounds=6)
     found, _ = timed({"a": 0.1, "b": 0.2}, patient, [20.0, 30.0, 30.0, 30.0, 30.0], ticks=1.0)
     assert [stretch.rounds for stretch in found.stretches] == [4, 2, 2, 2]
-    hurried = dataclasses.replace(pace, budget=0.0)
+    hurried = dataclasses.replace(pace, patience=0.0)
     assert timed({"a": 0.1}, hurried, [20.0, 30.0], ticks=1.0)[0].problem is not None
     assert limits.moved({"copy": 30.0, "read": 1.0}, {"copy": 20.0, "read": 9.0}, {"copy"}) == pytest.approx(0.5)
     assert limits.best({"copy": 30.0, "read": 1.0}, {"copy": 20.0, "read": 9.0}) == {"copy": 30.0, "read": 9.0}
@@ -260,7 +262,7 @@ def test_each_round_is_held_against_the_limit_around_it() -> None:
 
 
 def test_everybody_gets_the_same_share_of_the_time() -> None:
-    pace = rounds.Pace(budget=1.0, min_rounds=2, max_rounds=9, stretch=9.0, discards=0, compiled=True, late=9.0)
+    pace = dataclasses.replace(PACE, budget=1.0, max_rounds=9)
 
     def counts(seconds: dict[str, float], **keywords: Any) -> list[int]:
         found, turns = timed(seconds, pace, **keywords)
@@ -339,7 +341,7 @@ def test_loops_that_measure_the_machine_do_their_work(instruction_set: str) -> N
         assert torch.equal(target[: len(source)], source) and not target[len(source) :].any()
         assert extension.limit_multiply_add(10) == 10 * extension.limit_multiply_add(1) > 0
         assert extension.limit_multiply_add(0) == 0
-        gauge = limits.Gauge(3, numel=1 << 14, rounds=2000)
+        gauge = limits.Gauge(3, numel=1 << 14, rounds=2000, least=0.0)
         found = gauge.measure()
         assert set(found) == set(limits.LIMITS) and all(value > 0.0 for value in found.values())
         again = gauge.measure({"copy"})
@@ -351,7 +353,7 @@ def test_loops_that_measure_the_machine_do_their_work(instruction_set: str) -> N
 def test_options_of_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = limits.Gauge(1, numel=1 << 12, rounds=10)
+    small = limits.Gauge(1, numel=1 << 12, rounds=10, least=0.0)
     monkeypatch.setattr(command, "Gauge", lambda threads: small)
     monkeypatch.setitem(command.PACES, "quick", PACE)
     path = tmp_path / "x.json"
@@ -389,9 +391,9 @@ def test_a_late_run_takes_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch) -> 
     paces: list[rounds.Pace] = []
     monkeypatch.setattr(command, "measure", lambda entry, pace, gauge, helper: paces.append(pace) or ())
     for late, budget in ((9e9, 7.0), (0.0, 0.0)):
-        pace = dataclasses.replace(PACE, budget=7.0, late=late)
+        pace = dataclasses.replace(PACE, budget=7.0, patience=7.0, late=late)
         command.execute([doubled()], pace, lambda names: STEADY, None, mode="quick", seed=0)
-        assert paces.pop().budget == budget
+        assert paces[-1].budget == paces[-1].patience == budget
 
 
 def test_an_instruction_set_is_that_of_both_sides(

@@ -44,7 +44,7 @@ MUTATIONS = (
         _TESTS,
     ),
     Mutation(
-        "bench: a stretch that moved counts against the time",
+        "bench: what moved is made up for as long as it takes",
         f"{_FOLDER}/cpu/rounds.py",
         "lost += time.perf_counter() - started",
         "lost += 0.0",

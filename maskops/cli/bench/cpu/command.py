@@ -30,8 +30,12 @@ from maskops.cli.bench.others import Others
 from maskops.cli.bench.progress import Progress
 
 PACES = {
-    "full": Pace(budget=5.0, min_rounds=3, max_rounds=60, stretch=1.5, discards=8, compiled=True, late=560.0),
-    "quick": Pace(budget=1.0, min_rounds=3, max_rounds=20, stretch=0.5, discards=3, compiled=False, late=80.0),
+    "full": Pace(
+        budget=5.0, min_rounds=3, max_rounds=60, stretch=1.5, discards=8, patience=20.0, compiled=True, late=560.0
+    ),
+    "quick": Pace(
+        budget=0.8, min_rounds=3, max_rounds=20, stretch=0.5, discards=4, patience=9.0, compiled=False, late=80.0
+    ),
 }
 """A full run stays below a quarter of an hour on two cores, a quick one below two minutes: late entries are short."""
 
@@ -157,7 +161,9 @@ def execute(
         for entry in chosen:
             progress.stage(f"{entry.group}, {MODES[entry.mode]}: {entry.lines[0].name}")
             late = time.perf_counter() - started > pace.late
-            results.append(measure(entry, dataclasses.replace(pace, budget=0.0) if late else pace, gauge, helper))
+            results.append(
+                measure(entry, dataclasses.replace(pace, budget=0.0, patience=0.0) if late else pace, gauge, helper)
+            )
             if path is not None:
                 found().write_json(path)
             progress.advance(1.0)

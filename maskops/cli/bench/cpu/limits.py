@@ -24,6 +24,7 @@ _NUMEL = 48 << 20
 _REPEATS = 16
 """Of which the best counts: with half of them two measurements in a row differ by more than `STEADY` by chance."""
 
+_LEAST_SECONDS = 0.2
 _HUGE_PAGE = 2 << 20
 
 Limits = Mapping[str, float]
@@ -63,10 +64,13 @@ class Gauge:
         threads: How many.
         numel: Floats of a stream.
         rounds: Of the loop in registers.
+        least: Seconds that each loop is repeated for: what disturbs the machine for a moment is not its limit.
     """
 
-    def __init__(self, threads: int, *, numel: int = _NUMEL, rounds: int = _ROUNDS) -> None:
-        self._threads, self._rounds = threads, rounds
+    def __init__(
+        self, threads: int, *, numel: int = _NUMEL, rounds: int = _ROUNDS, least: float = _LEAST_SECONDS
+    ) -> None:
+        self._threads, self._rounds, self._least = threads, rounds, least
         self._source, self._target, self._size = torch.ones(numel), torch.zeros(numel), 4 * numel
 
     def measure(self, wanted: Collection[str] = LIMITS) -> Limits:
@@ -77,14 +81,16 @@ class Gauge:
 
     def _multiply_add(self, pool: ThreadPoolExecutor) -> float:
         operations = self._threads * extension.limit_multiply_add(1) * self._rounds
-        seconds = _together(pool, self._threads, lambda thread: extension.limit_multiply_add(self._rounds))
+        seconds = self._best(pool, lambda thread: extension.limit_multiply_add(self._rounds))
         return operations / seconds * 1e-9
 
     def _read(self, pool: ThreadPoolExecutor) -> float:
-        return max(self._own_read(pool, self._source), self._size / _best(self._source.sum) * 1e-9)
+        return max(
+            self._own_read(pool, self._source), self._size / self._best(None, lambda _: self._source.sum()) * 1e-9
+        )
 
     def _copy(self, pool: ThreadPoolExecutor) -> float:
-        theirs = 2 * self._size / _best(lambda: self._target.copy_(self._source)) * 1e-9
+        theirs = 2 * self._size / self._best(None, lambda _: self._target.copy_(self._source)) * 1e-9
         return max(self._own_copy(pool, self._target, self._source), theirs)
 
     def _touch(self, pool: ThreadPoolExecutor) -> float:
@@ -103,17 +109,23 @@ class Gauge:
 
     def _own_read(self, pool: ThreadPoolExecutor, source: Tensor) -> float:
         spans = self._spans()
-        seconds = _together(pool, self._threads, lambda thread: extension.limit_read(_part(source, spans[thread])))
+        seconds = self._best(pool, lambda thread: extension.limit_read(_part(source, spans[thread])))
         return 4 * sum(map(len, spans)) / seconds * 1e-9
 
     def _own_copy(self, pool: ThreadPoolExecutor, target: Tensor, source: Tensor) -> float:
         spans = self._spans()
-        seconds = _together(
-            pool,
-            self._threads,
-            lambda thread: extension.limit_copy(_part(target, spans[thread]), _part(source, spans[thread])),
+        seconds = self._best(
+            pool, lambda thread: extension.limit_copy(_part(target, spans[thread]), _part(source, spans[thread]))
         )
         return 8 * sum(map(len, spans)) / seconds * 1e-9
+
+    def _best(self, pool: ThreadPoolExecutor | None, work: Callable[[int], object]) -> float:
+        """Seconds of the quickest repeat, on our threads or on those of torch."""
+        found: list[float] = []
+        begun = time.perf_counter()
+        while len(found) < _REPEATS or time.perf_counter() - begun < self._least:
+            found.append(_alone(lambda: work(0)) if pool is None else _together(pool, self._threads, work))
+        return min(found)
 
     def _spans(self) -> list[range]:
         """A part for each thread, that begins at the alignment that streaming stores want."""
@@ -122,21 +134,17 @@ class Gauge:
 
 
 def _together(pool: ThreadPoolExecutor, threads: int, work: Callable[[int], object]) -> float:
-    """Seconds from the first thread's beginning to the last one's end, all begun at once; the best of some repeats."""
+    """Seconds from the first thread's beginning to the last one's end, all begun at once."""
+    barrier = threading.Barrier(threads)
 
-    def seconds() -> float:
-        barrier = threading.Barrier(threads)
+    def one(thread: int) -> tuple[float, float]:
+        barrier.wait()
+        begun = time.perf_counter()
+        work(thread)
+        return begun, time.perf_counter()
 
-        def one(thread: int) -> tuple[float, float]:
-            barrier.wait()
-            begun = time.perf_counter()
-            work(thread)
-            return begun, time.perf_counter()
-
-        times = list(pool.map(one, range(threads)))
-        return max(end for _, end in times) - min(begun for begun, _ in times)
-
-    return min(seconds() for _ in range(_REPEATS))
+    times = list(pool.map(one, range(threads)))
+    return max(end for _, end in times) - min(begun for begun, _ in times)
 
 
 def _part(x: Tensor, places: range) -> Tensor:
@@ -150,13 +158,10 @@ def _keep_to_a_processor(thread: int) -> None:
         os.sched_setaffinity(0, {allowed[thread % len(allowed)]})  # of the calling thread alone
 
 
-def _best(work: Callable[[], object]) -> float:
-    def seconds() -> float:
-        begun = time.perf_counter()
-        work()
-        return time.perf_counter() - begun
-
-    return min(seconds() for _ in range(_REPEATS))
+def _alone(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 def _touched(size: int) -> tuple[float, float]:

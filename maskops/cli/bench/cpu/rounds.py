@@ -11,9 +11,6 @@ from random import Random
 from maskops.cli.bench.cpu.limits import STEADY, Limits, moved
 from maskops.cli.bench.timing import Timing, without_collector
 
-_LOST = 4.0
-"""How many times its budget an entry may take beyond it for stretches that are thrown away."""
-
 _BEATEN = 1.5
 """A peer this many times slower than another in the first round is not the best."""
 
@@ -33,8 +30,8 @@ class Pace:
         min_rounds, max_rounds: Bounds on the rounds of each that count.
         stretch: Seconds of rounds after which limits are measured again, at the end of a round; half as many after
             each stretch that was thrown away.
-        discards: How many stretches of an entry are made up for because limits moved, as long as that takes no more
-            than a few times the budget.
+        discards, patience: How many stretches of an entry are made up for because limits moved, and how many seconds
+            may be lost to them.
         compiled: Whether torch.compile takes part.
         late: Seconds of a whole run after which each further entry takes the fewest rounds and makes up for none.
     """
@@ -44,6 +41,7 @@ class Pace:
     max_rounds: int
     stretch: float
     discards: int
+    patience: float
     compiled: bool
     late: float
 
@@ -145,7 +143,7 @@ def rounds(
                 continue
             discarded += 1
             lost += time.perf_counter() - started
-            if discarded > pace.discards or lost > _LOST * pace.budget:
+            if discarded > pace.discards or lost > pace.patience:
                 break
     count = max(map(len, kept.values()), default=0)
     if stretches and count < pace.min_rounds:
