@@ -388,6 +388,8 @@ def _preferred() -> _Preference:
 
 def processor_is_free() -> bool:
     """Whether ``choose`` would give ``cpu`` to a call on the processor that names no backend and uses no feature."""
+    if _preference.get() is None and _VARIABLE not in _VARIABLES:
+        return _extension_reason() is None
     try:
         return _preferred().name in (AUTO, "cpu") and _extension_reason() is None
     except ValueError:  # of the environment variable: for choose to raise

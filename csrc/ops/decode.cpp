@@ -1,6 +1,7 @@
 // Bindings of the cache of keys and values.
 #include "decode.h"
 
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -184,10 +185,24 @@ std::tuple<Tensor, Tensor> decode_forward_cpu(const Tensor& q, const Tensor& k_c
   return {std::move(out), std::move(lse)};
 }
 
+// The same for queries that see their whole sequence, in a cache without pages, and nothing else. NaN is the default
+// scale: each argument, and what Python computes of one, costs a good part of a small problem.
+std::tuple<Tensor> decode_direct_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                     const Tensor& lengths, double softmax_scale) {
+  static const Tensor& nothing = *new Tensor(Tensor::empty({0}, DType::float32));  // outlives torch's own end
+  require(q.dim() == 4 && q.size(3) > 0 && k_cache.dim() == 4 && k_cache.size(0) == q.size(0),
+          "decode: q and the caches must have 4 dimensions and one batch");
+  if (std::isnan(softmax_scale)) softmax_scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
+  return std::move(
+      std::get<0>(decode_forward_cpu(q, k_cache, v_cache, lengths, nothing, nothing, nothing, nothing, nothing, nothing,
+                                     nothing, nothing, nothing, nothing, softmax_scale, 0.0)));
+}
+
 const bool registered = [] {
   static OperatorLibrary library("maskops", "CPU");
   library.implement<&append_kv_cpu>("append_kv");
   library.implement<&decode_forward_cpu>("decode_forward");
+  library.implement<&decode_direct_cpu>("decode_direct");
   return true;
 }();
 

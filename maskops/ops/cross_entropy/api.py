@@ -218,10 +218,28 @@ def cross_entropy(
         >>> logits, target = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
         >>> loss = maskops.cross_entropy(logits, target, mask=torch.ones(2, 5, dtype=torch.bool), shift=True)
     """
-    absent = (mask, token_weights, class_weights, cu_seqlens, num_items, grad_buffer)
-    flags = (shift, inplace_backward, return_lse, return_logprobs, return_entropy, return_argmax)
-    numbers = (label_smoothing, z_loss, softcap)
-    alone = direct.cross_entropy(logits, target, absent, flags, ignore_index, numbers, logit_scale, reduction)
+    alone = direct.cross_entropy(
+        logits,
+        target,
+        ignore_index,
+        reduction,
+        mask,
+        token_weights,
+        class_weights,
+        cu_seqlens,
+        num_items,
+        grad_buffer,
+        shift,
+        inplace_backward,
+        return_lse,
+        return_logprobs,
+        return_entropy,
+        return_argmax,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+    )
     if alone is not None:
         return alone
     _check_logits(logits)

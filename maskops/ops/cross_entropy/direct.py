@@ -10,8 +10,10 @@ from maskops.ops.cross_entropy import registration
 from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes, saves_as_usual
 
 _forward = torch.ops.maskops.cross_entropy_direct.default
+_loss = torch.ops.maskops.cross_entropy_loss.default
 _backward = torch.ops.maskops.cross_entropy_direct_backward.default
 
+_is_grad_enabled = torch.is_grad_enabled
 _LONGEST = 2**31
 _MOST_LOGITS = 2**18
 """With more of them the rows take longer than the way to them."""
@@ -20,50 +22,85 @@ _MOST_LOGITS = 2**18
 def cross_entropy(
     logits: Any,
     target: Any,
-    absent: tuple[object, ...],
-    flags: tuple[object, ...],
-    ignore_index: object,
-    numbers: tuple[object, ...],
-    logit_scale: object,
+    ignore_index: Any,
     reduction: object,
-) -> Tensor | None:
+    mask: object,
+    token_weights: object,
+    class_weights: object,
+    cu_seqlens: object,
+    num_items: object,
+    grad_buffer: object,
+    shift: object,
+    inplace_backward: object,
+    return_lse: object,
+    return_logprobs: object,
+    return_entropy: object,
+    return_argmax: object,
+    label_smoothing: object,
+    z_loss: object,
+    softcap: object,
+    logit_scale: object,
+) -> Any:
     """``maskops.cross_entropy`` of labels as a mean or a sum, where that is all; else None, as where it raises.
 
     Args:
-        logits: (..., V).
-        target: (...) labels.
-        absent: arguments that a direct call has as None.
-        flags: those that it has as False.
+        logits: (N, V), and so on: the arguments of ``maskops.cross_entropy``.
+        target: (N,) labels.
         ignore_index: the label of rows to skip.
-        numbers: those that a direct call has as 0.0: label_smoothing, z_loss, softcap.
-        logit_scale: 1.0 in a direct call.
         reduction: ``"mean"`` or ``"sum"``.
+        mask: None in a direct call.
+        token_weights: None.
+        class_weights: None.
+        cu_seqlens: None.
+        num_items: None.
+        grad_buffer: None.
+        shift: False.
+        inplace_backward: False.
+        return_lse: False.
+        return_logprobs: False.
+        return_entropy: False.
+        return_argmax: False.
+        label_smoothing: 0.0.
+        z_loss: 0.0.
+        softcap: 0.0.
+        logit_scale: 1.0.
     """
-    if not is_eager() or not are_plain(logits, target):
-        return None
-    for other in absent:
-        if other is not None:
-            return None
-    for flag in flags:
-        if flag is not False:
-            return None
-    for number in numbers:
-        if type(number) is not float or number != 0.0:
-            return None
-    if type(logit_scale) is not float or logit_scale != 1.0 or not isinstance(reduction, str):
-        return None
-    if reduction not in ("mean", "sum") or type(ignore_index) is not int or not -_LONGEST <= ignore_index < _LONGEST:
-        return None
-    if logits.dim() != 2 or logits.numel() > _MOST_LOGITS:
+    if not (
+        mask is None
+        and token_weights is None
+        and class_weights is None
+        and cu_seqlens is None
+        and num_items is None
+        and grad_buffer is None
+        and shift is False
+        and inplace_backward is False
+        and return_lse is False
+        and return_logprobs is False
+        and return_entropy is False
+        and return_argmax is False
+        and type(label_smoothing) is float
+        and label_smoothing == 0.0
+        and type(z_loss) is float
+        and z_loss == 0.0
+        and type(softcap) is float
+        and softcap == 0.0
+        and type(logit_scale) is float
+        and logit_scale == 1.0
+        and type(reduction) is str
+        and (reduction == "mean" or reduction == "sum")
+        and type(ignore_index) is int
+        and -_LONGEST <= ignore_index < _LONGEST
+        and is_eager()
+        and are_plain(logits, target)
+        and logits.numel() <= _MOST_LOGITS
+    ):
         return None
     try:
-        if torch.is_grad_enabled() and logits.requires_grad:
-            if not saves_as_usual():
-                return None
-            loss: Tensor = _apply(logits, target, ignore_index, reduction == "mean")
-            return loss
-        loss, _, _ = _forward(logits, target, ignore_index, reduction == "mean")
-        return loss
+        if not (_is_grad_enabled() and logits.requires_grad):
+            return _loss(logits, target, ignore_index, reduction == "mean")
+        if not saves_as_usual():
+            return None
+        return _apply(logits, target, ignore_index, reduction == "mean")
     except REFUSED:
         return None
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskops.ops import calls
 from maskops.ops.cross_entropy.gradient_memory import GradientMemory
 from maskops.ops.cross_entropy.rows import Scoring, total
-from maskops.ops.operators import define, name_of, names_of
+from maskops.ops.operators import define, define_direct, name_of, names_of
 from maskops.ops.scalars import call
 from maskops.ops.transforms import (
     Argument,
@@ -196,26 +196,14 @@ for _name, _signature, _into_fake in (
     torch.library.register_fake(f"maskops::{_name}", _into_fake, lib=_library)
 
 # A few plain rows of labels on the processor, reduced to their sum or mean; direct.py alone calls them. Results: the
-# loss, lse and logprobs; the gradient of the logits.
-_library.define(
+# loss, lse and logprobs; the loss alone; the gradient of the logits.
+for _schema in (
     "cross_entropy_direct(Tensor logits, Tensor target, int ignore_index, bool mean) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_library.define(
+    "cross_entropy_loss(Tensor logits, Tensor target, int ignore_index, bool mean) -> Tensor",
     "cross_entropy_direct_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor lse, Tensor logprobs, "
     "int ignore_index, bool mean) -> Tensor",
-    tags=_TAGS,
-)
-
-
-@torch.library.register_fake("maskops::cross_entropy_direct", lib=_library)  # type: ignore[untyped-decorator]
-def _(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), logits.shape[:1], logits.shape[:1]))
-
-
-@torch.library.register_fake("maskops::cross_entropy_direct_backward", lib=_library)  # type: ignore[untyped-decorator]
-def _(grad_loss: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+):
+    define_direct(_library, _schema, _TAGS)
 
 
 _OF_ROWS = ("logits", "target", "lse", "logprobs", "entropy", "columns")

@@ -11,10 +11,10 @@ from maskops.ops.decode.registration import NOTHING
 from maskops.ops.direct import REFUSED, are_plain, is_eager
 
 _append = torch.ops.maskops.append_kv.default
-_decode = torch.ops.maskops.decode_forward.default
+_decode = torch.ops.maskops.decode_direct.default
 
 _CAUSAL = causal()
-_NOTHINGS = (NOTHING,) * 10
+_is_grad_enabled = torch.is_grad_enabled
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -39,9 +39,9 @@ def append_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, lengths: Any, *rest: o
     """
     if any(x is not None for x in rest) or not _are_for_inference(k_cache, v_cache, k, v) or not are_plain(lengths):
         return False
-    if k.shape[0] == 0 or k.shape[0] != k_cache.shape[0]:
-        return False
     try:
+        if k.shape[0] == 0 or k.shape[0] != k_cache.shape[0]:
+            return False
         _append(k_cache, v_cache, k, v, lengths, NOTHING, NOTHING)
     except REFUSED:
         return False
@@ -59,7 +59,8 @@ def decode_attention(q: Any, k_cache: Any, v_cache: Any, lengths: Any, mask: obj
         v_cache: (batch, kv_heads, capacity, value_dim).
         lengths: (batch,).
         mask: None, or ``masks.causal()`` for a single query, to which it says nothing.
-        *rest: block_table, batch_index, leftpad, alibi_slopes, sinks, softcap, softmax_scale, backend, return_lse.
+        *rest: block_table, batch_index, leftpad, alibi_slopes, sinks, softcap, softmax_scale, backend, and
+            return_lse, which is False in a direct call.
     """
     block_table, batch_index, leftpad, alibi_slopes, sinks, softcap, softmax_scale, backend, return_lse = rest
     if not (
@@ -69,23 +70,20 @@ def decode_attention(q: Any, k_cache: Any, v_cache: Any, lengths: Any, mask: obj
         and alibi_slopes is None
         and sinks is None
         and backend is None
+        and not return_lse
         and type(softcap) is float
         and softcap == 0.0
-        and _are_for_inference(q, k_cache, v_cache)
-        and are_plain(lengths)
+        and (softmax_scale is None or (type(softmax_scale) is float and -_LARGEST <= softmax_scale <= _LARGEST))
+        and is_eager()
+        and are_plain(q, k_cache, v_cache, lengths)
+        and not (_is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad))
     ):
         return None
-    shape = q.shape
-    if shape[0] != k_cache.shape[0] or shape[3] == 0 or not (mask is None or (mask is _CAUSAL and shape[2] == 1)):
-        return None
-    if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(shape[3])
-    elif type(softmax_scale) is not float or not -_LARGEST <= softmax_scale <= _LARGEST:
-        return None
     try:
-        outputs = _decode(q, k_cache, v_cache, lengths, *_NOTHINGS, softmax_scale, 0.0)
+        if mask is not None and (mask is not _CAUSAL or q.shape[2] != 1):
+            return None
+        return _decode(q, k_cache, v_cache, lengths, math.nan if softmax_scale is None else softmax_scale)
     except REFUSED:
         return None
     except RuntimeError as error:
         raise as_torch_says_it(error) from None
-    return outputs if return_lse else outputs[0]

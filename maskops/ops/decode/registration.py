@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskops.ops.attention.registration import empty_in_order
 from maskops.ops.calls import run
-from maskops.ops.operators import define, name_of
+from maskops.ops.operators import define, define_direct, name_of
 from maskops.ops.scalars import call
 from maskops.spans import RowSpans
 
@@ -68,6 +68,12 @@ define(
     "Tensor alibi_slopes, Tensor sinks, float softmax_scale, float softcap) -> (Tensor, Tensor)",
     _decode_fake, _TAGS,
 )  # fmt: skip
+# The output alone, of queries that see their whole sequence in a cache without pages (direct.py, which alone calls it).
+define_direct(
+    _library,
+    "decode_direct(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float softmax_scale) -> Tensor",
+    _TAGS,
+)
 
 
 def append(
