@@ -218,7 +218,7 @@ def cross_entropy(
         >>> logits, target = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
         >>> loss = maskops.cross_entropy(logits, target, mask=torch.ones(2, 5, dtype=torch.bool), shift=True)
     """
-    alone = direct.cross_entropy(
+    alone: Tensor | None = direct.cross_entropy(
         logits,
         target,
         ignore_index,
