@@ -1,6 +1,7 @@
 """Span attention: every backend on every case of the testing kit, and what the kit does not say."""
 
 import ctypes
+import itertools
 import math
 from pathlib import Path
 
@@ -320,6 +321,30 @@ def test_non_finite_values_stay_in_their_document(backend: str) -> None:
     assert torch.equal(out[:, :, :200], clean[:, :, :200])
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert grad[:, :, :200].isfinite().all() and not grad[:, :, 200:].isfinite().all()
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize("lengths", [[1, 2, 3, 5, 7, 6, 16, 4], [3] * 12, [9, 20, 2, 33]])
+def test_non_finite_values_stay_in_their_document_of_a_vector(lengths: list[int]) -> None:
+    """Short documents share a vector of the CPU kernels, and their weights for each other's values are 0."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(int(cu_seqlens[-1]), 2, 24, generator=generator)
+    in_use = extension.instruction_set()
+    for name in extension.instruction_sets():
+        extension.select_instruction_set(name)
+        try:
+            clean = maskops.varlen_attention(x, x, x, cu_seqlens, backend="cpu")
+            for first, last in itertools.pairwise(cu_seqlens.tolist()):
+                spoiled = x.clone()
+                spoiled[first:last] = math.nan
+                out = maskops.varlen_attention(spoiled, spoiled, spoiled, cu_seqlens, backend="cpu")
+                others = torch.ones(len(x), dtype=torch.bool)
+                others[first:last] = False
+                assert torch.equal(out[others], clean[others]), name
+                assert out[first:last].isnan().all(), name
+        finally:
+            extension.select_instruction_set(str(in_use))
 
 
 def test_each_output_alone_has_its_gradient(backend: str) -> None:

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "attention.h"
@@ -66,23 +67,29 @@ class Schedule {
   int64_t partial_floats() const { return partial_floats_; }
   int64_t n_counters() const { return n_counters_; }
 
-  // Calls fn(piece, first copy, copies) for each task of a unit; the copies are key heads of one batch element.
+  // The copies of a task are key heads of one batch element.
+  struct Task {
+    const Piece* piece;
+    int64_t copy, heads;
+  };
+
+  // Calls fn for each task of a unit.
   template <class Fn>
   void for_tasks(int64_t unit, Fn fn) const {
-    const Run& run = *(std::upper_bound(runs_.begin(), runs_.end(), unit,
-                                        [](int64_t unit, const Run& run) { return unit < run.first_unit; }) -
-                       1);
+    const Run& run = run_of(unit);
     const int64_t begin = (unit - run.first_unit) * run.tasks_per_unit;
     const int64_t end = std::min(begin + run.tasks_per_unit, tasks_of(run));
-    for (int64_t task = begin; task < end; task++) {
-      const Piece& piece = pieces_[run.first_piece + task % run.n_pieces];
-      const int64_t index = task / run.n_pieces, groups = head_groups(run);
-      const int64_t head = index % groups * run.heads_per_task;
-      fn(piece, run.first_copy + index / groups * kv_heads_ + head, std::min(run.heads_per_task, kv_heads_ - head));
-    }
+    for (int64_t task = begin; task < end; task++) fn(task_at(run, task));
   }
 
-  LaneBlock block_of(const AttentionForward& p, const Piece& piece, int64_t copy, int64_t heads) const {
+  Task first_task(int64_t unit) const {
+    const Run& run = run_of(unit);
+    return task_at(run, (unit - run.first_unit) * run.tasks_per_unit);
+  }
+
+  LaneBlock block_of(const AttentionForward& p, const Task& task) const {
+    const Piece& piece = *task.piece;
+    const int64_t copy = task.copy, heads = task.heads;
     const auto batch = static_cast<int32_t>(piece.plan_batch + copy / kv_heads_ * p.spans.plan_batch);
     const auto head = static_cast<int32_t>(copy % kv_heads_), head_end = static_cast<int32_t>(head + heads);
     return {batch,           head,         head_end, piece.first_row, piece.rows, piece.lane_begin, piece.lane_end,
@@ -90,6 +97,17 @@ class Schedule {
   }
 
  private:
+  const Run& run_of(int64_t unit) const {
+    return *(std::upper_bound(runs_.begin(), runs_.end(), unit,
+                              [](int64_t unit, const Run& run) { return unit < run.first_unit; }) -
+             1);
+  }
+  Task task_at(const Run& run, int64_t task) const {
+    const int64_t index = task / run.n_pieces, groups = head_groups(run);
+    const int64_t head = index % groups * run.heads_per_task;
+    return {&pieces_[run.first_piece + task % run.n_pieces], run.first_copy + index / groups * kv_heads_ + head,
+            std::min(run.heads_per_task, kv_heads_ - head)};
+  }
   int64_t head_groups(const Run& run) const { return (kv_heads_ + run.heads_per_task - 1) / run.heads_per_task; }
   int64_t tasks_of(const Run& run) const {  // heads are grouped only where whole batch elements are in the run
     return run.n_pieces * (run.heads_per_task == 1 ? run.n_copies : run.n_copies / kv_heads_ * head_groups(run));
@@ -290,14 +308,33 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
     float* partials;
     std::vector<std::atomic<int32_t>> done;  // parts of the keys of a block of lanes
     std::vector<Memory> scratch;
+    int workers = 1;
 
-    void run(const Piece& piece, int64_t copy, int64_t heads, char* memory) {
-      LaneBlock block = schedule.block_of(p, piece, copy, heads);
-      if (piece.parts == 1) return table.attention_forward(p, block, memory);
+    // Each task with the one that this worker takes after it: in another unit, the one that it takes if all workers
+    // take turns. That is a guess, and only decides which rows come into the caches.
+    void run_unit(int64_t unit, char* memory) {
+      std::optional<Schedule::Task> previous;
+      schedule.for_tasks(unit, [&](const Schedule::Task& task) {
+        if (previous.has_value()) run(*previous, schedule.block_of(p, task), memory);
+        previous = task;
+      });
+      if (unit + workers < schedule.n_units()) {
+        run(*previous, schedule.block_of(p, schedule.first_task(unit + workers)), memory);
+      } else {
+        run(*previous, std::nullopt, memory);
+      }
+    }
+
+    void run(const Schedule::Task& task, const std::optional<LaneBlock>& next, char* memory) {
+      const Piece& piece = *task.piece;
+      const int64_t copy = task.copy;
+      LaneBlock block = schedule.block_of(p, task);
+      const LaneBlock* ahead = next.has_value() ? &*next : nullptr;
+      if (piece.parts == 1) return table.attention_forward(p, block, ahead, memory);
       const int64_t floats = (piece.lane_end - piece.lane_begin) * (2 + p.shape.value_dim);
       const float* first = partials + piece.partials + copy * piece.parts * floats;
       block.partial = partials + piece.partials + (copy * piece.parts + piece.part) * floats;
-      table.attention_forward(p, block, memory);
+      table.attention_forward(p, block, ahead, memory);
       // Whoever ends last merges them, always in the order of the keys.
       if (done[piece.counter + copy].fetch_add(1, std::memory_order_acq_rel) + 1 == piece.parts) {
         table.attention_forward_merge(p, block, first, piece.parts);
@@ -308,16 +345,16 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
             schedule,
             reinterpret_cast<float*>(partials.get()),
             std::vector<std::atomic<int32_t>>(schedule.n_counters()),
-            {}};
+            {},
+            1};
   const int workers = useful_workers(threads, schedule.flops(), schedule.n_units());
+  context.workers = workers;
   context.scratch = scratch_for(workers, table.attention_forward_scratch(p.shape, p.spans.n_spans));
   threads.run(
       schedule.n_units(), workers,
       [](int64_t unit, int worker, void* pointer) {
         auto& context = *static_cast<Context*>(pointer);
-        context.schedule.for_tasks(unit, [&](const Piece& piece, int64_t copy, int64_t heads) {
-          context.run(piece, copy, heads, context.scratch[worker].get());
-        });
+        context.run_unit(unit, context.scratch[worker].get());
       },
       &context);
 }

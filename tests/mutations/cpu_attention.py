@@ -72,8 +72,10 @@ MUTATIONS = (
     Mutation("row of a GQA lane", LANES, "if (++member == group) {", "if (++member == 1) {"),
     Mutation("first row of a block of GQA lanes", LANES, "first_row + block.lane_begin / group", "first_row"),
     Mutation("the next key head in the same task", LANES, "lanes.head[lane] += group;", ""),
-    Mutation("last keys of a run at the wrong place", FORWARD, "SCORE_TILE(4, n - 4)", "SCORE_TILE(4, done)"),
-    Mutation("values end a key early", FORWARD, "lanes.end[x] - first_key);", "lanes.end[x] - first_key - 1);"),
+    Mutation(
+        "last keys of a run at the wrong place", FORWARD, "SCORE_TILE(4, smaller(done, n - 4))", "SCORE_TILE(4, done)"
+    ),
+    Mutation("values end a key early", FORWARD, "lanes.end[at] - first_key);", "lanes.end[at] - first_key - 1);"),
     Mutation("rows whose last keys are not there", FORWARD, "panel.closed = last;", "panel.closed = true;"),
     Mutation(
         "sign of the log-sum-exp",
