@@ -9,9 +9,9 @@ STATE = "maskops/ops/direct.py"
 ATTENTION = "maskops/ops/attention/direct.py"
 
 MUTATIONS = (
-    Mutation("direct: autocast is not seen", STATE, "        and not _is_autocast_enabled()\n", "", TESTS),
+    Mutation("direct: autocast is not seen", STATE, " and not _is_autocast_enabled()", "", TESTS),
     Mutation("direct: modes are not seen", STATE, "        or _length_of_modes()\n", "", TESTS),
-    Mutation("direct: a preferred backend is not seen", STATE, "        and processor_is_free()\n", "", TESTS),
+    Mutation("direct: a preferred backend is not seen", STATE, " and processor_is_free()", "", TESTS),
     Mutation(
         "direct: plans of dense masks are taken for their hull",
         ATTENTION,
