@@ -1,8 +1,8 @@
 """`python -m tools.instruction_sets`: every instruction set, against float64 and against one another.
 
 The binary's own are those of this processor. NEON comes from a build without torch for 64-bit ARM, by the system's
-cross compiler (aarch64-linux-gnu-g++, or AARCH64_CXX) or else clang out of the wheel ``ziglang``, under QEMU
-(qemu-aarch64-static, or QEMU_AARCH64; without it NEON is compiled and not run). All compute the works of
+cross compiler (aarch64-linux-gnu-g++, or AARCH64_CXX), under QEMU (qemu-aarch64-static, or QEMU_AARCH64). Where one of
+them is missing, a line says that NEON is not compiled, or not run. All compute the works of
 ``tools/instruction_cases.py``.
 
 What is allowed is ``maskops.testing.error_budget``: twice the error of plain PyTorch in the same dtype and four

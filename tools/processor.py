@@ -37,8 +37,6 @@ LINKED = "-static -pthread -Wl,--wrap=aligned_alloc"
 # The program has one table of kernels, and nobody asks it for what Python asks the binary for.
 LEFT_OUT = ("csrc/exports.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp")
 STAND_IN = ("fuzz/torch.cpp", "tools/processor.cpp")
-ZIG = "0.15.2"
-"""The version of the wheel ``ziglang`` that is fetched where the system has no cross compiler."""
 
 # The values of torch's ScalarType, which its serialization format fixes.
 _DTYPES = {
@@ -76,26 +74,15 @@ def _named_or_found(variable: str, names: tuple[str, ...]) -> str | None:
 
 
 def cross_compiler() -> str:
-    """A compiler for 64-bit ARM on Linux: AARCH64_CXX, else the system's, else clang out of a wheel.
+    """A compiler for 64-bit ARM on Linux: AARCH64_CXX, else the system's.
 
     Raises:
-        RuntimeError: there is none, and the wheel could not be fetched.
+        RuntimeError: there is none.
     """
     names = ("aarch64-linux-gnu-g++", *(f"aarch64-linux-gnu-g++-{version}" for version in range(15, 10, -1)))
     if found := _named_or_found("AARCH64_CXX", names):
         return found
-    folder = PLACE / f"ziglang-{ZIG}"
-    if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--upgrade"]
-        fetched = subprocess.run([*pip, "--target", str(partial), f"ziglang=={ZIG}"], capture_output=True, text=True)
-        if fetched.returncode != 0:
-            raise RuntimeError(
-                "no cross compiler for 64-bit ARM (install aarch64-linux-gnu-g++ or set AARCH64_CXX), and no ziglang "
-                f"from pip: {(fetched.stderr.strip().splitlines() or ['?'])[-1]}"
-            )
-        partial.rename(folder)
-    return f"{shlex.quote(str(folder / 'ziglang' / 'zig'))} c++ -target aarch64-linux-musl"
+    raise RuntimeError("no cross compiler for 64-bit ARM: install aarch64-linux-gnu-g++ or set AARCH64_CXX")
 
 
 def emulator() -> tuple[str, ...]:
@@ -132,14 +119,11 @@ def start_build(machine: Machine, root: Path = ROOT) -> Callable[[], Path]:
     Raises:
         RuntimeError: (when waiting) the compiler failed; with its words.
     """
-    place = PLACE / machine.name
+    place = (PLACE if root == ROOT else root / "build") / machine.name
     place.mkdir(parents=True, exist_ok=True)
     (place / "build.ninja").write_text(graph(machine, place, root))
     ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
-    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(PLACE / "zig"), "ZIG_LOCAL_CACHE_DIR": str(PLACE / "zig")}
-    process = subprocess.Popen(
-        [*ninja, "-C", str(place)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    process = subprocess.Popen([*ninja, "-C", str(place)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish() -> Path:
         said = process.communicate()[0]
