@@ -96,13 +96,13 @@ MUTATIONS = (
     ),
     Mutation("a key at the edge of a tile of lanes", PRODUCTS, "run_end) - first_key;", "run_end) - first_key - 1;"),
     Mutation("lanes of the head before", BACKWARD, "lanes.head[lane] += heads;", ""),
-    Mutation("a task that was taken ahead is lost", SCHEDULE, "next != nullptr ? next : context", "context"),
+    Mutation("a task that was taken ahead is lost", SCHEDULE, "next != nullptr ? next : take()", "take()"),
     Mutation("holes are read", LANES, "while (last < limit && key_valid[last]) last++;", "last = limit;"),
     Mutation(
         "dK without the scale",
         BACKWARD,
-        "grad_keys + i * head_width, shape.head_dim,\n              shape.softmax_scale",
-        "grad_keys + i * head_width, shape.head_dim,\n              1.0f",
+        "sums.key(key), shape.head_dim, shape.softmax_scale);",
+        "sums.key(key), shape.head_dim, 1.0f);",
     ),
     Mutation(
         "dQ without the scale",
