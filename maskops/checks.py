@@ -43,6 +43,10 @@ def check_tensor(name: str, value: object, expected: str) -> None:
     """Raise TypeError for what is no tensor; ``expected`` says which one is meant."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {expected}, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: expected a dense one {expected}; pad it with x.to_padded_tensor(0.0)"
+        )
 
 
 def check_mask_values(name: str, mask: Tensor) -> None:

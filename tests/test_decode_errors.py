@@ -174,3 +174,17 @@ def test_what_compiled_code_cannot_check_is_never_an_access_out_of_bounds(backen
             continue
         with pytest.raises((ValueError, IndexError, RuntimeError)):
             compiled(q, *caches, lengths, table)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("argument", ["q", "k_cache", "v_cache", "lengths", "k", "v"])
+def test_nested_tensors_are_refused(argument: str) -> None:
+    """Reading their shape raises something else, in the short way, too."""
+    nested = torch.nested.nested_tensor([torch.ones(4, 1, 4), torch.ones(4, 2, 4)])
+    assert nested.dim() == 4
+    function, arguments = (
+        (maskops.append_kv, appending()) if argument in "kv" else (maskops.decode_attention, attending())
+    )
+    arguments[argument] = nested
+    with pytest.raises(TypeError, match=rf"^{argument} is a nested tensor: expected a dense one \("):
+        function(**arguments)

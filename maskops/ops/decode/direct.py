@@ -26,6 +26,11 @@ def _are_for_inference(*tensors: Any) -> bool:
     return all(x.dim() == 4 and not (wants_graph and x.requires_grad) for x in tensors)
 
 
+def _are_nested(*tensors: Any) -> bool:
+    """Whether one of them is nested, so that reading its shape has failed. Asked only then: asking costs."""
+    return any(x.is_nested for x in tensors)
+
+
 def append_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, lengths: Any, *rest: object) -> bool:
     """``maskops.append_kv`` to a cache without pages or indices; False: nothing was done, as where it raises.
 
@@ -46,6 +51,8 @@ def append_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, lengths: Any, *rest: o
     except REFUSED:
         return False
     except RuntimeError as error:
+        if _are_nested(k_cache, v_cache, k, v, lengths):
+            return False
         raise as_torch_says_it(error) from None
     return True
 
@@ -86,4 +93,6 @@ def decode_attention(q: Any, k_cache: Any, v_cache: Any, lengths: Any, mask: obj
     except REFUSED:
         return None
     except RuntimeError as error:
+        if _are_nested(q, k_cache, v_cache, lengths):
+            return None
         raise as_torch_says_it(error) from None
