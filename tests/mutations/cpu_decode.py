@@ -102,8 +102,15 @@ MUTATIONS = (
     Mutation(
         "decode: bfloat16 stays apart",
         DECODE_KERNEL,
-        "static ALWAYS_INLINE bool comes_apart(const bfloat16*) { return true; }",
-        "static ALWAYS_INLINE bool comes_apart(const bfloat16*) { return false; }",
+        "static constexpr ALWAYS_INLINE bool comes_apart(const bfloat16*) { return true; }",
+        "static constexpr ALWAYS_INLINE bool comes_apart(const bfloat16*) { return false; }",
+        DECODE,
+    ),
+    Mutation(
+        "decode: pairs of the first row",
+        DECODE_KERNEL,
+        "q_in_pairs = (const T*)s.q + r * q_width;",
+        "q_in_pairs = (const T*)s.q;",
         DECODE,
     ),
     Mutation(
