@@ -352,7 +352,7 @@ def test_float16_gradients_survive_a_loss_scale(backend: str) -> None:
 @pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_and_repetition(on_cpu: None, dtype: torch.dtype) -> None:
-    """Repeated, the same bits. With other threads the products are as equal as torch's library makes them."""
+    """Repeated, the same bits; with other threads, too, but for products of bfloat16, which are torch's."""
     problem = Problem((300,), 64, 517, dtype)
     threads = torch.get_num_threads()
     results = []
@@ -366,4 +366,7 @@ def test_threads_and_repetition(on_cpu: None, dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
     for a, b in zip(results[0], results[2], strict=True):
-        torch.testing.assert_close(a, b)
+        if dtype == torch.bfloat16 and chunks.multiplies_bfloat16():
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)

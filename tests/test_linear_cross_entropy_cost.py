@@ -24,8 +24,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.products = 0
-        # Processors that multiply bfloat16 do so for the gradients of such inputs; logits are float32 everywhere.
-        self.widths = {torch.float32, torch.bfloat16} if chunks.multiplies_bfloat16() else {torch.float32}
+        # Processors that multiply bfloat16 do so for the gradients of such inputs; all else is multiplied in float32.
+        self.widths = {torch.bfloat16} if chunks.multiplies_bfloat16() else set()
         self.alive = self.peak = 0
         self.seen: set[int] = set()
 
@@ -39,6 +39,9 @@ class Recorder(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             left, right = args[-2:]
             assert left.dtype == right.dtype and left.dtype in self.widths
+            self.products += left.shape[0] * left.shape[1] * right.shape[1]
+        elif func.overloadpacket is torch.ops.maskops.matmul_into:
+            left, right = args[:2]
             self.products += left.shape[0] * left.shape[1] * right.shape[1]
         results = func(*args, **(kwargs or {}))
         for result in results if isinstance(results, (tuple, list)) else [results]:

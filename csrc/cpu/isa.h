@@ -17,6 +17,9 @@ struct CrossEntropyRows;
 struct DecodeForward;
 struct DecodeTask;
 struct LaneBlock;
+struct Matmul;
+struct MatmulBlock;
+struct MatmulPanels;
 struct SoftmaxBackward;
 struct SoftmaxForward;
 
@@ -45,6 +48,13 @@ struct KernelTable {
                              int64_t row_end, char* scratch);
   void (*cross_entropy_both_streaming)(const CrossEntropyForward&, const CrossEntropyBackward&, int64_t row_begin,
                                        int64_t row_end, char* scratch);
+  // Rows and columns of a panel, and the parts of the depth that sums are made of.
+  int64_t matmul_rows;
+  int64_t matmul_columns;
+  int64_t matmul_depth;
+  void (*matmul_pack_left)(const Matmul&, const MatmulPanels&);
+  void (*matmul_pack_right)(const Matmul&, const MatmulPanels&);
+  void (*matmul_block)(const Matmul&, const MatmulBlock&);
   // A strip is a row, or softmax_width lanes (the last of an outer index may have fewer).
   int64_t softmax_width;
   size_t (*softmax_forward_scratch)(const SoftmaxForward&);  // bytes

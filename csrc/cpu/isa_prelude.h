@@ -19,4 +19,5 @@
 #include "cross_entropy.h"
 #include "decode.h"
 #include "isa.h"
+#include "matmul.h"
 #include "softmax.h"

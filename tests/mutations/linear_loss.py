@@ -4,20 +4,17 @@ from tests.mutations import Mutation
 
 LINEAR = ("tests/test_linear_cross_entropy.py", "tests/test_linear_cross_entropy_cost.py")
 
+MATMUL = "csrc/cpu/matmul.inc"
+SCHEDULE = "csrc/cpu/matmul.cpp"
+PRODUCTS = ("tests/test_matmul.py",)
+
 CHUNKS = "maskops/ops/linear_cross_entropy/chunks.py"
 LINEAR_LAYER = "maskops/ops/linear_cross_entropy/registration.py"
 
 MUTATIONS = (
     Mutation("linear: chunks a row short", CHUNKS, "self.step = -(-self.count", "self.step = (self.count", LINEAR),
     Mutation("linear: skipped rows scored", CHUNKS, "chosen = labels != ignore_index", "chosen = labels != -1", LINEAR),
-    Mutation(
-        "linear: first tile added to what was there",
-        CHUNKS,
-        "beta=int(tile.start > 0)",
-        "beta=1",
-        LINEAR,
-    ),
-    Mutation("linear: only the last chunk counts", CHUNKS, "beta=int(self.started)", "beta=0", LINEAR),
+    Mutation("linear: only the last chunk counts", CHUNKS, "add=self.started", "add=False", LINEAR),
     Mutation(
         "linear: chunks summed in the weight's dtype",
         CHUNKS,
@@ -34,4 +31,16 @@ MUTATIONS = (
         LINEAR,
     ),
     Mutation("linear: factor of the loss forgotten", LINEAR_LAYER, "made.mul_(grad)", "made.mul_(1.0)", LINEAR),
+    Mutation(
+        "matmul: only the last part of the depth counts",
+        MATMUL,
+        "const float* start = k == 0 ? p.start : p.result;",
+        "const float* start = p.start;",
+        PRODUCTS,
+    ),
+    Mutation("matmul: a slab is not packed anew", SCHEDULE, "slab.origin == origin && slab", "slab", PRODUCTS),
+    Mutation(
+        "matmul: tiles stick out", MATMUL, "if (rows >= MM_ROWS && columns", "if (rows >= MM_ROWS || columns", PRODUCTS
+    ),
+    Mutation("matmul: the row comes again", MATMUL, "k == 0 ? p.start_stride", "k != 0 ? p.start_stride", PRODUCTS),
 )

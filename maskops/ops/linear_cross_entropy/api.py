@@ -125,7 +125,7 @@ def linear_cross_entropy(
     logits that are not rounded to the dtype of the inputs. What tokens that are skipped hold, NaN included, is never
     read, and their hidden states have a gradient of exactly 0.
 
-    Memory: inputs, gradients, and the logits of a chunk of tokens (32 MiB, or those of 128 tokens if that is more; on a
+    Memory: inputs, gradients, and the logits of a chunk of tokens (64 MiB, or those of 128 tokens if that is more; on a
     device 256 MiB or 512 tokens, and as much again in the dtype of 16-bit inputs where gradients are wanted).
     Where gradients of a bfloat16 or float16 weight are wanted, also a float32 sum of them while it is computed.
     Time: where the result is a single number (any reduction but ``"none"``, and no ``return_*`` except
@@ -171,9 +171,9 @@ def linear_cross_entropy(
         TypeError: a type or dtype is wrong.
         ValueError: what ``maskops.cross_entropy`` refuses, or ``weight`` or ``bias`` do not fit.
 
-    Tokens are scored in chunks that depend on shapes alone; the matrix products are torch's, and where its library for
-    them gives the same bits for any number of threads (Intel's does from 12 kept tokens on), so does this. There
-    is no double backward; ``maskops.use_backend("reference")`` has it.
+    Tokens are scored in chunks that depend on shapes alone. On the CPU the products give the same bits for any number
+    of threads; only those that multiply bfloat16 with instructions for it are torch's, and as its library makes them.
+    There is no double backward; ``maskops.use_backend("reference")`` has it.
 
     Example:
         >>> hidden, weight, target = torch.randn(2, 5, 64), torch.randn(1000, 64), torch.randint(1000, (2, 5))

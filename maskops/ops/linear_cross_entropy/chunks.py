@@ -4,43 +4,29 @@ A chunk's logits are one product, are scored by the kernel of cross-entropy, are
 is wanted, and end in two more products: the gradient of the chunk's hidden states, and its share of the gradient of the
 weight. Gradients need the scores, and those need a whole row of logits: so chunks are rows, not columns.
 
-The products are torch's. That of the logits is float32 whatever the inputs: torch would round its results to bfloat16.
-So are the other two, but for inputs of bfloat16 on a processor with instructions for it: there the gradient of the
-logits is rounded, and both take half of the time (elsewhere such a product takes tens of times longer). A weight of
-another dtype, or one that the matrix product would have to copy, is converted tile by tile into the same small buffer.
-That costs one conversion for every hundreds of multiplications, so it is not worth keeping.
+The products are our own (csrc/cpu/matmul.cpp) and float32 whatever the inputs, which they convert while they pack them,
+of any strides: nothing is copied for them. Those of torch reach less of the processor's limit, and for bfloat16 take
+tens of times longer where it has no instructions for it. Where it has, and for inputs of bfloat16, the gradient of the
+logits is rounded, and both products with it are torch's, in half of the time.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from maskops.ops.cross_entropy.rows import check_labels
 
-# Logits of a chunk. More rows make the products a little faster and take more memory; fewer than the least make them
-# slow, since each reads the whole weight.
-_CHUNK_BYTES = 1 << 25
+# Logits of a chunk. Every chunk packs the weight twice and adds to its whole gradient: more rows make that cheaper and
+# take more memory.
+_CHUNK_BYTES = 1 << 26
 _LEAST_ROWS = 128
-_TILE_BYTES = 1 << 22  # of a converted weight: it stays in the caches
+_TILE_BYTES = 1 << 22  # of a share of the weight's gradient that is rounded at once: it stays in the caches
 
 
-class _Columns:
-    """The weight in tiles of columns of the logits, as float32 matrices that a product reads in place."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        vocabulary, width = weight.shape
-        self.as_it_is = weight.dtype == torch.float32 and _product_reads(weight)
-        step = vocabulary if self.as_it_is else max(1, _TILE_BYTES // (4 * max(width, 1)))
-        self.tiles = [slice(begin, min(begin + step, vocabulary)) for begin in range(0, vocabulary, step)]
-        self.buffer = weight.new_empty((0 if self.as_it_is else min(step, vocabulary), width), dtype=torch.float32)
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of the logits, and the part (columns, H) of the weight that makes them, good until the next one."""
-        for tile in self.tiles:
-            part = self.weight[tile]
-            yield tile, part if self.as_it_is else self.buffer[: part.shape[0]].copy_(part)
+def _multiply(left: Tensor, right: Tensor, result: Tensor, *, row: Tensor | None = None, add: bool = False) -> None:
+    """Writes ``left @ right``, plus a row or what the result holds, to a float32 matrix without gaps."""
+    if result.stride(1) != 1 and result.shape[1] > 1:
+        left, right, result = right.t(), left.t(), result.t()
+    torch.ops.maskops.matmul_into(left, right, result.new_empty(0) if row is None else row, result, add)
 
 
 def multiplies_bfloat16() -> bool:
@@ -97,17 +83,23 @@ class _Sum:
         self.sum = self.gradient if in_place else torch.empty_like(like, dtype=torch.float32)
         self.started = False
 
-    def add_product(self, left: Tensor, right: Tensor, tiles: list[slice]) -> None:
-        """Adds ``left.T @ right``, where a tile is a part of the columns of ``left``."""
-        if self.in_tiles:
-            for tile in tiles:
-                self.gradient[tile] = left[:, tile].t() @ right
-        elif left.dtype != self.sum.dtype:
-            for tile in tiles:
-                share = left[:, tile].t() @ right
-                self.sum[tile] = self.sum[tile] + share if self.started else share
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Adds ``left.T @ right``."""
+        if not self.in_tiles and left.dtype == torch.float32:
+            _multiply(left.t(), right, self.sum, add=self.started)
         else:
-            torch.addmm(self.sum, left.t(), right, beta=int(self.started), out=self.sum)
+            vocabulary, width = self.sum.shape
+            step = max(1, _TILE_BYTES // (4 * max(width, 1)))
+            buffer = self.sum.new_empty(step if left.dtype == torch.float32 else 0, width, dtype=torch.float32)
+            for begin in range(0, vocabulary, step):
+                columns = left[:, begin : begin + step]
+                if left.dtype == torch.float32:
+                    share = buffer[: columns.shape[1]]
+                    _multiply(columns.t(), right, share)
+                else:
+                    share = columns.t() @ right
+                tile = self.sum[begin : begin + step]
+                tile.copy_(tile + share if self.started else share)
         self.started = True
 
     def add(self, share: Tensor) -> None:
@@ -151,7 +143,7 @@ def linear_cross_entropy(
             needed = [grad != 0 for grad in incoming if grad.numel()]
             chosen = chosen & torch.stack(needed).any(0) if needed else torch.zeros_like(chosen)
         vocabulary, width = weight.shape
-        rows, columns = _Rows(chosen, vocabulary), _Columns(weight)
+        rows = _Rows(chosen, vocabulary)
         numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
         single, gradients = torch.float32, hidden_gradient or weight_gradient or bias_gradient
 
@@ -166,20 +158,15 @@ def linear_cross_entropy(
 
         buffer = torch.empty(rows.step, vocabulary)
         grad_buffer = torch.empty(rows.step if hidden_gradient and not directly else 0, width)
-        wide_bias = bias.float()
+        wide_bias = bias.float().contiguous() if bias.numel() else None
         half = torch.bfloat16
         narrow = gradients and hidden.dtype == weight.dtype == half and _product_reads(weight) and multiplies_bfloat16()
         narrow_buffer = torch.empty((rows.step if narrow else 0, vocabulary), dtype=half)
         for chunk in rows.chunks:
             states = rows.take(hidden, chunk)
-            x = states.float()
-            n = x.shape[0]
+            n = states.shape[0]
             logits = buffer[:n]
-            for tile, part in columns:
-                if bias.numel():
-                    torch.addmm(wide_bias[tile], x, part.t(), out=logits[:, tile])
-                else:
-                    torch.mm(x, part.t(), out=logits[:, tile])
+            _multiply(states, weight.t(), logits, row=wide_bias)
             targets = (rows.take(labels, chunk), class_weights, logits.new_empty(0))  # no probabilities
             if gradients:
                 taken = [rows.take(grad, chunk) if grad.numel() else grad for grad in incoming]
@@ -199,14 +186,13 @@ def linear_cross_entropy(
                 if hidden_gradient:
                     rows.put(grad_hidden, grad_of_logits @ weight, chunk)
                 if weight_gradient:
-                    grad_weight.add_product(grad_of_logits, states, columns.tiles)
+                    grad_weight.add_product(grad_of_logits, states)
                 continue
             if hidden_gradient:
                 part_of_grad = grad_hidden[chunk] if directly else grad_buffer[:n]
-                for tile, part in columns:
-                    torch.addmm(part_of_grad, logits[:, tile], part, beta=int(tile.start > 0), out=part_of_grad)
+                _multiply(logits, weight, part_of_grad)
                 if not directly:
                     rows.put(grad_hidden, part_of_grad, chunk)
             if weight_gradient:
-                grad_weight.add_product(logits, x, columns.tiles)
+                grad_weight.add_product(logits, states)
         return (*outputs, grad_hidden, grad_weight.result(), grad_bias.result())

@@ -88,6 +88,16 @@ _library.impl(
     "CompositeExplicitAutograd",
 )
 
+# left (M, K) @ right (K, N), of any strides, plus ``row`` (N,) float32 or, with ``add``, what the result (M, N) float32
+# holds. `cpu` alone has it.
+_library.define("matmul_into(Tensor left, Tensor right, Tensor row, Tensor(a!) result, bool add) -> ()", tags=_TAGS)
+
+
+@torch.library.register_fake("maskops::matmul_into", lib=_library)  # type: ignore[untyped-decorator]
+def _(left: Tensor, right: Tensor, row: Tensor, result: Tensor, add: bool) -> None:
+    return None
+
+
 _OF_ROWS = ("hidden", "labels", "grad_loss", "grad_lse", "grad_logprobs", "grad_entropy")
 
 
