@@ -46,6 +46,9 @@ const Entry entries[] = {
     KERNEL(cross_entropy_backward_streaming),
     KERNEL(cross_entropy_both),
     KERNEL(cross_entropy_both_streaming),
+    KERNEL(matmul_pack_left),
+    KERNEL(matmul_pack_right),
+    KERNEL(matmul_block),
     KERNEL(softmax_forward),
     KERNEL(softmax_backward),
 };
