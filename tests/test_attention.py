@@ -347,6 +347,42 @@ def test_non_finite_values_stay_in_their_document_of_a_vector(lengths: list[int]
             extension.select_instruction_set(str(in_use))
 
 
+@pytest.mark.processor
+@pytest.mark.parametrize("lengths", [[3] * 12, [3, 5, 4, 9], [20, 3, 2, 70, 4]])
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["full", "causal"])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_gradients_that_are_not_finite_stay_in_their_document_of_a_vector(
+    lengths: list[int], mask: masks.Mask | None, softcap: float
+) -> None:
+    """Whichever of the inputs holds them."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(int(cu_seqlens[-1]), heads, 24, generator=generator) for heads in (2, 1, 1, 2)]
+
+    def gradients(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+        out = maskops.varlen_attention(q, k, v, cu_seqlens, mask=mask, softcap=softcap, backend="cpu")
+        return torch.autograd.grad(out, (q, k, v), grad_out)
+
+    in_use = extension.instruction_set()
+    for name in extension.instruction_sets():
+        extension.select_instruction_set(name)
+        try:
+            clean = gradients(*inputs)
+            for (first, last), at, value in itertools.product(
+                itertools.pairwise(cu_seqlens.tolist()), range(4), (math.nan, math.inf)
+            ):
+                spoiled = [x.clone() for x in inputs]
+                spoiled[at][first:last] = value
+                others = torch.ones(len(inputs[0]), dtype=torch.bool)
+                others[first:last] = False
+                found = gradients(*spoiled)
+                assert all(torch.equal(x[others], y[others]) for x, y in zip(found, clean, strict=True)), (name, at)
+                assert any(not x[first:last].isfinite().all() for x in found), (name, at)
+        finally:
+            extension.select_instruction_set(str(in_use))
+
+
 def test_each_output_alone_has_its_gradient(backend: str) -> None:
     q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
     out, lse = maskops.attention(q, k, v, masks.causal(), return_lse=True, backend=backend)

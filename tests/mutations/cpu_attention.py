@@ -92,9 +92,16 @@ MUTATIONS = (
     Mutation("masked pairs keep their gradient", PRODUCTS, "gradient = allowed ? gradient : (vf){};", ""),
     Mutation("masked pairs keep their probability", PRODUCTS, "weight = allowed ? weight : (vf){};", ""),
     Mutation(
-        "a lane at the edge of a tile of keys", PRODUCTS, "depths.end[tile] = end;", "depths.end[tile] = end - 1;"
+        "a lane at the edge of a tile of keys", PRODUCTS, "stop - key, begin, end);", "stop - key, begin, end - 1);"
     ),
-    Mutation("a key at the edge of a tile of lanes", PRODUCTS, "run_end) - first_key;", "run_end) - first_key - 1;"),
+    Mutation("a key at the edge of a tile of lanes", PRODUCTS, "run_end) - first_key);", "run_end) - first_key - 1);"),
+    Mutation(
+        "a tile of dQ has lanes of two documents",
+        PRODUCTS,
+        "scratch.lanes->segment_end[panel.lane + lane] - panel.lane;",
+        "panel.lanes;",
+    ),
+    Mutation("a tile of dK has keys of two documents", PRODUCTS, "first[end - 1] >= last[begin]", "false"),
     Mutation("lanes of the head before", BACKWARD, "lanes.head[lane] += heads;", ""),
     Mutation("a task that was taken ahead is lost", SCHEDULE, "next != nullptr ? next : take()", "take()"),
     Mutation("holes are read", LANES, "while (last < limit && key_valid[last]) last++;", "last = limit;"),
