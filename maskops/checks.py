@@ -66,6 +66,11 @@ def check_scale_and_softcap(softmax_scale: float | None, softcap: float) -> None
     """Raises for numbers that attention cannot compute with: kernels hold them, and softcap's inverse, in float32."""
     if softmax_scale is not None and not -_SINGLE.max <= softmax_scale <= _SINGLE.max:
         raise ValueError(f"softmax_scale is {softmax_scale}: expected a finite number, in the range of float32")
+    check_softcap(softcap)
+
+
+def check_softcap(softcap: float) -> None:
+    """Raises for a cap that kernels cannot hold in float32, or not its inverse."""
     if softcap != 0 and not _SMALLEST_SOFTCAP <= softcap <= _SINGLE.max:
         raise ValueError(
             f"softcap is {softcap}: expected 0 (none) or a positive number, {_SMALLEST_SOFTCAP} or more, in the range "

@@ -196,6 +196,7 @@ BAD_NUMBERS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "label_smoothing is nan: expected a number in [0, 1]", {"label_smoothing": float("nan")}),
     (ValueError, "z_loss is -1.0: expected a finite number >= 0", {"z_loss": -1.0}),
     (ValueError, "softcap is -2.0: expected a finite number >= 0, where 0 means none", {"softcap": -2.0}),
+    (ValueError, "softcap is 1e-60: expected 0 (none) or a positive number, 1e-30 or more", {"softcap": 1e-60}),
     (ValueError, "logit_scale is 0.0: expected a finite number > 0", {"logit_scale": 0.0}),
     (TypeError, "label_smoothing is 'a': expected a number in [0, 1]", {"label_smoothing": "a"}),
     (TypeError, "z_loss is None: expected a finite number >= 0", {"z_loss": None}),

@@ -17,6 +17,9 @@ inline CrossEntropyRows cross_entropy_rows(const Tensor& logits, const Tensor& t
   require(target.dim() == 1 && target.size(0) == logits.size(0), "cross_entropy: target must have a label per row");
   require(target.dtype() == DType::int32 || target.dtype() == DType::int64,
           "cross_entropy: target must be int32 or int64");
+  // Kernels hold it in both: there is a cap in both or in none.
+  require(softcap == 0.0 || static_cast<float>(softcap) != 0.0f,
+          "cross_entropy: softcap must be 0 or a float32 number");
   CrossEntropyRows rows = {};
   rows.logits = logits.data();
   rows.element = element_of(logits);

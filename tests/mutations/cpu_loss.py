@@ -284,8 +284,15 @@ MUTATIONS = (
     Mutation(
         "loss: kept exponentials keep their references",
         CROSS_ENTROPY,
-        "store(kept.exponentials + i, load(kept.exponentials + i) * alpha);",
+        "store(lanes + v * W, load(lanes + v * W) * alpha);",
         "(void)alpha;",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: logits among kept exponentials are folded",
+        CROSS_ENTROPY,
+        "if (i == kept.left_out) continue;",
+        "",
         LOSS_BUFFER,
     ),
     Mutation(

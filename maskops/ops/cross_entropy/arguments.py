@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from maskops.checks import INTEGERS, check_mask_values, check_tensor
+from maskops.checks import INTEGERS, check_mask_values, check_softcap, check_tensor
 from maskops.layouts import DOCUMENTS, Layout, check_values, values_can_be_read
 
 Reduction = Literal["mean", "sum", "none", "sequence_mean"]
@@ -168,6 +168,7 @@ def check_numbers(
         raise ValueError(f"z_loss is {z_loss}: expected a finite number >= 0")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}: expected a finite number >= 0, where 0 means none")
+    check_softcap(softcap)
     if not 0.0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale is {logit_scale}: expected a finite number > 0")
 
