@@ -2,7 +2,8 @@
 // most kernels take to fill it: several times as long with pages of 4 KiB, and longer still on a virtual machine whose
 // host has taken unused pages back. So large results lie in huge pages where the system grants them, and what a result
 // leaves behind is kept for the next one. The system may take the pages of a kept block whenever it runs short of
-// memory (MADV_FREE); until then they count as resident.
+// memory (MADV_FREE); until then they count as resident. Storages of such tensors are those of torch.from_blob: torch
+// refuses to resize them (resize_, out= of another size, untyped_storage().resize_).
 #pragma once
 
 #include <cstddef>

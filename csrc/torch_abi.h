@@ -109,7 +109,8 @@ inline int bytes_of(DType dtype) {
 // Where a tensor's memory is; the types are the values of c10::DeviceType.
 struct Place {
   int32_t type = 0, index = 0;
-  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+  // The processor is one place, whatever the index: tensors there say -1.
+  bool operator==(const Place& other) const { return type == other.type && (type == 0 || index == other.index); }
 };
 constexpr Place PROCESSOR{};
 
@@ -142,18 +143,24 @@ inline AtenTensorHandle in_large_memory(int64_t dim, const int64_t* sizes, const
       return nullptr;
     }
   }
-  if (last < static_cast<int64_t>(LARGE_BYTES) / bytes_of(dtype) || last > INT64_MAX / 16) return nullptr;
+  if (last + 1 < static_cast<int64_t>(LARGE_BYTES) / bytes_of(dtype) || last > INT64_MAX / 16) return nullptr;
   size_t size;
   void* memory = take_large(static_cast<size_t>(last + 1) * static_cast<size_t>(bytes_of(dtype)), &size);
   if (memory == nullptr) return nullptr;
-  const auto give_back = [](void* begin, void* size) { give_back_large(begin, reinterpret_cast<size_t>(size)); };
+  // torch owns the memory from some point of the call on: where it fails after that, it has given it back already.
+  thread_local const void* given_back;
+  given_back = nullptr;
+  const auto give_back = [](void* begin, void* size) {
+    given_back = begin;
+    give_back_large(begin, reinterpret_cast<size_t>(size));
+  };
   AtenTensorHandle handle = nullptr;
   constexpr int32_t strided = 0, no_index = -1;  // as the processor has it
   const AOTITorchError error =
       torch_from_blob(memory, dim, sizes, strides, 0, static_cast<int32_t>(dtype), PROCESSOR.type, no_index, &handle,
                       strided, nullptr, 0, give_back, reinterpret_cast<void*>(size));
   if (error == 0) return handle;
-  give_back_large(memory, size);
+  if (given_back != memory) give_back_large(memory, size);
   return nullptr;
 }
 

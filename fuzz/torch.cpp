@@ -369,7 +369,7 @@ bool Call::run(const char* name, int n_results, std::vector<Value>& results) {
     served = false;
     out_of_memory_ = true;
     error_ = failure.what();
-    if (error_.find("aoti_torch_empty_strided") == std::string::npos) fail(std::string(name) + " threw: " + error_);
+    if (error_.find("out of memory") == std::string::npos) fail(std::string(name) + " threw: " + error_);
   } catch (const std::exception& other) {
     w.inside = false;
     fail(std::string(name) + " threw: " + other.what());

@@ -524,10 +524,10 @@ def largest_allocation(step: Callable[[], Any]) -> int:
 
 
 def test_logits_are_never_whole() -> None:
-    """No tensor of a training step is as large as the logits of its batch: half of them is a chunk of 32 MiB."""
-    model = SERVED["llama"].build(num_hidden_layers=1, vocab_size=16384, max_position_embeddings=1024).train()
-    tokens = torch.randint(4, 16384, (1, 1024), generator=torch.Generator().manual_seed(0))
-    logits = 1024 * 16384 * 4
+    """No tensor of a training step is as large as the logits of its batch: half of them is a chunk of 64 MiB."""
+    model = SERVED["llama"].build(num_hidden_layers=1, vocab_size=32768, max_position_embeddings=1024).train()
+    tokens = torch.randint(4, 32768, (1, 1024), generator=torch.Generator().manual_seed(0))
+    logits = 1024 * 32768 * 4
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()

@@ -70,6 +70,11 @@ ERRORS = [
         "q and k have head_dim 0 and 0: they must be equal, and at least 1",
     ),
     (
+        {"q": zeros(2, 4, 5, 0), "k": zeros(2, 2, 6, 0), "softmax_scale": 0.5},
+        ValueError,
+        "q and k have head_dim 0 and 0: they must be equal, and at least 1",
+    ),
+    (
         {"v": zeros(2, 2, 5, 3)},
         ValueError,
         "k has 2 heads and 6 keys, v has 2 heads and 5 keys: they must be equal",

@@ -147,7 +147,7 @@ def test_what_leaks_is_written_from_the_json() -> None:
     assert "| bloom | - | - | - | - | - | - | - |" in text
     assert "1 of 2 families leak" in text and "of the 1 that take maskops, none does." in text
     run["rows"][2]["batches"]["packed"]["verdict"] = "WRONG"
-    assert "of the 1 that take maskops, llama, packed: WRONG." in readme.audit_figures(run, [])
+    assert "of the 1 that take maskops, these do: llama, packed: WRONG." in readme.audit_figures(run, [])
     run["rows"][2]["batches"]["packed"].update(verdict="LEAKS", enters=["layers.0"])
     assert "llama, packed: leaks in layers.0." in readme.audit_figures(run, [])
 

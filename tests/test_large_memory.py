@@ -95,3 +95,27 @@ def test_such_tensors_are_shared_and_copied_like_others(logits: Tensor) -> None:
     expected = large.clone()
     assert large.untyped_storage().nbytes() == BYTES
     assert torch.equal(large.share_memory_(), expected) and large.is_shared()
+
+
+def test_their_storage_keeps_its_size(logits: Tensor) -> None:
+    """As README and large_memory.h say; in place and into results of their own shape everything goes on."""
+    large = gradient(logits)
+    torch.mul(large, 2.0, out=large)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        large.resize_(2 * ROWS, VOCABULARY)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        large.untyped_storage().resize_(0)
+
+
+def test_every_op_has_its_large_results_there() -> None:
+    """Through the full way and the short one: tensors say that they are on processor -1, which is processor 0."""
+    scores = torch.randn(1, 3, 1700, 1700)
+    x = torch.randn(1 << 16, 2, 64, requires_grad=True)
+    cu_seqlens = torch.arange(0, (1 << 16) + 1, 64, dtype=torch.int32)
+    with torch.no_grad():
+        short = [maskops.masked_softmax(scores, None), maskops.varlen_attention(x, x, x, cu_seqlens)]
+    with maskops.use_backend("cpu", fallback="error"):
+        full = [maskops.masked_softmax(scores, None), maskops.varlen_attention(x, x, x, cu_seqlens)]
+    torch.testing.assert_close(full[1], short[1], rtol=0, atol=0)
+    for result in (*short, *full, torch.autograd.grad(full[1].sum(), x)[0]):
+        assert result.data_ptr() % HUGE_PAGE == 0

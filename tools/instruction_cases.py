@@ -203,6 +203,7 @@ def _loss(rows: int, vocabulary: int, options: dict[str, Any], run: Run) -> Resu
 
 def _loss_works() -> list[Work]:
     none: dict[str, Any] = {"reduction": "none"}
+    total: dict[str, Any] = {"reduction": "sum", "into_buffer": True}  # of a mean the gradients are too small to miss
     everything = {**none, "return_lse": True, "return_logprobs": True, "return_entropy": True, "return_argmax": True}
     options: dict[str, dict[str, Any]] = {
         "plain": none,
@@ -213,9 +214,9 @@ def _loss_works() -> list[Work]:
         "probabilities": {**none, "soft": True, "label_smoothing": 0.1},
         "all outputs, softcap, smoothing": {**everything, "softcap": 9.0, "label_smoothing": 0.1, "weighted": True},
         "over the logits": {**none, "inplace_backward": True},
-        "into a buffer": {"reduction": "sum", "into_buffer": True},
-        "into a buffer, softcap, smoothing": {"into_buffer": True, "softcap": 5.0, "label_smoothing": 0.1},
-        "into a buffer, probabilities": {"into_buffer": True, "soft": True},
+        "into a buffer": total,
+        "into a buffer, softcap, smoothing": {**total, "softcap": 5.0, "label_smoothing": 0.1},
+        "into a buffer, probabilities": {**total, "soft": True},
     }
     # An entropy is a difference of numbers as large as the logits, and so is a part of its gradient.
     differences = {"entropy": 16.0, "gradient of logits": 4.0}
@@ -225,7 +226,7 @@ def _loss_works() -> list[Work]:
         for name, chosen in options.items()
     ]  # fmt: skip
     # Gradients past the caches, from 32 MiB on.
-    for name, chosen in (("large", none), ("large, into a buffer", {"reduction": "sum", "into_buffer": True})):
+    for name, chosen in (("large", none), ("large, into a buffer", total)):
         works.append(Work("cross_entropy", name, SINGLE, functools.partial(_loss, 9, 1_000_003, chosen)))
     return works
 
@@ -265,18 +266,36 @@ def _softmax_works() -> list[Work]:
 # ---- linear_cross_entropy ----
 
 
-def _linear_loss(run: Run) -> Results:
-    inputs = {"hidden": run.draw(1, 40, 24), "weight": run.draw(2, 301, 24)}
+def _linear_loss(rows: int, width: int, vocabulary: int, softcap: float, run: Run) -> Results:
+    inputs = {
+        "hidden": run.draw(1, rows, width),
+        "weight": run.draw(2, vocabulary, width),
+        "bias": run.draw(4, vocabulary),
+    }
+    inputs["weight"] *= width**-0.5
     for x in inputs.values():
         x.requires_grad_()
-    target = torch.randint(301, (40,), generator=torch.Generator().manual_seed(3))
+    target = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(3))
     target[::5] = -100
     with maskops.use_backend(run.backend):
-        loss = maskops.linear_cross_entropy(inputs["hidden"], inputs["weight"], target, softcap=9.0)
+        loss = maskops.linear_cross_entropy(
+            inputs["hidden"], inputs["weight"], target, bias=inputs["bias"], reduction="sum", softcap=softcap
+        )
     return {"loss": loss.detach(), **_gradients({"loss": loss}, inputs, [run.single(torch.tensor(1.0))])}
+
+
+def _linear_works() -> list[Work]:
+    # The second is deeper than a part of the depth and wider than a block of the products.
+    shapes: dict[str, tuple[int, int, int, float]] = {
+        "softcap, ignored rows": (40, 24, 301, 9.0),
+        "deep": (70, 300, 700, 0.0),
+    }
+    return [
+        Work("linear_cross_entropy", name, DTYPES, functools.partial(_linear_loss, *shape))
+        for name, shape in shapes.items()
+    ]
 
 
 def works() -> list[Work]:
     """All of them."""
-    linear = Work("linear_cross_entropy", "softcap, ignored rows", DTYPES, _linear_loss)
-    return [*_attention_works(), *_decode_works(), *_loss_works(), *_softmax_works(), linear]
+    return [*_attention_works(), *_decode_works(), *_loss_works(), *_softmax_works(), *_linear_works()]

@@ -322,7 +322,7 @@ def audit_figures(run: dict[str, Any], families: Sequence[str] = AUDITED) -> str
             *lines,
             "",
             f"{len(leaking)} of {len(audited)} families leak in some batch with an attention of their own; of the "
-            f"{len(ours)} that take maskops, {'; '.join(wrong) if wrong else 'none does'}.",
+            f"{len(ours)} that take maskops, {'these do: ' + '; '.join(wrong) if wrong else 'none does'}.",
             "",
         ]
     )

@@ -14,7 +14,8 @@ constexpr int64_t PACKED_PANELS = 8;        // a task packs: what lies side by s
 constexpr int64_t BLOCK_COLUMNS = 256;      // of a task: over a part of the depth they stay in the second cache
 constexpr int64_t BLOCK_ROWS = 192;         // at most, fewer where threads would be idle
 constexpr int64_t TASKS_PER_WORKER = 4;
-constexpr int64_t SPACING = 16;  // floats between panels, so that they do not all begin in one set of a cache
+constexpr double FLOPS_PER_WORKER = 2e6;  // waking a thread pays off for this much
+constexpr int64_t SPACING = 16;           // floats between panels, so that they do not all begin in one set of a cache
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
@@ -28,7 +29,8 @@ Slabs slabs_of(const Matmul& p, const KernelTable& table) {
   };
   Slabs slabs;
   // The shorter operand is packed once for a part of the depth, as much of it as there is room for.
-  slabs.depth = fit(p.depth, table.matmul_depth, PACKED_FLOATS / std::max<int64_t>(1, std::min(p.rows, p.columns)));
+  const int64_t panel = std::max(table.matmul_rows, table.matmul_columns);
+  slabs.depth = fit(p.depth, table.matmul_depth, PACKED_FLOATS / std::max(panel, std::min(p.rows, p.columns)));
   slabs.rows = fit(p.rows, table.matmul_rows, PACKED_FLOATS / slabs.depth);
   slabs.columns = fit(p.columns, table.matmul_columns, PACKED_FLOATS / slabs.depth);
   return slabs;
@@ -110,7 +112,10 @@ void multiply(const Matmul& p, const KernelTable& table, const Operand& left, co
 
 }  // namespace
 
-void matmul(const Matmul& p, const Threads& threads) {
+void matmul(const Matmul& p, const Threads& all) {
+  const double flops =
+      2.0 * static_cast<double>(p.rows) * static_cast<double>(p.columns) * static_cast<double>(p.depth);
+  const Threads threads{all.run, static_cast<int>(std::min<double>(all.count, 1 + flops / FLOPS_PER_WORKER))};
   const KernelTable& table = kernels();
   const Slabs slabs = slabs_of(p, table);
   Operand left(table.matmul_pack_left, table.matmul_rows, p.rows, slabs.rows, slabs.depth);

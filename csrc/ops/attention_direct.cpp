@@ -153,10 +153,9 @@ struct Call {
   Call(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) : q(q), k(k), v(v) {
     require(this->q.is_packed() == this->k.is_packed() && this->q.is_packed() == this->v.is_packed(),
             "attention: q, k and v must have equally many dimensions");
-    if (std::isnan(softmax_scale)) {  // the default
-      require(this->q.size(3) > 0, "attention: q has no width");
-      softmax_scale = 1.0 / std::sqrt(static_cast<double>(this->q.size(3)));
-    }
+    require(this->q.size(3) > 0, "attention: q has no width");
+    if (std::isnan(softmax_scale))
+      softmax_scale = 1.0 / std::sqrt(static_cast<double>(this->q.size(3)));  // the default
     shape = attention_shape(this->q, this->k, this->v, softmax_scale, 0.0);
   }
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const SpanTensors& tensors, double softmax_scale)

@@ -4,7 +4,8 @@ A small problem is computed in less time than it takes to find out how: to check
 every backend. Of most calls all of that is known beforehand: eager, on plain tensors of the processor, without a
 transform, a mode, autocast or a feature. An op's ``direct.py`` recognises such calls by conditions that cost little,
 and calls the operator. What it does not recognise, or what the operator refuses, goes the full way, which alone knows
-what is wrong and says so: a direct call raises nothing, and gives what the full way gives.
+what is wrong and says so: a direct call gives what the full way gives, and complains of no argument. Where a kernel
+fails or memory runs out it raises, once: nothing is tried again.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ from maskops import masks
 from maskops.layouts import VARLEN
 from maskops.masks import Mask
 from maskops.ops.attention import registration
-from maskops.ops.calls import as_torch_says_it
+from maskops.ops.calls import as_torch_says_it, run
 from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes, saves_as_usual
 from maskops.spans import RowSpans
 
@@ -218,7 +218,7 @@ class _Pattern(torch.autograd.Function):
         saved = ctx.saved_tensors
         mask, scale = ctx.given
         if _is_plain_gradient(grad_out, grad_lse):
-            return *_pattern_backward(_readable(grad_out), *saved, mask.span_program, scale), None, None, None
+            return *run(_pattern_backward, _readable(grad_out), *saved, mask.span_program, scale), None, None, None
         q, k, *_ = saved
         plan = mask.spans(q.shape[2], k.shape[2], device="cpu", grad=False)
         return *_gradients(saved, plan[:5], scale, grad_out, grad_lse), None, None, None
@@ -249,7 +249,7 @@ class _Packed(torch.autograd.Function):
         *saved, offsets = ctx.saved_tensors
         mask, scale = ctx.given
         if _is_plain_gradient(grad_out, grad_lse):
-            grads = _packed_backward(_readable(grad_out), *saved, offsets, mask.span_program, scale)
+            grads = run(_packed_backward, _readable(grad_out), *saved, offsets, mask.span_program, scale)
         else:
             q, k, *_ = saved
             rows = masks.packed_rows(offsets[0], offsets[1] if len(offsets) > 1 else None, VARLEN) & mask
@@ -274,7 +274,7 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if _is_plain_gradient(grad_out, grad_lse):
-            return *_direct_backward(_readable(grad_out), *saved, ctx.scale), None, None, None
+            return *run(_direct_backward, _readable(grad_out), *saved, ctx.scale), None, None, None
         return *_gradients(saved[:5], saved[5:], ctx.scale, grad_out, grad_lse), None, None, None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskops.ops.calls import as_torch_says_it
+from maskops.ops.calls import as_torch_says_it, run
 from maskops.ops.cross_entropy import registration
 from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes, saves_as_usual
 
@@ -123,7 +123,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits, target, lse, logprobs = ctx.saved_tensors
         ignore_index, mean = ctx.numbers
         if not torch.is_grad_enabled() and are_plain(grad_loss) and nothing_intervenes():
-            return _backward(grad_loss, logits, target, lse, logprobs, ignore_index, mean), None, None, None
+            return run(_backward, grad_loss, logits, target, lse, logprobs, ignore_index, mean), None, None, None
         kept = target != ignore_index
         weights = kept.to(torch.float32)
         # As row_factors has it: the same bits.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskops.masks import Mask
-from maskops.ops.calls import as_torch_says_it
+from maskops.ops.calls import as_torch_says_it, run
 from maskops.ops.direct import REFUSED, applied, are_plain, is_eager, nothing_intervenes, saves_as_usual
 from maskops.ops.softmax import registration
 from maskops.spans import RowSpans
@@ -78,7 +78,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         weights, *plan = ctx.saved_tensors
         if grad_lse is None and not torch.is_grad_enabled() and are_plain(grad_weights) and nothing_intervenes():
             assert grad_weights is not None
-            grad = _backward(registration.readable(grad_weights, ctx.dim), _NO_GRADIENT, weights, *plan, ctx.dim)
+            grad = run(_backward, registration.readable(grad_weights, ctx.dim), _NO_GRADIENT, weights, *plan, ctx.dim)
         else:
             grad = registration.gradient(grad_weights, grad_lse, weights, plan, ctx.dim, "cpu")
         return grad, *(None,) * 6
