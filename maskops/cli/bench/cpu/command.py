@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import getpass
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +68,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def environment(instruction_set: str) -> dict[str, str]:
     """What a process needs to have before it starts for both sides to use an instruction set."""
-    return {ENVIRONMENT_VARIABLE: f"cpu:{instruction_set}", **_CAPABILITIES[instruction_set]}
+    # Of torch.compile: what it keeps was compiled for one instruction set, and crashes torch under a lower one.
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{instruction_set}")
+    return {
+        ENVIRONMENT_VARIABLE: f"cpu:{instruction_set}",
+        "TORCHINDUCTOR_CACHE_DIR": cache,
+        **_CAPABILITIES[instruction_set],
+    }
 
 
 def run(options: argparse.Namespace) -> int:
