@@ -121,3 +121,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skips by reason")
         for reason, count in reasons.most_common():
             terminalreporter.line(f"{count:5d}  {reason}")
+
+
+@pytest.fixture(params=extension.instruction_sets() if extension.reason() is None else [])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of this machine, with its kernels for the length of a test."""
+    before = extension.instruction_set()
+    extension.select_instruction_set(request.param)
+    yield str(request.param)
+    extension.select_instruction_set(str(before))

@@ -1,7 +1,6 @@
 """What only the decode kernel has: splits of the keys, threads, instruction sets, row tiles."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ SPLIT = 512  # KEYS_PER_TASK of csrc/cpu/decode.cpp
 pytestmark = pytest.mark.skipif(
     extension.reason() is not None, reason=f"the extension is not there: {extension.reason()}"
 )
-
-
-@pytest.fixture(params=extension.instruction_sets() if extension.reason() is None else [])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = extension.instruction_set()
-    extension.select_instruction_set(request.param)
-    yield str(request.param)
-    extension.select_instruction_set(str(before))
 
 
 def draw(*sizes: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

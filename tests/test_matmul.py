@@ -1,7 +1,5 @@
 """The products of matrices that linear cross-entropy is made of, on every instruction set of this machine."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,14 +14,6 @@ pytestmark = [
 
 # Rows, columns, depth: within a panel, whole panels and parts of the depth, one more than those.
 SHAPES = ((1, 1, 1), (3, 70, 5), (12, 64, 256), (13, 65, 257), (50, 3, 600))
-
-
-@pytest.fixture(params=extension.instruction_sets() if extension.reason() is None else [])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = extension.instruction_set()
-    extension.select_instruction_set(request.param)
-    yield str(request.param)
-    extension.select_instruction_set(str(before))
 
 
 def draw(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float32, turned: bool = False) -> Tensor:

@@ -164,8 +164,7 @@ def _memory(own: dict[str, Any]) -> str:
 
 def _limits(run: dict[str, Any]) -> str:
     """The middle of the limits that were measured."""
-    # A result without stretches is one.
-    stretches = [stretch for result in run["results"] for stretch in result.get("stretches", [result])]
+    stretches = [stretch for result in run["results"] for stretch in result["stretches"]]
     measured = [stretch[side] for stretch in stretches for side in ("before", "after")]
     measured += [run["limits"]] if "limits" in run else []
     names = ("multiply_add", "read", "copy", "touch")

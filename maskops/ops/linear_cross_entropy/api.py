@@ -172,7 +172,7 @@ def linear_cross_entropy(
         ValueError: what ``maskops.cross_entropy`` refuses, or ``weight`` or ``bias`` do not fit.
 
     Tokens are scored in chunks that depend on shapes alone. On the CPU the products give the same bits for any number
-    of threads; only those that multiply bfloat16 with instructions for it are torch's, and as its library makes them.
+    of threads; only the bfloat16 products of processors with instructions for them are torch's, whose bits may change.
     There is no double backward; ``maskops.use_backend("reference")`` has it.
 
     Example:
