@@ -6,18 +6,23 @@
 
 namespace fuzz {
 
+Value make_labels(Input& input, int64_t rows, int64_t vocabulary, int64_t ignore_index) {
+  const Value labels = input.misshapen(input.integers({rows}, input.of({DType::int64, DType::int32})));
+  for (int64_t i = 0; i < labels.elements; i++) {
+    if (labels.dtype != DType::int64 && labels.dtype != DType::int32) break;
+    const int64_t label = input.below(std::max<int64_t>(vocabulary, 1));
+    set(labels, i, input.once_in(64) ? input.hostile(vocabulary) : input.once_in(8) ? ignore_index : label);
+  }
+  return labels;
+}
+
 void fuzz_cross_entropy(Input& input) {
   const bool wild = input.once_in(4);
   const int64_t rows = input.length(40), vocabulary = input.length(300);
   const DType dtype = input.floating();
   const Value logits = input.misshapen(input.floats({rows, vocabulary}, dtype, wild));
   const int64_t ignore_index = input.once_in(4) ? input.hostile(vocabulary) : -100;
-  Value target = input.misshapen(input.integers({rows}, input.of({DType::int64, DType::int32})));
-  for (int64_t i = 0; i < target.elements; i++) {
-    if (target.dtype != DType::int64 && target.dtype != DType::int32) break;
-    const int64_t label = input.below(std::max<int64_t>(vocabulary, 1));
-    set(target, i, input.once_in(64) ? input.hostile(vocabulary) : input.once_in(8) ? ignore_index : label);
-  }
+  const Value target = make_labels(input, rows, vocabulary, ignore_index);
   const auto number = [&](double usual) { return input.once_in(4) ? (wild ? input.real() : 0.25) : usual; };
   const double smoothing = number(0.0), z_loss = number(0.0), softcap = number(0.0), scale = number(1.0);
   Value weights = Value::dense({0}, DType::float32), probabilities = Value::dense({0}, dtype);

@@ -1,17 +1,38 @@
 // The cache of keys and values: lengths, pages and rows that point anywhere, appended to and attended over.
 #include <algorithm>
+#include <limits>
 
 #include "targets.h"
 
 namespace fuzz {
 namespace {
 
-DType whole(Input& input) { return input.of({DType::int32, DType::int64}); }
+DType index_dtype(Input& input) { return input.of({DType::int32, DType::int64}); }
 
 void fill(Input& input, const Value& value, int64_t count) {
   if (value.dtype != DType::int32 && value.dtype != DType::int64) return;
   for (int64_t i = 0; i < value.elements; i++) {
     set(value, i, input.once_in(32) ? input.hostile(count) : input.below(std::max<int64_t>(count, 1)));
+  }
+}
+
+// Queries that see their whole sequence, by the operator that takes nothing else and by the one that takes all.
+void decode_directly(Input& input, const Value& q, const Value& k_cache, const Value& v_cache, const Value& lengths) {
+  const double default_scale = std::numeric_limits<double>::quiet_NaN();
+  const double scale = input.of({0.5, default_scale, input.real()});
+  Call direct;
+  direct.add(q).add(k_cache).add(v_cache).add(lengths).add(scale);
+  std::vector<Value> results, expected;
+  if (!run_twice(input, direct, "decode_direct", 1, results) || scale != scale) return;
+  const Value absent = Value::dense({0}, DType::float32);
+  Call full;
+  full.add(q).add(k_cache).add(v_cache).add(lengths);
+  for (int i = 0; i < 10; i++) full.add(absent);
+  full.add(scale).add(0.0);
+  if (full.run("decode_forward", 2, expected)) {
+    require_same(results[0], expected[0], "out of decode_direct and decode_forward");
+  } else if (!full.out_of_memory()) {
+    fail("decode_forward refuses what decode_direct took: " + full.error());
   }
 }
 
@@ -31,13 +52,13 @@ void fuzz_decode(Input& input) {
   const Value absent = Value::dense({0}, DType::int32), no_floats = Value::dense({0}, DType::float32);
   Value table = absent, index = absent;
   if (paged) {
-    table = input.misshapen(input.integers({batch, places}, whole(input)));
+    table = input.misshapen(input.integers({batch, places}, index_dtype(input)));
     fill(input, table, rows);
   } else if (input.once_in(2) || rows != batch) {
-    index = input.misshapen(input.integers({batch}, whole(input)));
+    index = input.misshapen(input.integers({batch}, index_dtype(input)));
     fill(input, index, rows);
   }
-  const Value lengths = input.misshapen(input.integers({batch}, whole(input)));
+  const Value lengths = input.misshapen(input.integers({batch}, index_dtype(input)));
   fill(input, lengths, capacity + 1);
   std::vector<Value> results;
 
@@ -54,7 +75,7 @@ void fuzz_decode(Input& input) {
   const int64_t heads = kv_heads * group;
   Value leftpad = absent;
   if (input.once_in(3)) {
-    leftpad = input.misshapen(input.integers({batch}, whole(input)));
+    leftpad = input.misshapen(input.integers({batch}, index_dtype(input)));
     fill(input, leftpad, capacity + 1);
   }
   Plan plan{absent, absent, absent, absent, absent, absent, absent};
@@ -75,11 +96,13 @@ void fuzz_decode(Input& input) {
   }
   if (input.once_in(4)) sinks = input.misshapen(input.floats({heads}, DType::float32, wild));
   Call call;
-  call.add(input.misshapen(input.floats({batch, heads, q_len, head_dim}, dtype, wild))).add(k_cache).add(v_cache);
+  const Value q = input.misshapen(input.floats({batch, heads, q_len, head_dim}, dtype, wild));
+  call.add(q).add(k_cache).add(v_cache);
   call.add(lengths).add(leftpad).add(table).add(index).add(plan.start).add(plan.end).add(plan.key_valid);
   call.add(dense).add(diagonal).add(slopes).add(sinks);
   call.add(wild ? input.real() : 0.5).add(input.once_in(4) ? (wild ? input.real() : 2.0) : 0.0);
   run_twice(input, call, "decode_forward", 2, results);
+  if (!paged && index.elements == 0) decode_directly(input, q, k_cache, v_cache, lengths);
 }
 
 }  // namespace fuzz

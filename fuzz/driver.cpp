@@ -20,8 +20,14 @@
 namespace fuzz {
 
 const std::vector<Target> targets = {
-    {"plan", &fuzz_plan},     {"attention", &fuzz_attention}, {"cross_entropy", &fuzz_cross_entropy},
-    {"decode", &fuzz_decode}, {"softmax", &fuzz_softmax},
+    {"plan", &fuzz_plan},
+    {"attention", &fuzz_attention},
+    {"attention_direct", &fuzz_attention_direct},
+    {"cross_entropy", &fuzz_cross_entropy},
+    {"cross_entropy_direct", &fuzz_cross_entropy_direct},
+    {"decode", &fuzz_decode},
+    {"matmul", &fuzz_matmul},
+    {"softmax", &fuzz_softmax},
 };
 
 namespace {

@@ -140,6 +140,11 @@ std::vector<std::string> contents(const std::vector<Value>& results, const std::
 
 }  // namespace
 
+void require_same(const Value& one, const Value& other, const char* what) {
+  const bool is_same = one.sizes == other.sizes && one.strides == other.strides && one.dtype == other.dtype;
+  if (!is_same || contents({one}, {}) != contents({other}, {})) fail(std::string(what) + " differ");
+}
+
 bool run_twice(Input& input, Call& call, const char* name, int n_results, std::vector<Value>& results,
                const std::vector<Value>& in_place) {
   World& w = world();

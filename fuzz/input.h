@@ -70,4 +70,7 @@ void set(const Value& value, int64_t index, int64_t integer);
 bool run_twice(Input& input, Call& call, const char* name, int n_results, std::vector<Value>& results,
                const std::vector<Value>& in_place = {});
 
+// Fails where two tensors hold other bytes; numbers that are none are equal.
+void require_same(const Value& one, const Value& other, const char* what);
+
 }  // namespace fuzz

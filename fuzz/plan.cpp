@@ -33,23 +33,27 @@ Value lengths(Input& input, int64_t count, int64_t most) {
 
 bool holds_integers(const Value& value) { return value.dtype != DType::float32 && value.dtype != DType::float64; }
 
+}  // namespace
+
+Value make_offsets(Input& input, int64_t total, int64_t documents) {
+  Value value = input.misshapen(input.integers({documents + 1}, whole(input)));
+  if (!holds_integers(value)) return value;
+  int64_t at = 0;
+  for (int64_t i = 0; i < value.elements; i++) {
+    set(value, i, input.once_in(64) ? input.hostile(total) : at);
+    at = std::min(total, at + input.below(2 * total / std::max<int64_t>(documents, 1) + 2));
+  }
+  return value;
+}
+
+namespace {
+
 Value bits(Input& input, int64_t rows, int64_t width) {
   Value value = input.misshapen(input.integers({rows, width}, whole(input)));
   if (!holds_integers(value)) return value;
   const int64_t period = 1 + input.below(9), from = input.below(width + 1);
   for (int64_t i = 0; i < value.elements; i++) set(value, i, i >= from && i % period != 2);
   if (input.once_in(16) && value.elements > 0) set(value, input.below(value.elements), input.hostile(1));
-  return value;
-}
-
-Value offsets(Input& input, int64_t total, int64_t count) {
-  Value value = input.misshapen(input.integers({count + 1}, whole(input)));
-  if (!holds_integers(value)) return value;
-  int64_t at = 0;
-  for (int64_t i = 0; i < value.elements; i++) {
-    set(value, i, input.once_in(64) ? input.hostile(total) : at);
-    at = std::min(total, at + input.below(2 * total / std::max<int64_t>(count, 1) + 2));
-  }
   return value;
 }
 
@@ -79,9 +83,9 @@ void add_layout(Input& input, Program& program, int64_t batch, int64_t q_len, in
     case 6: text += "ids" + operand(program, document_ids(input, rows, q_len)); break;
     default: {
       const int64_t count = input.below(8);
-      const std::string queries = operand(program, offsets(input, q_len, count));
+      const std::string queries = operand(program, make_offsets(input, q_len, count));
       const bool own = input.once_in(2);
-      const std::string keys = own ? operand(program, offsets(input, k_len, count)) : queries;
+      const std::string keys = own ? operand(program, make_offsets(input, k_len, count)) : queries;
       const bool honest = !input.once_in(32);
       text += (input.once_in(2) ? "varlen" : "cu_seqlens") + queries + keys + (own == honest ? " 1" : " 0");
     }
@@ -89,7 +93,7 @@ void add_layout(Input& input, Program& program, int64_t batch, int64_t q_len, in
   text += ' ';
 }
 
-void add_bound(Input& input, Program& program, int64_t q_len, int64_t k_len, int depth) {
+void add_bound(Input& input, Program& program, int64_t q_len, int64_t k_len, bool with_operands, int depth = 0) {
   std::string& text = program.text;
   const auto number = [&] {
     text += " " + std::to_string(input.once_in(8) ? input.hostile(k_len) : input.below(2 * k_len + 2) - k_len);
@@ -99,16 +103,41 @@ void add_bound(Input& input, Program& program, int64_t q_len, int64_t k_len, int
     case 1: text += " last"; break;
     case 2: text += " diag", number(); break;
     case 3: text += " prefix", number(); break;
-    case 4: text += " prefix_of" + operand(program, lengths(input, input.below(4), k_len)); break;
+    case 4:
+      if (with_operands) {
+        text += " prefix_of" + operand(program, lengths(input, input.below(4), k_len));
+      } else {
+        text += " last";
+      }
+      break;
     case 5:
     case 6:
       text += input.once_in(2) ? " chunk_start" : " chunk_end";
       text += " " + std::to_string(input.once_in(8) ? input.hostile(k_len) : 1 + input.below(k_len + 1));
       break;
     default:
-      add_bound(input, program, q_len, k_len, depth + 1);
-      add_bound(input, program, q_len, k_len, depth + 1);
+      add_bound(input, program, q_len, k_len, with_operands, depth + 1);
+      add_bound(input, program, q_len, k_len, with_operands, depth + 1);
       text += input.once_in(2) ? " max" : " min";
+  }
+}
+
+// Spans, and then a text that nobody wrote.
+void add_spans(Input& input, Program& program, int64_t q_len, int64_t k_len, bool with_operands) {
+  for (int64_t spans = input.of({1, 1, 1, 2, 3, 0}); spans > 0; spans--) {
+    program.text += "span";
+    add_bound(input, program, q_len, k_len, with_operands);
+    add_bound(input, program, q_len, k_len, with_operands);
+    if (spans > 1) program.text += ' ';
+  }
+  while (input.once_in(24)) {
+    const int64_t at = input.below(static_cast<int64_t>(program.text.size()) + 1);
+    if (input.once_in(2)) {
+      program.text.insert(program.text.begin() + at, static_cast<char>(input.byte()));
+    } else {
+      program.text.erase(program.text.begin() + at,
+                         program.text.begin() + std::min<int64_t>(at + 3, program.text.size()));
+    }
   }
 }
 
@@ -118,21 +147,7 @@ Program make_program(Input& input, int64_t batch, int64_t q_len, int64_t k_len) 
   for (int64_t layouts = input.of({0, 1, 1, 2, 3}); layouts > 0; layouts--) {
     add_layout(input, program, batch, q_len, k_len);
   }
-  for (int64_t spans = input.of({1, 1, 1, 2, 3, 0}); spans > 0; spans--) {
-    program.text += "span";
-    add_bound(input, program, q_len, k_len, 0);
-    add_bound(input, program, q_len, k_len, 0);
-    if (spans > 1) program.text += ' ';
-  }
-  while (input.once_in(24)) {  // a text that nobody wrote
-    const int64_t at = input.below(static_cast<int64_t>(program.text.size()) + 1);
-    if (input.once_in(2)) {
-      program.text.insert(program.text.begin() + at, static_cast<char>(input.byte()));
-    } else {
-      program.text.erase(program.text.begin() + at,
-                         program.text.begin() + std::min<int64_t>(at + 3, program.text.size()));
-    }
-  }
+  add_spans(input, program, q_len, k_len, true);
   return program;
 }
 
@@ -227,6 +242,13 @@ Plan arbitrary_plan(Input& input, int64_t batch, int64_t q_len, int64_t k_len) {
 }
 
 }  // namespace
+
+std::string make_spans(Input& input, int64_t q_len, int64_t k_len) {
+  Program program;
+  if (input.once_in(32)) add_layout(input, program, 1, q_len, k_len);
+  add_spans(input, program, q_len, k_len, input.once_in(32));
+  return program.text;
+}
 
 Plan make_plan(Input& input, int64_t batch, int64_t q_len, int64_t k_len, bool arbitrary) {
   if (!arbitrary) {

@@ -22,7 +22,6 @@ std::map<std::string, Entry>& operators() {
 }
 
 std::atomic<int64_t> live_memory{0};  // blocks that operators took with operator new and did not give back
-std::set<std::string> warm;
 
 // Whether the allocation that is about to happen has to fail.
 bool must_fail(size_t bytes) {
@@ -43,20 +42,6 @@ World& world() {
 void fail(const std::string& what) {
   std::fprintf(stderr, "fuzz: %s\n", what.c_str());
   std::abort();
-}
-
-int64_t bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::uint8:
-    case DType::boolean: return 1;
-    case DType::float16:
-    case DType::bfloat16: return 2;
-    case DType::int32:
-    case DType::float32: return 4;
-    case DType::int64:
-    case DType::float64: return 8;
-  }
-  fail("a tensor of an unknown dtype");
 }
 
 int64_t extent_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
@@ -341,6 +326,24 @@ void Call::print(const char* name) const {
   std::fprintf(stderr, ")\n");
 }
 
+namespace {
+
+// Fails where a call has kept what is nobody's. The first one of an operator may make what lives forever.
+void check_kept(const std::string& name, int64_t blocks, int64_t tensors) {
+  static std::set<std::string> warm;
+  static int64_t of_plans = 0;
+  if (name.rfind("attention_pattern", 0) == 0 || name.rfind("attention_packed", 0) == 0) {
+    // Their plans serve later calls, eight at a time, each a few blocks.
+    of_plans += blocks;
+    if (of_plans > 8 * 8) fail(name + " and its like keep " + std::to_string(of_plans) + " blocks of memory");
+    blocks = 0;
+  }
+  if ((blocks == 0 && tensors == 0) || warm.insert(name).second) return;
+  fail(name + " kept " + std::to_string(blocks) + " blocks of memory and " + std::to_string(tensors) + " tensors");
+}
+
+}  // namespace
+
 bool Call::run(const char* name, int n_results, std::vector<Value>& results) {
   const auto found = operators().find(name);
   if (found == operators().end()) fail(std::string("no operator is called ") + name);
@@ -375,9 +378,6 @@ bool Call::run(const char* name, int n_results, std::vector<Value>& results) {
     fail(std::string(name) + " threw: " + other.what());
   }
   w.inside = false;
-  if (live_memory.load() != memory && !warm.insert(name).second) {  // its first call makes what lives forever
-    fail(std::string(name) + " kept " + std::to_string(live_memory.load() - memory) + " blocks of memory");
-  }
   if (served) {
     for (int i = 0; i < n_results; i++) {
       const auto handle = reinterpret_cast<AtenTensorHandle>(stack[i]);
@@ -385,9 +385,7 @@ bool Call::run(const char* name, int n_results, std::vector<Value>& results) {
       aoti_torch_delete_tensor_object(handle);
     }
   }
-  if (w.live_tensors != tensors) {
-    fail(std::string(name) + " kept " + std::to_string(w.live_tensors - tensors) + " tensors");
-  }
+  check_kept(name, live_memory.load() - memory, w.live_tensors - tensors);
   return served;
 }
 

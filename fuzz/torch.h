@@ -13,9 +13,8 @@
 
 namespace fuzz {
 
+using maskops::bytes_of;
 using maskops::DType;
-
-int64_t bytes_of(DType dtype);
 
 // What a tensor of these sizes and strides reaches over, in elements.
 int64_t extent_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);

@@ -5,6 +5,11 @@ The operators are called past the public functions and their checks. What a fuzz
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,10 +18,12 @@ import maskops
 from maskops import extension, masks
 from maskops.ops.attention.registration import Features, filled, operator_arguments
 from maskops.spans import RowSpans
+from tools.fuzz import graph
 
 pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
 
 INT32_MAX = 2**31 - 1
+ROOT = Path(__file__).parent.parent
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spans: RowSpans) -> tuple[Tensor, Tensor]:
@@ -157,6 +164,28 @@ def test_a_cache_of_values_without_columns() -> None:
     assert k_cache.sum((1, 3)).tolist() == [[4.0, 4, 0, 0, 0, 0, 0, 0], [0.0, 0, 0, 4, 4, 0, 0, 0]]
 
 
+def test_a_cache_of_keys_without_columns() -> None:
+    """Every score is 0, so the output is the mean of the values; q has no memory to be read (the sanitizers ask)."""
+    q, keys = torch.randn(2, 2, 1, 0), torch.randn(2, 2, 9, 0)
+    values, absent = torch.randn(2, 2, 9, 32), [torch.empty(0)] * 10
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = (q.to(dtype), keys.to(dtype), values.to(dtype), torch.tensor([9, 9]), *absent, 1.0, 0.0)
+        out, _ = torch.ops.maskops.decode_forward(*arguments)
+        torch.testing.assert_close(out.float(), values.mean(2, keepdim=True), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("seen", [0, 5])
+def test_packed_values_without_columns(seen: int) -> None:
+    """Also of rows that see no key, whose results are cleared: there is no memory of theirs (the sanitizers ask)."""
+    q, k, v = torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 0)
+    offsets = torch.tensor([0, 5])
+    keys = torch.tensor([0, seen])
+    out, lse, kept = torch.ops.maskops.attention_packed_saving(q, k, v, offsets, keys, "span first last", 0.5)
+    assert out.shape == (5, 2, 0) and bool(lse.isfinite().all()) == (seen > 0)
+    grads = torch.ops.maskops.attention_packed_backward(out, q, k, v, out, lse, kept, "span first last", 0.5)
+    assert not any(grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_at_odd_addresses(dtype: torch.dtype) -> None:
     """Two bytes are all the alignment that halves have, also where a kernel takes them in pairs."""
@@ -185,3 +214,26 @@ def test_a_prompt_over_a_cache_of_values_without_columns() -> None:
     """Copies of no bytes, where many queries gather the keys of a cache."""
     q, k_cache, v_cache = torch.randn(1, 8, 70, 16), torch.randn(1, 1, 90, 16), torch.zeros(1, 1, 90, 0)
     assert maskops.decode_attention(q, k_cache, v_cache, torch.tensor([80]), backend="cpu").shape == (1, 8, 70, 0)
+
+
+def test_every_operator_is_fuzzed() -> None:
+    """Those of the processor, by name: integers, shapes and strides that nobody would pass meet each of them."""
+    sources = [path.read_text() for path in (ROOT / "csrc/ops").glob("*.cpp")]
+    names = [name for text in sources for name in re.findall(r'implement<&\w+>\(\s*"(\w+)"\)', text)]
+    targets = "".join(path.read_text() for path in (ROOT / "fuzz").glob("*.cpp"))
+    assert len(names) >= 25
+    assert [name for name in names if f'"{name}"' not in targets] == []
+
+
+def test_the_fuzzers_compile() -> None:
+    """All of them as one source, for the parser alone: who changes an interface need not build them."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    sources = [f"-include{path}" for path in sorted((ROOT / "fuzz").glob("*.cpp"))]
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *sources, "-xc++", "/dev/null"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = graph(Path("build"), ROOT, "address").splitlines()
+    compiled = [line for line in lines if ": compile " in line]
+    assert any("csrc/ops/matmul.cpp" in line for line in compiled)
+    assert not [line for line in compiled if "csrc/ops/cuda/" in line]  # their kernels are not there

@@ -50,7 +50,9 @@ def graph(build: Path, source: Path, sanitizer: str) -> str:
         f"rule link\n  command = {compiler()} $flags $in -o $out {link}",
     ]
     objects = []
-    for path in sorted([*(source / "csrc").rglob("*.cpp"), *(source / "fuzz").glob("*.cpp")]):
+    of_devices = (source / "csrc/ops/cuda").glob("*.cpp")
+    operators = set((source / "csrc").rglob("*.cpp")) - set(of_devices)
+    for path in sorted([*operators, *(source / "fuzz").glob("*.cpp")]):
         objects.append(build / path.relative_to(source).with_suffix(".o"))
         lines.append(f"build {objects[-1]}: compile {path}")
         if path.is_relative_to(source / "csrc"):
