@@ -96,28 +96,32 @@ void* take_large(size_t bytes, size_t* size) {
 }
 
 void give_back_large(void* begin, size_t size) noexcept {
-  Block block{static_cast<char*>(begin), size};
+  Block left_over[1 + MOST_BLOCKS] = {{static_cast<char*>(begin), size}};
   const size_t most = most_kept();
   // Locked pages cannot be given up like this, so they are not kept.
   if (size <= most && madvise(begin, size, MADV_FREE) == 0) {
     const Access access;
     if (access) {
-      for (Block& place : kept) std::swap(place, block);  // the oldest is left over
+      for (Block& place : kept) std::swap(place, left_over[0]);  // the oldest is left over
       size_t total = 0;
-      for (Block& place : kept) {
-        total += place.size;
-        if (total > most) unmap(place);
+      for (int i = 0; i < MOST_BLOCKS; i++) {
+        total += kept[i].size;
+        if (total > most) std::swap(kept[i], left_over[1 + i]);
       }
     }
   }
-  unmap(block);
+  // With access given up: gigabytes take long, and whoever has no access meanwhile neither keeps a block nor finds one.
+  for (Block& block : left_over) unmap(block);
 }
 
 size_t release_large() noexcept {
-  const Access access;
+  Block taken[MOST_BLOCKS] = {};
+  {
+    const Access access;
+    if (access) std::swap(taken, kept);
+  }
   size_t total = 0;
-  if (!access) return total;
-  for (Block& block : kept) {
+  for (Block& block : taken) {
     total += block.size;
     unmap(block);
   }

@@ -3,7 +3,8 @@
 // host has taken unused pages back. So large results lie in huge pages where the system grants them, and what a result
 // leaves behind is kept for the next one. The system may take the pages of a kept block whenever it runs short of
 // memory (MADV_FREE); until then they count as resident. Storages of such tensors are those of torch.from_blob: torch
-// refuses to resize them (resize_, out= of another size, untyped_storage().resize_).
+// refuses to resize them (resize_, out= of another size, untyped_storage().resize_). Before torch 2.11 there are no
+// such tensors: huge pages are asked for all the same, in torch's own memory, but nothing is kept.
 #pragma once
 
 #include <cstddef>

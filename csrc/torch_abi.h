@@ -22,6 +22,7 @@
 #include <pthread.h>
 #endif
 
+#include "cpu/memory.h"
 #include "large_memory.h"
 #include "task_trace.h"
 
@@ -132,20 +133,26 @@ constexpr Place PROCESSOR{};
                            (words.empty() ? "" : ": " + words));
 }
 
-// A tensor of so many bytes that large_memory.h is for them, or nullptr. Strides are those of a dense tensor.
-inline AtenTensorHandle in_large_memory(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype) {
-  if (torch_from_blob == nullptr) return nullptr;
+// Bytes of a tensor where large_memory.h is for so many, else 0. Strides are those of a dense tensor.
+inline size_t large_bytes(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype) {
   int64_t last = 0;
   for (int64_t d = 0; d < dim; d++) {
     int64_t reach;
     if (sizes[d] <= 0 || __builtin_mul_overflow(sizes[d] - 1, strides[d], &reach) ||
         __builtin_add_overflow(last, reach, &last)) {
-      return nullptr;
+      return 0;
     }
   }
-  if (last + 1 < static_cast<int64_t>(LARGE_BYTES) / bytes_of(dtype) || last > INT64_MAX / 16) return nullptr;
+  if (last + 1 < static_cast<int64_t>(LARGE_BYTES) / bytes_of(dtype) || last > INT64_MAX / 16) return 0;
+  return static_cast<size_t>(last + 1) * static_cast<size_t>(bytes_of(dtype));
+}
+
+// A tensor over memory of large_memory.h, or nullptr where there is none.
+inline AtenTensorHandle in_large_memory(size_t bytes, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                        DType dtype) {
+  if (torch_from_blob == nullptr) return nullptr;
   size_t size;
-  void* memory = take_large(static_cast<size_t>(last + 1) * static_cast<size_t>(bytes_of(dtype)), &size);
+  void* memory = take_large(bytes, &size);
   if (memory == nullptr) return nullptr;
   // torch owns the memory from some point of the call on: where it fails after that, it has given it back already.
   thread_local const void* given_back;
@@ -182,12 +189,15 @@ class Tensor {
 
   static Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, DType dtype,
                               Place place = PROCESSOR) {
-    AtenTensorHandle handle = place == PROCESSOR ? in_large_memory(dim, sizes, strides, dtype) : nullptr;
+    const size_t large = place == PROCESSOR ? large_bytes(dim, sizes, strides, dtype) : 0;
+    AtenTensorHandle handle = large == 0 ? nullptr : in_large_memory(large, dim, sizes, strides, dtype);
     if (handle != nullptr) return Tensor(handle);
     const AOTITorchError error =
         aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(dtype), place.type, place.index, &handle);
     if (error != 0) refuse_tensor(dim, sizes, dtype, place);
-    return Tensor(handle);
+    Tensor made(handle);
+    if (large != 0) advise_huge_pages(made.data(), large);  // torch's own memory, as before torch 2.11
+    return made;
   }
   template <size_t N>
   static Tensor empty(const int64_t (&sizes)[N], DType dtype, Place place = PROCESSOR) {

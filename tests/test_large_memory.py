@@ -2,8 +2,11 @@
 
 import math
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor
 import maskops
 from maskops import extension
 
+resource = pytest.importorskip("resource", reason="only POSIX limits address space")
+
 pytestmark = [
     pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason())),
     pytest.mark.skipif(sys.platform != "linux", reason="large results lie in memory of their own on Linux alone"),
@@ -19,6 +24,10 @@ pytestmark = [
         tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch has no tensors over others' memory"
     ),
 ]
+keeps = pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY,
+    reason="nothing is kept where address space is limited (ulimit -v)",
+)
 HUGE_PAGE = 2 << 20
 ROWS, VOCABULARY = 3, 3 << 20
 BYTES = 4 * ROWS * VOCABULARY
@@ -42,6 +51,7 @@ def gradient(logits: Tensor) -> Tensor:
         return torch.autograd.grad(maskops.cross_entropy(logits, target), logits)[0]
 
 
+@keeps
 def test_freed_memory_serves_the_next_result_and_what_it_held_reaches_nothing(logits: Tensor) -> None:
     first = gradient(logits)
     expected, place = first.clone(), first.data_ptr()
@@ -58,6 +68,7 @@ def test_freed_memory_serves_the_next_result_and_what_it_held_reaches_nothing(lo
     assert bool((third[1] == 0).all())
 
 
+@keeps
 def test_memory_that_is_much_larger_is_not_taken(logits: Tensor) -> None:
     place = gradient(logits).data_ptr()  # and freed
     wide = torch.zeros(ROWS, 3 * VOCABULARY, requires_grad=True)
@@ -68,6 +79,7 @@ def test_memory_that_is_much_larger_is_not_taken(logits: Tensor) -> None:
     assert extension.release_memory() == 0
 
 
+@keeps
 def test_at_most_four_blocks_are_kept(logits: Tensor) -> None:
     held = [gradient(logits) for _ in range(6)]
     assert len({x.data_ptr() for x in held}) == 6
@@ -77,9 +89,8 @@ def test_at_most_four_blocks_are_kept(logits: Tensor) -> None:
     assert extension.release_memory() == min(4, physical // 16 // rounded) * rounded
 
 
+@keeps
 def test_nothing_is_kept_where_address_space_is_limited(logits: Tensor) -> None:
-    import resource
-
     before = resource.getrlimit(resource.RLIMIT_AS)
     large = gradient(logits)
     resource.setrlimit(resource.RLIMIT_AS, (1 << 46, before[1]))
@@ -119,3 +130,20 @@ def test_every_op_has_its_large_results_there() -> None:
     torch.testing.assert_close(full[1], short[1], rtol=0, atol=0)
     for result in (*short, *full, torch.autograd.grad(full[1].sum(), x)[0]):
         assert result.data_ptr() % HUGE_PAGE == 0
+
+
+@keeps
+def test_whoever_gives_memory_back_to_the_system_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Blocks come and go while others are unmapped; and where torch has no tensors over others' memory, as before 2.11,
+    large results in its own are to lie in huge pages all the same.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    root, target = Path(__file__).parent.parent, tmp_path / "large_memory"
+    sources = [root / "tests/large_memory/main.cpp", root / "csrc/large_memory.cpp"]
+    flags = ["-std=c++17", "-Wall", "-Wextra", f"-I{root / 'csrc'}", "-Wl,--wrap=munmap,--wrap=madvise", "-pthread"]
+    built = subprocess.run([compiler, *flags, "-o", target, *sources], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    result = subprocess.run([target], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "kept while another block was unmapped\nhuge pages for torch's own memory: 1\n"

@@ -63,6 +63,20 @@ MUTATIONS = (
         LARGE_MEMORY,
     ),
     Mutation(
+        "large memory: nobody else keeps a block while others are unmapped",
+        "csrc/large_memory.cpp",
+        "    if (access) std::swap(taken, kept);\n  }\n",
+        "    if (access) std::swap(taken, kept);\n    for (Block& block : taken) unmap(block);\n  }\n",
+        LARGE_MEMORY,
+    ),
+    Mutation(
+        "large memory: no huge pages in torch's own memory",
+        "csrc/torch_abi.h",
+        "    if (large != 0) advise_huge_pages(made.data(), large);",
+        "    if (large == 1) advise_huge_pages(made.data(), large);",
+        LARGE_MEMORY,
+    ),
+    Mutation(
         "large memory: much larger blocks are taken",
         "csrc/large_memory.cpp",
         " && block.size / 2 <= size;",
