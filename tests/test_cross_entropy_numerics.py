@@ -2,14 +2,18 @@
 
 import contextlib
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskops
 from maskops import extension
+from maskops.ops.cross_entropy import reference, rows
 from tests.cross_entropy_oracle import (
     BACKENDS,
     DTYPES,
@@ -282,3 +286,37 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     for row in (0, 17, 63):
         alone = maskops.cross_entropy(logits[row : row + 1].clone(), target[row : row + 1], reduction="none")
         assert torch.equal(alone, whole[row : row + 1])
+
+
+class _WithoutFloat64(TorchDispatchMode):
+    """A device that has no float64, as far as results of operators go."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            assert not isinstance(x, Tensor) or x.dtype != torch.float64, f"{func} made float64"
+        return result
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_devices_without_float64(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not every device of a kind has it, nothing is computed in double precision, neither rows nor their sum."""
+    logits = torch.randn(6, 33)
+    target = torch.tensor([3, -100, 32, 0, 7, 11])
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def loss() -> Tensor:
+        with maskops.use_backend("reference"):
+            found = maskops.cross_entropy(
+                logits, target, cu_seqlens=cu_seqlens, reduction="sequence_mean", label_smoothing=0.1, z_loss=0.1,
+                softcap=9.0, token_weights=torch.linspace(0.1, 1, 6), return_entropy=True,
+            )  # fmt: skip
+        return found[0]
+
+    expected, wide = loss(), rows.wide_dtype
+    assert wide(torch.float32, torch.device("cpu")) == wide(torch.float32, torch.device("cuda")) == torch.float64
+    for module in (rows, reference):
+        monkeypatch.setattr(module, "wide_dtype", lambda dtype, _: wide(dtype, torch.device(device)))
+    with _WithoutFloat64():
+        torch.testing.assert_close(loss(), expected)

@@ -289,3 +289,13 @@ def test_decode_attention(name: str, compare: Callable[..., None]) -> None:
     cache = cached()
     named = {"q": random(2, 4, 1, 4), **{key: cache[key] for key in ("k_cache", "v_cache", "lengths")}, **given()}
     compare("decode_attention", lambda: maskops.decode_attention(**named), directly)
+
+
+def test_operators_without_a_fake_kernel_promise_nothing_to_the_compiler() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("maskops::")]
+    assert "maskops::attention_pattern" in names and "maskops::attention_forward" in names
+    for name in names:
+        operator = getattr(torch.ops.maskops, name.removeprefix("maskops::").split(".")[0]).default
+        entry = torch._library.simple_registry.singleton.find(operator.name())
+        is_known = entry.fake_impl.kernel is not None or operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.Meta)
+        assert is_known or torch.Tag.pt2_compliant_tag not in operator.tags, name

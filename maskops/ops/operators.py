@@ -57,17 +57,17 @@ def define(
     library.impl(name_of(name, "triton"), _triton_implementation(op, name), "CompositeExplicitAutograd")
 
 
-def define_direct(library: torch.library.Library, schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
+def define_direct(library: torch.library.Library, schema: str) -> None:
     """Defines an operator that only an op's ``direct.py`` calls, eager, on the processor, with its graph around it.
 
-    It has no fake kernel, which nobody would call, and the dispatcher has nothing to do for it before its kernel.
+    It has no fake kernel, which nobody would call, so it is not tagged as one that compiled code may hold, and the
+    dispatcher has nothing to do for it before its kernel.
 
     Args:
         library: a fragment of the library ``maskops``.
         schema: the operator's whole schema.
-        tags: tags of the operator.
     """
-    name = library.define(schema, tags=tags)
+    name = library.define(schema)
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 

@@ -143,7 +143,7 @@ _DIRECT = {
     "attention_packed_backward": f"({_GIVEN}, Tensor offsets, {_PATTERN}) -> (Tensor, Tensor, Tensor)",
 }
 for _name, _signature in _DIRECT.items():
-    define_direct(_library, f"{_name}{_signature}", _TAGS)
+    define_direct(_library, f"{_name}{_signature}")
 
 
 _OF_HEADS = ("q", "k", "v", "out", "lse", "grad_out", "grad_lse")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskops.ops.cross_entropy.rows import Scoring
+from maskops.ops.cross_entropy.rows import Scoring, wide_dtype
 
 
 def row_losses(
@@ -36,8 +36,7 @@ def row_losses(
         where they were not asked for.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    # One value a row is cheap, so these are wide; but not every device has float64.
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    wide = wide_dtype(dtype, logits.device)  # one value a row is cheap
     ignore_index, label_smoothing, z_loss, softcap, logit_scale, entropy, argmax = scoring
     kept = labels != ignore_index
     # Labels outside the vocabulary are an error that the caller reports; here they must only not be followed.

@@ -203,7 +203,7 @@ for _schema in (
     "cross_entropy_direct_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor lse, Tensor logprobs, "
     "int ignore_index, bool mean) -> Tensor",
 ):
-    define_direct(_library, _schema, _TAGS)
+    define_direct(_library, _schema)
 
 
 _OF_ROWS = ("logits", "target", "lse", "logprobs", "entropy", "columns")

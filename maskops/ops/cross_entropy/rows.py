@@ -111,13 +111,18 @@ def select_rows(
     return Rows(labels, weights, kept, sequence, n_sequences, label_weights)
 
 
+def wide_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What one value a row is computed in: float64 where each device of the kind has it, else the dtype of the rest."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else dtype
+
+
 def total(values: Tensor) -> Tensor:
     """Sum over the last dimension in double precision, the same bits for any number of threads.
 
     The operator of direct calls adds in double precision, too, where the order of the values hardly ever shows.
     """
     length = values.shape[-1]
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    wide = wide_dtype(values.dtype, values.device)
     if not torch.compiler.is_compiling() and length <= _PIECE:
         return values.sum(-1, dtype=wide).to(values.dtype)
     # Compiled code is made once for short and long sums, and has sizes of 1 apart: it always takes two pieces or more.

@@ -70,9 +70,7 @@ define(
 )  # fmt: skip
 # The output alone, of queries that see their whole sequence in a cache without pages (direct.py, which alone calls it).
 define_direct(
-    _library,
-    "decode_direct(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float softmax_scale) -> Tensor",
-    _TAGS,
+    _library, "decode_direct(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float softmax_scale) -> Tensor"
 )
 
 
