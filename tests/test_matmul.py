@@ -106,3 +106,19 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             torch.ops.maskops.matmul_into(left, right, row, result, add)
+
+
+def test_a_result_among_the_operands_is_refused_by_name() -> None:
+    memory, other, nothing = torch.ones(3, 4), torch.ones(2, 2), torch.empty(0)
+    result, beside = memory[:2, :2], memory[1:, 1:3]
+    for left, right, row, name in (
+        (beside, other, nothing, "left"),
+        (other, beside.t(), nothing, "right"),
+        (other, other, memory[1, 1:3], "row"),
+    ):
+        with pytest.raises(ValueError, match=f"apart from that of {name}"):
+            torch.ops.maskops.matmul_into(left, right, row, result, False)
+    assert bool((memory == 1.0).all())
+    # What ends where the result begins is apart from it.
+    torch.ops.maskops.matmul_into(other, other, memory[0, :2], memory[1:, :2], False)
+    assert bool((memory[1:, :2] == 3.0).all())

@@ -42,5 +42,12 @@ MUTATIONS = (
     Mutation(
         "matmul: tiles stick out", MATMUL, "if (rows >= MM_ROWS && columns", "if (rows >= MM_ROWS || columns", PRODUCTS
     ),
+    Mutation(
+        "matmul: a result among its operands",
+        "csrc/ops/matmul.cpp",
+        "|| end(operand) <= result.data<const char>()) return;",
+        "|| true) return;",
+        PRODUCTS,
+    ),
     Mutation("matmul: the row comes again", MATMUL, "k == 0 ? p.start_stride", "k != 0 ? p.start_stride", PRODUCTS),
 )

@@ -29,6 +29,20 @@ def _multiply(left: Tensor, right: Tensor, result: Tensor, *, row: Tensor | None
     torch.ops.maskops.matmul_into(left, right, result.new_empty(0) if row is None else row, result, add)
 
 
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix in memory that was touched before, where it is large and there is some: without page faults."""
+    matrix: Tensor = torch.ops.maskops.empty_matrix(torch.empty(0, dtype=dtype), rows, columns)
+    return matrix
+
+
+def _empty_like(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if values.dim() == 2 and values.is_contiguous():
+        return _empty(values.shape[0], values.shape[1], dtype)
+    if values.dim() == 2 and values.t().is_contiguous():
+        return _empty(values.shape[1], values.shape[0], dtype).t()
+    return torch.empty_like(values, dtype=dtype)
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this processor, and the library that torch multiplies with on it, have instructions for bfloat16."""
     # The capability is what ATEN_CPU_CAPABILITY may have lowered.
@@ -63,24 +77,23 @@ class _Rows:
         else:
             results.index_copy_(0, self.index[chunk], values.to(results.dtype))
 
-    def results(self, *shape: int, dtype: torch.dtype, skipped: int = 0) -> Tensor:
+    def results(self, *width: int, dtype: torch.dtype, skipped: int = 0) -> Tensor:
         """A tensor with a value, or a row, for every row; ``skipped`` is that of the rows that are not scored."""
-        if self.index is None:
-            return torch.empty(self.total, *shape, dtype=dtype)
-        return torch.full((self.total, *shape), skipped, dtype=dtype)
+        results = _empty(self.total, width[0], dtype) if width else torch.empty(self.total, dtype=dtype)
+        return results if self.index is None else results.fill_(skipped)
 
 
 class _Sum:
     """A gradient that every chunk adds to, in float32."""
 
     def __init__(self, like: Tensor, wanted: bool, n_chunks: int) -> None:
-        self.gradient = torch.empty_like(like) if wanted else like.new_empty(0)
+        self.gradient = _empty_like(like, like.dtype) if wanted else like.new_empty(0)
         if n_chunks == 0:
             self.gradient.zero_()
         # Of a single chunk nothing is left to be added: tiles of the gradient can be rounded as they come.
         self.in_tiles = like.dtype != torch.float32 and n_chunks == 1
         in_place = not wanted or self.in_tiles or n_chunks == 0 or like.dtype == torch.float32
-        self.sum = self.gradient if in_place else torch.empty_like(like, dtype=torch.float32)
+        self.sum = self.gradient if in_place else _empty_like(like, torch.float32)
         self.started = False
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
@@ -156,12 +169,12 @@ def linear_cross_entropy(
         grad_weight = _Sum(weight, weight_gradient, len(rows.chunks))
         grad_bias = _Sum(bias, bias_gradient, len(rows.chunks))
 
-        buffer = torch.empty(rows.step, vocabulary)
-        grad_buffer = torch.empty(rows.step if hidden_gradient and not directly else 0, width)
+        buffer = _empty(rows.step, vocabulary, single)
+        grad_buffer = _empty(rows.step if hidden_gradient and not directly else 0, width, single)
         wide_bias = bias.float().contiguous() if bias.numel() else None
         half = torch.bfloat16
         narrow = gradients and hidden.dtype == weight.dtype == half and _product_reads(weight) and multiplies_bfloat16()
-        narrow_buffer = torch.empty((rows.step if narrow else 0, vocabulary), dtype=half)
+        narrow_buffer = _empty(rows.step if narrow else 0, vocabulary, half)
         for chunk in rows.chunks:
             states = rows.take(hidden, chunk)
             n = states.shape[0]

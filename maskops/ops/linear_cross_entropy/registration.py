@@ -98,6 +98,16 @@ def _(left: Tensor, right: Tensor, row: Tensor, result: Tensor, add: bool) -> No
     return None
 
 
+# A matrix (rows, columns) of the dtype of ``like``, whose contents are anything. A large one takes the memory that
+# another left behind (csrc/large_memory.h). `cpu` alone has it.
+_library.define("empty_matrix(Tensor like, int rows, int columns) -> Tensor", tags=_TAGS)
+
+
+@torch.library.register_fake("maskops::empty_matrix", lib=_library)  # type: ignore[untyped-decorator]
+def _(like: Tensor, rows: int, columns: int) -> Tensor:
+    return like.new_empty(rows, columns)
+
+
 _OF_ROWS = ("hidden", "labels", "grad_loss", "grad_lse", "grad_logprobs", "grad_entropy")
 
 
