@@ -49,6 +49,27 @@ MUTATIONS = (
         LOSS_BUFFER,
     ),
     Mutation(
+        "loss: sums depend on the row before",
+        CROSS_ENTROPY,
+        "(i - columns.begin) % CE_PIECE",
+        "(i - begin) % CE_PIECE",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: a gradient not written where the next row has its label",
+        CROSS_ENTROPY_BOTH,
+        "    if (before != nullptr) ce_write_kept<T, STREAM>(*before, begin, end);\n",
+        "    (void)begin, (void)end;\n",
+        LOSS_BUFFER,
+    ),
+    Mutation(
+        "loss: the last row's gradient not written",
+        CROSS_ENTROPY_BOTH,
+        "  if (before != nullptr) ce_write_kept<T, STREAM>(*before, 0, rows.vocabulary);\n",
+        "",
+        LOSS_BUFFER,
+    ),
+    Mutation(
         "large memory: a block is handed out twice",
         "csrc/large_memory.cpp",
         "const Block found = std::exchange(*best, Block{});",
@@ -129,8 +150,8 @@ MUTATIONS = (
     Mutation(
         "loss: long sums not carried in pieces",
         CROSS_ENTROPY,
-        "smaller<int64_t>(i + CE_PIECE, end);\n    for (; i < stop; i += CE_BLOCK)",
-        "end;\n    for (; i < stop; i += CE_BLOCK)",
+        "smaller<int64_t>(i + CE_PIECE - (i - columns.begin) % CE_PIECE, columns.end);",
+        "columns.end;",
         LOSS,
     ),
     Mutation(
