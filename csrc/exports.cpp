@@ -13,6 +13,7 @@ EXPORTED const char* maskops_cuda_reason() { return maskops::cuda_reason(); }
 EXPORTED int maskops_select_instruction_set(const char* name) { return maskops::select_instruction_set(name) ? 1 : 0; }
 // The limits of the machine, on the calling thread, with the instruction set in use; see cpu/limits.inc.
 EXPORTED double maskops_limit_multiply_add(int64_t rounds) { return maskops::kernels().limit_multiply_add(rounds); }
+EXPORTED double maskops_limit_multiply_pairs(int64_t rounds) { return maskops::kernels().limit_multiply_pairs(rounds); }
 EXPORTED float maskops_limit_read(const float* x, int64_t n) { return maskops::kernels().limit_read(x, n); }
 EXPORTED void maskops_limit_copy(float* to, const float* from, int64_t n) {
   maskops::kernels().limit_copy(to, from, n);

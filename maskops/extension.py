@@ -44,6 +44,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.maskops_select_instruction_set.argtypes = [ctypes.c_char_p]
     library.maskops_limit_multiply_add.argtypes = [ctypes.c_int64]
     library.maskops_limit_multiply_add.restype = ctypes.c_double
+    library.maskops_limit_multiply_pairs.argtypes = [ctypes.c_int64]
+    library.maskops_limit_multiply_pairs.restype = ctypes.c_double
     library.maskops_limit_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.maskops_limit_read.restype = ctypes.c_float
     library.maskops_limit_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -94,9 +96,14 @@ def instruction_set() -> str | None:
 def limit_multiply_add(rounds: int) -> float:
     """Multiplies and adds in registers on the calling thread, without the interpreter's lock; how many operations.
 
-    Like the two below, a limit of the machine to hold kernels against; RuntimeError without the extension.
+    Like the three below, a limit of the machine to hold kernels against; RuntimeError without the extension.
     """
     return float(_loaded().maskops_limit_multiply_add(rounds))
+
+
+def limit_multiply_pairs(rounds: int) -> float:
+    """The same of pairs of bfloat16 that add up in float32; in float32 where the processor multiplies no pairs."""
+    return float(_loaded().maskops_limit_multiply_pairs(rounds))
 
 
 def limit_read(source: torch.Tensor) -> float:

@@ -24,6 +24,7 @@ from maskops.cli.bench.cpu import attention, chart, command, helper, limits, los
 from maskops.cli.bench.cpu.contest import HUGE_PAGES, Entry, Goal, Line
 from maskops.cli.bench.timing import Timing
 from maskops.cli.main import main
+from maskops.testing.check import SLACK
 
 pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=f"extension: {extension.reason()}")
 
@@ -32,7 +33,7 @@ TINY = Setting(CPU, torch.float32, small=True)
 PACE = rounds.Pace(
     budget=0.0, min_rounds=2, max_rounds=2, stretch=9.0, discards=1, patience=9.0, compiled=True, late=9.0
 )
-STEADY = dict(zip(limits.LIMITS, (100.0, 10.0, 20.0, 5.0, 30.0, 40.0), strict=True))
+STEADY = dict(zip(limits.LIMITS, (100.0, 200.0, 10.0, 20.0, 5.0, 30.0, 40.0), strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +302,48 @@ def test_inputs_that_are_overwritten_come_back() -> None:
     assert torch.equal(runner.run()[0], 2.0 * contest.leaves("")[0].detach())
 
 
+def test_memory_is_that_of_the_run_before_unless_a_row_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(extension, "release_memory", lambda: happened.append("release") or 0)
+
+    def make(leaves: Any) -> Any:
+        happened.clear()
+        return lambda x: happened.append("run") or x + x
+
+    for releases, expected in ((False, ["run", "run"]), (True, ["release", "run", "release", "run"])):
+        contender = Contender("ours", make, ours=True, releases=releases)
+        runner = measure.Runner(Doubled(contender), contender, "forward")
+        runner.seconds()
+        assert happened == expected[len(expected) // 2 :]
+        happened.clear()
+        runner.warms = True  # as a run with much memory does
+        runner.seconds()
+        assert happened == expected
+    # A buffer that is kept is no result: nothing of it is new.
+    loss = losses.Loss(TINY, 16, 40, 0.0, "")
+    for name, floor in ((losses.REUSED, 4), (losses.OURS, 4 + 4 * 16 * 40)):
+        contender = next(each for each in loss.contenders() if each.name == name)
+        row, _ = measure.checked(loss, contender, "training", (loss.exact(True), loss.plain(True)))
+        assert row.problem is None and row.floor == floor
+
+
+def test_a_peer_that_rounds_worse_is_still_the_one_to_beat() -> None:
+    """Errors are in units of plain torch's error and a few roundings, here of the largest result alone."""
+    unit = 0.5 * SLACK * torch.finfo(torch.float32).eps * 2.0
+
+    def off(units: float, ours: bool) -> Contender:
+        return Contender(f"off by {units}", lambda leaves: lambda x: x * 2.0 + units * unit, ours=ours)
+
+    found = {}
+    for ours, units in ((True, 3.0), (False, 3.0), (False, 5.0)):
+        contest = Doubled(off(units, ours))
+        row, _ = measure.checked(contest, contest.contenders()[0], "forward", (contest.exact(False),) * 2)
+        assert row.error == pytest.approx(units, rel=0.2)
+        found[ours, units] = row.problem
+    assert found[False, 3.0] is None and str(found[True, 3.0]).startswith("WRONG: 3")
+    assert str(found[False, 5.0]).startswith("WRONG: 5")
+
+
 def test_the_helper_answers_line_by_line() -> None:
     entry = doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER))
     questions = [
@@ -341,6 +384,8 @@ def test_loops_that_measure_the_machine_do_their_work(instruction_set: str) -> N
         assert torch.equal(target[: len(source)], source) and not target[len(source) :].any()
         assert extension.limit_multiply_add(10) == 10 * extension.limit_multiply_add(1) > 0
         assert extension.limit_multiply_add(0) == 0
+        pairs = extension.limit_multiply_pairs(10) / extension.limit_multiply_add(10)
+        assert pairs in (1.0, 2.0) and (pairs == 1.0 or instruction_set == "avx512")
         gauge = limits.Gauge(3, numel=1 << 14, rounds=2000, least=0.0)
         found = gauge.measure()
         assert set(found) == set(limits.LIMITS) and all(value > 0.0 for value in found.values())
@@ -389,11 +434,28 @@ def test_options_of_the_command(
 
 def test_a_late_run_takes_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     paces: list[rounds.Pace] = []
-    monkeypatch.setattr(command, "measure", lambda entry, pace, gauge, helper: paces.append(pace) or ())
+    monkeypatch.setattr(
+        command, "measure", lambda entry, pace, gauge, helper: paces.append(pace) or mock.Mock(unsteady=False)
+    )
     for late, budget in ((9e9, 7.0), (0.0, 0.0)):
         pace = dataclasses.replace(PACE, budget=7.0, patience=7.0, late=late)
         command.execute([doubled()], pace, lambda names: STEADY, None, mode="quick", seed=0)
         assert paces[-1].budget == paces[-1].patience == budget
+    hurried = command.PACES["full"].hurried()
+    assert hurried.min_rounds == rounds.FEWEST < command.PACES["full"].min_rounds and hurried.budget == 0.0
+
+
+def test_what_the_machine_moved_under_is_measured_once_more() -> None:
+    entry = doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER))
+    other = dataclasses.replace(entry, lines=(Line("other", "ours", (Goal(("peer",), 1.0),), "read"),))
+    # Unsteady at first: two stretches, between three measurements of the limits; then it holds still.
+    copies = iter([10.0, 20.0, 40.0])
+    gauge = lambda names: {**STEADY, "copy": next(copies, 20.0)} if "copy" in names else STEADY  # noqa: E731
+    for late, problem in ((9e9, False), (0.0, True)):
+        copies = iter([10.0, 20.0, 40.0])
+        found = command.execute([entry, other], dataclasses.replace(PACE, late=late), gauge, None, mode="quick", seed=0)
+        assert [result.outcomes[0].line.name for result in found.results] == ["twice", "other"]
+        assert [result.unsteady for result in found.results] == [problem, False]
 
 
 def test_an_instruction_set_is_that_of_both_sides(

@@ -63,6 +63,7 @@ struct KernelTable {
   void (*softmax_backward)(const SoftmaxBackward&, int64_t strip_begin, int64_t strip_end, char* scratch);
   // What the processor reaches at most; see limits.inc.
   double (*limit_multiply_add)(int64_t rounds);
+  double (*limit_multiply_pairs)(int64_t rounds);
   float (*limit_read)(const float* x, int64_t n);
   void (*limit_copy)(float* to, const float* from, int64_t n);
 };

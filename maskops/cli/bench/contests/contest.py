@@ -63,6 +63,8 @@ class Contender:
         partial: Leaves out a part of the step, such as making a mask that every batch needs anew: shown, never best.
         compiles: Its first call compiles something, which a run may want to do beforehand.
         consumes: Overwrites its inputs, so that it gets fresh copies, which are not timed.
+        reuses: Writes its gradients to memory that it was given once: they are no new memory.
+        releases: maskops gives the memory that it keeps back to the system before each run, untimed.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Contender:
     partial: bool = False
     compiles: bool = False
     consumes: bool = False
+    reuses: bool = False
+    releases: bool = False
 
 
 def always(function: Function) -> Callable[[Leaves], Function]:

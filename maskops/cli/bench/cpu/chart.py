@@ -64,7 +64,7 @@ def draw(report: CpuReport, path: Path) -> None:
         axes.set_yticks([])
         axes.set_ylim(max(rows, 6.0) - 0.4, -0.9)
         bare(axes)
-    heading(speeds, "Times the speed of the peer", "line: at least; dotted: aim; red: missed")
+    heading(speeds, "Times the speed of the peer", "line: at least; dotted: aim; red: below the least")
     heading(shares, "Share of the limit", "dotted: aim")
     machine = report.machine
     for words, above, size, colour, weight in (

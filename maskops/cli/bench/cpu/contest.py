@@ -13,10 +13,10 @@ Mode = Literal["forward", "graph", "training"]
 
 MODES: dict[str, str] = {"forward": "forward", "graph": "forward, with autograd", "training": "forward + backward"}
 
-HUGE_PAGES = ", THP"
+HUGE_PAGES = ", huge pages"
 """Behind the name of a contender: the same in a process whose allocator asks for huge pages."""
 
-LimitName = Literal["multiply-add", "read", "copy", "copy + touch"]
+LimitName = Literal["multiply-add", "multiply-add bf16", "read", "copy", "copy + touch"]
 
 
 @dataclass(frozen=True)

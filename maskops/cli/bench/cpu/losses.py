@@ -17,6 +17,9 @@ from maskops.cli.bench.jobs import Outcome
 EAGER, COMPILED, GATHERED = "eager", "torch.compile", "rows gathered"
 UPCAST, CHUNKED, CHUNKS_OF_256 = "eager in float32", "torch's chunked", "torch's chunked, 256 rows"
 OURS, UNMASKED, IN_PLACE, REUSED = "maskops", "maskops, unmasked", "maskops, in place", "maskops, reused buffer"
+FIRST_TOUCH = "maskops, first touch"
+"""With memory that the system has to grant anew; otherwise it is that of the run before."""
+
 _ROWS_OF_LOGITS = 256
 """Rows of logits that a linear cross-entropy has to hold at once for its products to be worth their name."""
 
@@ -72,7 +75,8 @@ class Loss(LossContest):
             # Another loss, of all rows: what the mask saves; never compared with the others.
             Contender(UNMASKED, always(unmasked), ours=True, partial=True),
             Contender(IN_PLACE, always(in_place), ours=True, consumes=True),
-            Contender(REUSED, reused, ours=True),
+            Contender(REUSED, reused, ours=True, reuses=True),
+            Contender(FIRST_TOUCH, always(ours), ours=True, releases=True),
             Contender(OURS, always(ours), ours=True),
         ]
 
@@ -157,5 +161,6 @@ class Softmax(SoftmaxContest):
         return [
             Contender(EAGER, always(filled)),
             Contender(COMPILED, lambda leaves: self.setting.compiled(filled), compiles=True),
+            Contender(FIRST_TOUCH, always(ours), ours=True, releases=True),
             Contender(OURS, always(ours), ours=True),
         ]

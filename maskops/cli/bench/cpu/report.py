@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 from maskops.cli.bench.cpu.contest import MODES, Mode
 from maskops.cli.bench.cpu.limits import STEADY, Limits
-from maskops.cli.bench.cpu.measure import Outcome, Reached, Result, Row
+from maskops.cli.bench.cpu.measure import PEER_WRONG_ABOVE, Outcome, Reached, Result, Row
 from maskops.cli.bench.machine import Machine
+from maskops.cli.bench.measure import WRONG_ABOVE
 from maskops.cli.bench.report import SCHEMA, aligned, busy, to_plain
 
 
@@ -106,6 +109,17 @@ def render(report: CpuReport) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+_COLUMNS = (
+    "ratio: times the speed of the peer, the quickest of its kind; median of n interleaved rounds, ± half the distance "
+    "of their quartiles; !: below what is wanted at least. limit: share of what the machine does at most, measured "
+    "right before and after the rounds (and the share aimed at). error: largest of the result or a gradient against "
+    f"float64, 1 = plain torch's own and a few roundings; above {WRONG_ABOVE:.0f} (peers: {PEER_WRONG_ABOVE:.0f}) a "
+    "row prints WRONG and no speed. MB: memory at the peak of a run / its results with what no way can spare. huge "
+    "pages: the peer in a process whose allocator asks for them (THP_MEM_ALLOC_ENABLE=1). first touch: maskops without "
+    "the memory of the run before, which it keeps otherwise."
+)
+
+
 def _heading(report: CpuReport) -> str:
     machine, peaks = report.machine, report.machine.peaks
     lines = [
@@ -118,20 +132,7 @@ def _heading(report: CpuReport) -> str:
             f"{peaks.multiply_add:,.0f} GFLOP/s of a matrix product, read {peaks.read:.1f} GB/s, copy "
             f"{peaks.copy:.1f} GB/s",
         ),
-        (
-            "columns",
-            "ratio: times the speed of the peer, median of n interleaved rounds and half the distance of their",
-        ),
-        (
-            "",
-            "quartiles, against the quickest of its kind; least, aim: what is wanted; limit: share of what the machine",
-        ),
-        ("", "does at most, measured right before and after the rounds, and the share aimed at; error: largest of the"),
-        ("", "result or a gradient against float64, 1 = plain torch's own and a few roundings, above 2 a row prints"),
-        (
-            "",
-            "WRONG and no speed; MB: memory at the peak of a run, and the floor: its results and what no way can spare",
-        ),
+        *zip(chain(["columns"], repeat("")), textwrap.wrap(_COLUMNS, 106), strict=False),
         ("command", f"{machine.command} ({report.mode} run, {report.seconds:.0f} s)"),
     ]
     return "\n".join(["maskops bench cpu", *aligned(lines, left=2)])
@@ -139,6 +140,7 @@ def _heading(report: CpuReport) -> str:
 
 _UNITS = {
     "multiply_add": ("multiply-add in registers", "GFLOP/s"),
+    "multiply_pairs": ("of bfloat16", "GFLOP/s"),
     "read": ("read", "GB/s"),
     "copy": ("copy", "GB/s"),
     "touch": ("first touch", "GB/s"),
@@ -156,8 +158,9 @@ def _limits(report: CpuReport) -> Iterator[tuple[str, str]]:
         values = [limits[name] for limits in measured if name in limits]
         low, high = min(values), max(values)
         ranges.append(f"{label} {low:,.1f}{f' to {high:,.1f}' if high > low else ''} {unit}")
-    yield "limits", ", ".join(ranges[:3])
-    yield "", ", ".join(ranges[3:])
+    yield "limits", ", ".join(ranges[:2])
+    yield "", ", ".join(ranges[2:5])
+    yield "", ", ".join(ranges[5:])
     lost = [stretch for stretch in stretches if not stretch.kept]
     if lost:
         yield (
@@ -168,7 +171,7 @@ def _limits(report: CpuReport) -> Iterator[tuple[str, str]]:
 
 
 def _group(group: str, mode: str, results: Sequence[Result]) -> str:
-    lines = [[f"{group}, {MODES[mode]}", "ms", "ratio", "±", "n", "least", "aim", "limit", "error", "MB", "peer"]]
+    lines = [[f"{group}, {MODES[mode]}", "ms", "ratio", "±", "n", "least", "aim", "limit (aim)", "error", "MB", "peer"]]
     for result in results:
         for outcome, row in _with_own_row(result):
             lines += _lines(outcome, row)
@@ -214,7 +217,7 @@ def _goal(reached: Reached) -> list[str]:
 def _share(outcome: Outcome) -> str:
     if outcome.share is None:
         return "-"
-    aim = "" if outcome.line.share is None else f" of {outcome.line.share:.0%}"
+    aim = "" if outcome.line.share is None else f" ({outcome.line.share:.0%})"
     return f"{outcome.share:.0%} {outcome.line.limit}{aim}"
 
 

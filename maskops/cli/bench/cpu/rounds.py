@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from maskops.cli.bench.cpu.limits import STEADY, Limits, moved
@@ -13,6 +13,9 @@ from maskops.cli.bench.timing import Timing, without_collector
 
 _BEATEN = 1.5
 """A peer this many times slower than another in the first round is not the best."""
+
+FEWEST = 3
+"""Rounds whose median is worth showing."""
 
 SLOW = 0.5
 """Seconds of a run that is long enough for its first to be like any other."""
@@ -27,7 +30,7 @@ class Pace:
 
     Attributes:
         budget: Seconds of rounds for all contenders of an entry; each gets the same share.
-        min_rounds, max_rounds: Bounds on the rounds of each that count.
+        min_rounds, max_rounds: Bounds on the rounds of each that count; fewer than `FEWEST` give no speed.
         stretch: Seconds of rounds after which limits are measured again, at the end of a round; half as many after
             each stretch that was thrown away.
         discards, patience: How many stretches of an entry are made up for because limits moved, and how many seconds
@@ -44,6 +47,10 @@ class Pace:
     patience: float
     compiled: bool
     late: float
+
+    def hurried(self) -> Pace:
+        """The fewest rounds, and no others for those that are lost."""
+        return replace(self, budget=0.0, patience=0.0, min_rounds=min(self.min_rounds, FEWEST))
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ def rounds(
             if discarded > pace.discards or lost > pace.patience:
                 break
     count = max(map(len, kept.values()), default=0)
-    if stretches and count < pace.min_rounds:
+    if stretches and count < min(pace.min_rounds, FEWEST):
         middle = statistics.median(stretch.moved for stretch in stretches if not stretch.kept)
         problem = (
             f"unsteady: {_words(judged)} moved by more than {STEADY:.0%} around {discarded} of {len(stretches)} "

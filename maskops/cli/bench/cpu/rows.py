@@ -25,12 +25,13 @@ from maskops.cli.bench.cpu.attention import (
     Attention,
     Decode,
 )
-from maskops.cli.bench.cpu.contest import HUGE_PAGES, Entry, Goal, Line, Mode
+from maskops.cli.bench.cpu.contest import HUGE_PAGES, Entry, Goal, LimitName, Line, Mode
 from maskops.cli.bench.cpu.losses import (
     CHUNKED,
     CHUNKS_OF_256,
     COMPILED,
     EAGER,
+    FIRST_TOUCH,
     GATHERED,
     IN_PLACE,
     REUSED,
@@ -43,6 +44,8 @@ from maskops.cli.bench.cpu.losses import UPCAST as UPCAST_EAGER
 
 CPU = torch.device("cpu")
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PRODUCTS_OF: dict[torch.dtype, LimitName] = {torch.bfloat16: "multiply-add bf16"}
+"""Limits of products in dtypes that some processors multiply themselves."""
 
 
 def uniform(count: int = 64, seed: int = 0) -> list[int]:
@@ -91,7 +94,7 @@ def _of_attention(
         setting = Setting(CPU, dtype, seed=seed)
         return Attention(group, name, setting, lengths, heads=heads, head_dim=head_dim, **keywords)
 
-    line = Line(name, OURS, tuple(goals), "multiply-add", share)
+    line = Line(name, OURS, tuple(goals), PRODUCTS_OF.get(dtype, "multiply-add"), share)
     return Entry(group, make, (line,), mode, tuple(also), quick=quick)
 
 
@@ -179,7 +182,8 @@ def _losses(seed: int) -> Iterator[Entry]:
     line = Line(whole, OURS, against(10.0, 4.4, 2.9), "read", 0.85)
     yield Entry(group, loss(4096, 32000, 0.0), (line,), quick=True)
     lines = (
-        Line(f"{whole}, fresh gradient", OURS, against(5.0, 2.5, 3.0), "copy + touch", 1.0),
+        Line(f"{whole}, fresh gradient", OURS, against(5.0, 2.5, 3.0), "copy", 1.0),
+        Line(f"{whole}, fresh gradient, first touch", FIRST_TOUCH, against(5.0, 2.5, 3.0), "copy + touch", 1.0),
         Line(f"{whole}, in place", IN_PLACE, against(15.0, 6.0, 10.0), "copy", 0.8),
         Line(f"{whole}, reused buffer", REUSED, against(15.0, 6.0, 10.0), "copy", 0.8),
     )
@@ -187,13 +191,15 @@ def _losses(seed: int) -> Iterator[Entry]:
     wide = "1024 x 151936, bfloat16"
     line = Line(wide, OURS, against(7.0, None, 2.0), "read")
     yield Entry(group, loss(1024, 151936, 0.0, torch.bfloat16), (line,))
-    line = Line(wide, OURS, against(6.0, None, 4.0), "copy + touch")
-    yield Entry(group, loss(1024, 151936, 0.0, torch.bfloat16), (line,), "training")
+    goals = against(6.0, None, 4.0)
+    lines = (Line(wide, OURS, goals, "copy"), Line(f"{wide}, first touch", FIRST_TOUCH, goals, "copy + touch"))
+    yield Entry(group, loss(1024, 151936, 0.0, torch.bfloat16), lines, "training")
     masked = f"{whole}, 75 % masked"
     line = Line(masked, OURS, (Goal((GATHERED,), 10.0), Goal((UNMASKED,), 3.3, 3.9)), "read")
     yield Entry(group, loss(4096, 32000, 0.75), (line,), quick=True)
-    line = Line(masked, OURS, (Goal((GATHERED,), 10.0),), "copy + touch")
-    yield Entry(group, loss(4096, 32000, 0.75), (line,), "training")
+    goals = (Goal((GATHERED,), 10.0),)
+    lines = (Line(masked, OURS, goals, "copy"), Line(f"{masked}, first touch", FIRST_TOUCH, goals, "copy + touch"))
+    yield Entry(group, loss(4096, 32000, 0.75), lines, "training")
 
 
 @functools.lru_cache(maxsize=1)
@@ -212,7 +218,7 @@ def _linear_losses(seed: int) -> Iterator[Entry]:
         make = functools.partial(LinearLoss, Setting(CPU, torch.float32, seed=seed), 2048, 1024, 32000, ignored, name)
         yield Entry(group, make, (line,), "training")
     name = "512 x 1024 x 32000, bfloat16"
-    line = Line(name, OURS, (Goal((CHUNKS_OF_256, UPCAST_EAGER), 1.0, 1.3),), "multiply-add")
+    line = Line(name, OURS, (Goal((CHUNKS_OF_256, UPCAST_EAGER), 1.0, 1.3),), "multiply-add bf16")
     make = functools.partial(LinearLoss, Setting(CPU, torch.bfloat16, seed=seed), 512, 1024, 32000, 0.0, name)
     yield Entry(group, make, (line,), "training", quick=True)
 
@@ -220,9 +226,13 @@ def _linear_losses(seed: int) -> Iterator[Entry]:
 def _softmax(seed: int) -> Iterator[Entry]:
     for causal, at_least in ((False, 2.0), (True, 3.0)):
         name = f"16 x 12 x 512 x 512, {'causal' if causal else 'padding'}"
-        line = Line(name, OURS, (Goal((EAGER, COMPILED), at_least),), "copy + touch", 1.0)
+        goals = (Goal((EAGER, COMPILED), at_least),)
+        lines = (
+            Line(name, OURS, goals, "copy", 1.0),
+            Line(f"{name}, first touch", FIRST_TOUCH, goals, "copy + touch", 1.0),
+        )
         make = functools.partial(Softmax, Setting(CPU, torch.float32, seed=seed), 16, 12, 512, causal, name)
-        yield Entry("masked softmax", make, (line,), quick=causal)
+        yield Entry("masked softmax", make, lines, quick=causal)
 
 
 def _calls(seed: int) -> Iterator[Entry]:
