@@ -7,6 +7,7 @@ HOSTILE = ("tests/test_hostile.py",)
 LANES = "csrc/cpu/attention_lanes.inc"
 FEATURES = "csrc/cpu/attention_features.inc"
 FORWARD = "csrc/cpu/attention_forward.inc"
+FORWARD_PRODUCTS = "csrc/cpu/attention_forward_products.inc"
 BACKWARD = "csrc/cpu/attention_backward.inc"
 PRODUCTS = "csrc/cpu/attention_backward_products.inc"
 BACKWARD_FEATURES = "csrc/cpu/attention_backward_features.inc"
@@ -43,15 +44,19 @@ MUTATIONS = (
         "shape, 1) ? 1.0f",
         SCHEDULE_TESTS,
     ),
-    Mutation("window starts one key late", FORWARD, "(position >= load_int(start", "(position > load_int(start"),
-    Mutation("window ends one key late", FORWARD, "(position < load_int(end", "(position <= load_int(end"),
+    Mutation(
+        "window starts one key late", FORWARD_PRODUCTS, "(position >= load_int(start", "(position > load_int(start"
+    ),
+    Mutation("window ends one key late", FORWARD_PRODUCTS, "(position < load_int(end", "(position <= load_int(end"),
     Mutation(
         "softcapped or two-span limits off by one",
         LANES,
         "(position < load_int(lanes.end",
         "(position <= load_int(lanes.end",
     ),
-    Mutation("full range one key too long", FORWARD, "key + M <= panel.full_end)", "key + M <= panel.full_end + 1)"),
+    Mutation(
+        "full range one key too long", FORWARD_PRODUCTS, "key + M <= panel.full_end)", "key + M <= panel.full_end + 1)"
+    ),
     Mutation(
         "full range begins too early in backward",
         LANES,
@@ -60,8 +65,8 @@ MUTATIONS = (
     ),
     Mutation("scale forgotten", FEATURES, "shape.softmax_scale : shape", "0.5f : shape"),
     Mutation("scale forgotten on the fast path", FEATURES, ": shape.softmax_scale * LOG2E", ": 0.5f * LOG2E"),
-    Mutation("running sum not rescaled", FORWARD, "panel.running_sum[v] * rescale[v]", "panel.running_sum[v]"),
-    Mutation("accumulator not rescaled", FORWARD, " * splat(rows.rescale[lane + i])", ""),
+    Mutation("running sum not rescaled", FORWARD_PRODUCTS, "panel.running_sum[v] * rescale[v]", "panel.running_sum[v]"),
+    Mutation("accumulator not rescaled", FORWARD_PRODUCTS, " * splat(rows.rescale[lane + i])", ""),
     Mutation("accumulator never started", FORWARD, "panel.fresh = false;", ""),
     Mutation(
         "key head of a GQA group taken modulo",
@@ -73,9 +78,14 @@ MUTATIONS = (
     Mutation("first row of a block of GQA lanes", LANES, "first_row + block.lane_begin / group", "first_row"),
     Mutation("the next key head in the same task", LANES, "lanes.head[lane] += group;", ""),
     Mutation(
-        "last keys of a run at the wrong place", FORWARD, "SCORE_TILE(4, smaller(done, n - 4))", "SCORE_TILE(4, done)"
+        "last keys of a run at the wrong place",
+        FORWARD_PRODUCTS,
+        "SCORE_TILE(4, smaller(done, n - 4))",
+        "SCORE_TILE(4, done)",
     ),
-    Mutation("values end a key early", FORWARD, "lanes.end[at] - first_key);", "lanes.end[at] - first_key - 1);"),
+    Mutation(
+        "values end a key early", FORWARD_PRODUCTS, "lanes.end[at] - first_key);", "lanes.end[at] - first_key - 1);"
+    ),
     Mutation("rows whose last keys are not there", FORWARD, "panel.closed = last;", "panel.closed = true;"),
     Mutation(
         "sign of the log-sum-exp",

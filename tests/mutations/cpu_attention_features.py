@@ -6,6 +6,7 @@ ATTENTION_FEATURES = ("tests/test_attention_features.py",)
 
 FEATURES = "csrc/cpu/attention_features.inc"
 FORWARD = "csrc/cpu/attention_forward.inc"
+FORWARD_PRODUCTS = "csrc/cpu/attention_forward_products.inc"
 BACKWARD = "csrc/cpu/attention_backward.inc"
 BACKWARD_FEATURES = "csrc/cpu/attention_backward_features.inc"
 BIAS = "csrc/cpu/attention_bias.inc"
@@ -16,9 +17,12 @@ SHARED_BINDING = "csrc/ops/attention.h"
 
 MUTATIONS = (
     Mutation(
-        "features: softcap in base 2", FORWARD, "s = tanh_lanes(s) * cap;", "s = tanh_lanes(s) * cap * splat(LOG2E);"
+        "features: softcap in base 2",
+        FORWARD_PRODUCTS,
+        "s = tanh_lanes(s) * cap;",
+        "s = tanh_lanes(s) * cap * splat(LOG2E);",
     ),
-    Mutation("features: sign of ALiBi", FORWARD, "s -= load(features.slope", "s += load(features.slope"),
+    Mutation("features: sign of ALiBi", FORWARD_PRODUCTS, "s -= load(features.slope", "s += load(features.slope"),
     Mutation(
         "features: sign of ALiBi in backward", BACKWARD_FEATURES, "s -= load(features.slope", "s += load(features.slope"
     ),
@@ -51,7 +55,7 @@ MUTATIONS = (
     ),
     Mutation(
         "features: bias of -inf does not hide",
-        FORWARD,
+        FORWARD_PRODUCTS,
         "bias == splat(-INFINITY) ? bias : s + bias",
         "s + bias",
         ATTENTION_FEATURES,
@@ -144,7 +148,7 @@ MUTATIONS = (
     Mutation("features: six rounds", FEATURES, "round < 7", "round < 6", ATTENTION_FEATURES),
     Mutation(
         "features: dropped weights in the sum",
-        FORWARD,
+        FORWARD_PRODUCTS,
         "      sum[v] += p;\n      if (DROPOUT) {",
         "      if (DROPOUT) {\n        sum[v] += load(kept + (i * NV + v) * W) != (vf){} ? p : (vf){};",
         ATTENTION_FEATURES,
