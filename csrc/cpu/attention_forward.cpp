@@ -34,19 +34,22 @@ constexpr double UNITS_PER_WORKER = 32;  // where each worker gets so many
 constexpr double LEVELLING_TASKS = 2;    // of the largest that there are, for each worker, level them at the end
 // Tiles that see more keys than this share them with others, and come head by head: keys and values stay in a core's
 // own cache. Others come tile by tile, all heads of it one after the other: their rows are neighbours in a packed
-// batch.
+// batch. For the same reason the heads of a document come before the next document: a row of a packed batch has a page
+// of memory almost to itself, and no processor remembers where more than a few thousand pages are.
 constexpr int32_t SHARED_KEYS = 256;
 
 // One task for every copy of it: the key heads of the batch elements that share a plan.
 struct Piece {
-  int32_t plan_batch, first_row, rows, lane_begin, lane_end, key_begin, key_end;
+  int32_t group, plan_batch, first_row, rows, lane_begin, lane_end, key_begin, key_end;
   int32_t part, parts;  // of the keys of these lanes
   int64_t partials;     // floats before those of the first copy of its lanes
   int64_t counter;      // of the parts of the first copy that are done
   double flops;
 };
 
-struct Plan {  // the pieces of one batch element of the plan
+// The pieces of neighbouring tiles whose keys overlap: those of a document, or of a whole batch element of the plan.
+struct Group {
+  int32_t plan_batch, key_begin, key_end;
   int64_t first_piece = 0, n_pieces = 0, n_copies = 0;
   double flops = 0;  // of one copy
   bool shares_keys = false;
@@ -117,8 +120,8 @@ class Schedule {
   void shrink(const AttentionForward& p);
   void order(int64_t workers);
 
-  std::vector<Plan> plans_;
-  std::vector<Piece> pieces_;  // by plan, costliest first within it
+  std::vector<Group> groups_;
+  std::vector<Piece> pieces_;  // by group, costliest first within it
   std::vector<Run> runs_;
   int64_t kv_heads_;
   double flops_ = 0;
@@ -158,7 +161,6 @@ void Schedule::cut_lanes(const AttentionForward& p) {
   const auto group = static_cast<int32_t>(shape.heads / shape.kv_heads);
   const auto k_len = static_cast<int32_t>(shape.k_len);
   const auto widths = static_cast<double>(shape.head_dim + shape.value_dim);
-  plans_.resize(spans.plan_batch);
   pieces_.reserve(spans.n_tiles * group);
   for (int32_t tile = 0; tile < spans.n_tiles; tile++) {
     const int32_t* item = tile_at(spans, tile);
@@ -170,8 +172,15 @@ void Schedule::cut_lanes(const AttentionForward& p) {
       key_begin = std::min(key_begin, lo);
       key_end = std::max(key_end, hi);
     }
-    Plan& plan = plans_[item[0]];
-    plan.shares_keys = plan.shares_keys || key_end - key_begin > SHARED_KEYS;
+    if (groups_.empty() || groups_.back().plan_batch != item[0] || key_begin >= groups_.back().key_end ||
+        key_end <= groups_.back().key_begin) {
+      const int64_t batches = (shape.batch - item[0] + spans.plan_batch - 1) / spans.plan_batch;
+      groups_.push_back({item[0], key_begin, key_end, 0, 0, kv_heads_ * batches, 0, false});
+    }
+    Group& owner = groups_.back();
+    owner.key_begin = std::min(owner.key_begin, key_begin);
+    owner.key_end = std::max(owner.key_end, key_end);
+    owner.shares_keys = owner.shares_keys || key_end - key_begin > SHARED_KEYS;
     for (int32_t lane = 0; lane < lanes; lane += BLOCK_LANES) {
       const int32_t lane_end = std::min(lanes, lane + BLOCK_LANES);
       double pairs = static_cast<double>(std::max(item[3], 0)) * group;
@@ -180,14 +189,11 @@ void Schedule::cut_lanes(const AttentionForward& p) {
         pairs = pairs_of_rows(spans, item[0], row, row_end) * (lane_end - lane) / (row_end - row);
       }
       const double flops = (2 * pairs + FLOPS_PER_LANE * (lane_end - lane)) * widths + FLOPS_PER_TASK;
-      pieces_.push_back(
-          {item[0], item[1], item[2], lane, lane_end, key_begin, std::max(key_begin, key_end), 0, 1, 0, 0, flops});
-      plan.flops += flops;
+      pieces_.push_back({static_cast<int32_t>(groups_.size()) - 1, item[0], item[1], item[2], lane, lane_end, key_begin,
+                         std::max(key_begin, key_end), 0, 1, 0, 0, flops});
+      owner.flops += flops;
+      flops_ += flops * static_cast<double>(owner.n_copies);
     }
-  }
-  for (int64_t batch = 0; batch < spans.plan_batch; batch++) {
-    plans_[batch].n_copies = kv_heads_ * ((shape.batch - batch + spans.plan_batch - 1) / spans.plan_batch);
-    flops_ += plans_[batch].flops * static_cast<double>(plans_[batch].n_copies);
   }
 }
 
@@ -204,7 +210,7 @@ void Schedule::shrink(const AttentionForward& p) {
   double left = flops_;
   for (const int64_t index : costliest_first) {
     const Piece& piece = pieces_[index];
-    const int64_t n_copies = plans_[piece.plan_batch].n_copies;
+    const int64_t n_copies = groups_[piece.group].n_copies;
     const double most = std::max(FEWEST_FLOPS, left / MOST_WORKERS);
     left -= piece.flops * static_cast<double>(n_copies);
     const auto wanted = static_cast<int32_t>(std::max(1.0, piece.flops / most));
@@ -240,12 +246,11 @@ void Schedule::shrink(const AttentionForward& p) {
       }
     }
   }
-  std::stable_sort(smaller.begin(), smaller.end(),
-                   [](const Piece& a, const Piece& b) { return a.plan_batch < b.plan_batch; });
+  std::stable_sort(smaller.begin(), smaller.end(), [](const Piece& a, const Piece& b) { return a.group < b.group; });
   pieces_ = std::move(smaller);
   for (size_t i = 0; i < pieces_.size(); i++) {
-    Plan& plan = plans_[pieces_[i].plan_batch];
-    if (plan.n_pieces++ == 0) plan.first_piece = static_cast<int64_t>(i);
+    Group& group = groups_[pieces_[i].group];
+    if (group.n_pieces++ == 0) group.first_piece = static_cast<int64_t>(i);
   }
 }
 
@@ -254,24 +259,24 @@ void Schedule::shrink(const AttentionForward& p) {
 void Schedule::order(int64_t workers) {
   double costliest = 0;
   for (const Piece& piece : pieces_) costliest = std::max(costliest, piece.flops);
-  std::vector<const Plan*> longest_first;
-  longest_first.reserve(plans_.size());
-  for (const Plan& plan : plans_) longest_first.push_back(&plan);
+  std::vector<const Group*> longest_first;
+  longest_first.reserve(groups_.size());
+  for (const Group& group : groups_) longest_first.push_back(&group);
   std::stable_sort(longest_first.begin(), longest_first.end(),
-                   [](const Plan* a, const Plan* b) { return a->flops > b->flops; });
+                   [](const Group* a, const Group* b) { return a->flops > b->flops; });
   const double levelling = workers == 1 ? 0 : LEVELLING_TASKS * static_cast<double>(workers) * costliest;
   std::vector<Run> last;
   double left = flops_;
-  for (const Plan* plan : longest_first) {
+  for (const Group* group : longest_first) {
     int64_t n_whole = 0;
-    if (plan->shares_keys) {
-      const double spare = std::max(0.0, left - levelling) / std::max(plan->flops, 1.0);
-      n_whole = static_cast<int64_t>(std::min(spare, static_cast<double>(plan->n_copies)));
+    if (group->shares_keys) {
+      const double spare = std::max(0.0, left - levelling) / std::max(group->flops, 1.0);
+      n_whole = static_cast<int64_t>(std::min(spare, static_cast<double>(group->n_copies)));
     }
-    if (n_whole > 0) runs_.push_back({0, plan->first_piece, plan->n_pieces, 0, n_whole, 1, 1});
-    left -= plan->flops * static_cast<double>(n_whole);
-    for (int64_t i = 0; i < plan->n_pieces && n_whole < plan->n_copies; i++) {
-      last.push_back({0, plan->first_piece + i, 1, n_whole, plan->n_copies - n_whole, 1, 1});
+    if (n_whole > 0) runs_.push_back({0, group->first_piece, group->n_pieces, 0, n_whole, 1, 1});
+    left -= group->flops * static_cast<double>(n_whole);
+    for (int64_t i = 0; i < group->n_pieces && n_whole < group->n_copies; i++) {
+      last.push_back({0, group->first_piece + i, 1, n_whole, group->n_copies - n_whole, 1, 1});
     }
   }
   std::stable_sort(last.begin(), last.end(), [&](const Run& a, const Run& b) {
@@ -281,7 +286,7 @@ void Schedule::order(int64_t workers) {
     const Piece& piece = pieces_[run.first_piece];
     const double share = left / (UNITS_PER_WORKER * static_cast<double>(workers));
     left -= piece.flops * static_cast<double>(run.n_copies);
-    if (piece.parts == 1 && !plans_[piece.plan_batch].shares_keys) {
+    if (piece.parts == 1 && !groups_[piece.group].shares_keys) {
       run.heads_per_task = std::clamp<int64_t>(static_cast<int64_t>(share / piece.flops), 1, kv_heads_);
     }
     const double flops = piece.flops * static_cast<double>(run.heads_per_task);
