@@ -34,8 +34,6 @@ int64_t heads_of_task(double flops) {
   return flops == 0 ? 1 : static_cast<int64_t>(std::clamp(FLOPS_PER_TASK / flops, 1.0, 64.0));
 }
 
-const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
-
 double pairs_of(const Spans& spans, const AttentionShape& shape) {
   int64_t pairs = 0;
   for (int64_t tile = 0; tile < spans.n_tiles; tile++) pairs += std::max(tile_at(spans, tile)[3], 0);
@@ -327,13 +325,16 @@ void Schedule::share(int64_t width) {
     n_turns += turns_of(*chain.component);
     n_keys += chain.component->key_end - chain.component->key_begin;
   }
+  // Float32 gradients hold the sums themselves where their rows are whole vectors.
+  const bool in_place = p_.shape.element == Element::float32 && width == p_.shape.head_dim + p_.shape.value_dim;
+  if (in_place) width = 0;
   turns_ = std::vector<Turn>(n_turns);
   sums_ = allocate(n_keys * width * sizeof(float));
   Turn* turns = turns_.data();
   auto* sums = reinterpret_cast<float*>(sums_.get());
   for (Chain& chain : chains_) {
     chain.turns = turns;
-    chain.sums = sums;
+    chain.sums = in_place ? nullptr : sums;
     turns += turns_of(*chain.component);
     sums += (chain.component->key_end - chain.component->key_begin) * width;
     const auto widen = [](int32_t& begin, int32_t& end, const Link& link) {

@@ -59,8 +59,8 @@ struct BackwardTask {
   // zero_end.
   int32_t zero_begin, zero_end;
   // Where other tasks add to the same keys, one head and one block of lanes: the sums of the keys [sums_begin,
-  // sums_end), dK and then dV with padded widths, a turn for each TURN_KEYS of them, and the links of all these tasks.
-  // nullptr where the task owns its keys alone.
+  // sums_end), dK and then dV with padded widths, or nullptr where the gradients themselves hold them; a turn for each
+  // TURN_KEYS of the keys, and the links of all these tasks. No turns where the task owns its keys alone.
   float* sums;
   int32_t sums_begin, sums_end;
   Turn* turns;
@@ -91,9 +91,12 @@ inline int64_t slopes_of_row(const Features& features, int64_t batch, int64_t ro
   return ordinal < 0 ? 0 : ordinal < slopes.outer ? ordinal : slopes.outer - 1;
 }
 
+// A tile of the plan: batch element, first row, rows, cost, then the limits of its spans.
+inline const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
+
 // The hull of the keys that a tile sees: begin >= end where it sees none.
 inline void keys_of_tile(const Spans& spans, int64_t tile, int32_t k_len, int32_t& begin, int32_t& end) {
-  const int32_t* item = spans.tiles + tile * spans.tile_width;
+  const int32_t* item = tile_at(spans, tile);
   begin = k_len;
   end = 0;
   for (int s = 0; s < spans.n_spans; s++) {

@@ -128,8 +128,6 @@ class Schedule {
   int64_t n_units_ = 0, partial_floats_ = 0, n_counters_ = 0;
 };
 
-const int32_t* tile_at(const Spans& spans, int64_t tile) { return spans.tiles + tile * spans.tile_width; }
-
 // Pairs of query row and key in rows [begin, end).
 double pairs_of_rows(const Spans& spans, int64_t plan_batch, int64_t begin, int64_t end) {
   double pairs = 0;
@@ -165,13 +163,8 @@ void Schedule::cut_lanes(const AttentionForward& p) {
   for (int32_t tile = 0; tile < spans.n_tiles; tile++) {
     const int32_t* item = tile_at(spans, tile);
     const int32_t lanes = item[2] * group;
-    int32_t key_begin = k_len, key_end = 0;
-    for (int32_t s = 0; s < spans.n_spans; s++) {
-      const int32_t lo = std::max(item[4 + 4 * s], 0), hi = std::min(item[4 + 4 * s + 3], k_len);
-      if (lo >= hi) continue;
-      key_begin = std::min(key_begin, lo);
-      key_end = std::max(key_end, hi);
-    }
+    int32_t key_begin, key_end;
+    keys_of_tile(spans, tile, k_len, key_begin, key_end);
     if (groups_.empty() || groups_.back().plan_batch != item[0] || key_begin >= groups_.back().key_end ||
         key_end <= groups_.back().key_begin) {
       const int64_t batches = (shape.batch - item[0] + spans.plan_batch - 1) / spans.plan_batch;

@@ -150,6 +150,20 @@ MUTATIONS = (
         SCHEDULE_TESTS,
     ),
     Mutation(
+        "gradients hold sums that are wider than their rows",
+        SCHEDULE,
+        "width == p_.shape.head_dim + p_.shape.value_dim",
+        "true",
+        SCHEDULE_TESTS,
+    ),
+    Mutation(
+        "sums in gradients lie as if these were dense",
+        PRODUCTS,
+        "key_stride = grad_k.row_stride;",
+        "key_stride = head_width;",
+        SCHEDULE_TESTS,
+    ),
+    Mutation(
         "keys before a chain are not written",
         SCHEDULE,
         "    nobodys(task.zero_begin, task.key_begin);\n",
