@@ -1,5 +1,6 @@
 """`maskops.attach`: what it does to a model and to its copies, where its calls run, and that `detach` undoes it."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
 
@@ -52,6 +54,38 @@ def _state(model: nn.Module) -> Any:
         hooks = [tuple(vars(module)[key]) for key in vars(module) if key.endswith(("_hooks", "_kwargs", "_called"))]
         modules[name] = (attributes, hooks)
     return modules, model.config._attn_implementation_internal
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_the_mask_of_a_padded_batch_is_read_once(name):
+    """A mask of ones and zeros is told by its extremes, for all models inside, and that it is padded on the right by
+    its first column: each operation takes as long as a good part of a step of generation.
+    """
+    model = _new(name)
+    ids = torch.randint(3, 40, (3, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()}
+    counts = []
+    for attached in (False, True):
+        with maskops.attach(model, probe=False) if attached else contextlib.nullcontext():
+            with torch.no_grad(), _Counting() as counting:
+                model(**inputs)
+        counts.append(counting.names)
+    stock, ours = counts
+    assert ours["aminmax"] == 1
+    for operator in ("amax", "argmax", "nonzero", "cummax", "searchsorted"):
+        assert ours[operator] <= stock[operator], operator
 
 
 # ---- attaching and detaching -----------------------------------------------------------------------------------------

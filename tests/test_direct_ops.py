@@ -126,6 +126,9 @@ LOSSES: dict[str, tuple[bool, dict[str, Any]]] = {
     "int32": (True, {"target": TARGET.int()}),
     "bfloat16": (True, {"dtype": torch.bfloat16}),
     "nothing kept": (True, {"target": torch.full((5,), -100)}),
+    "rows of a batch": (True, {"target": TARGET[None, :, None].expand(2, 5, 3), "leading": (2, 5, 3)}),
+    "rows of a batch turned": (False, {"target": TARGET[:, None].expand(5, 2), "leading": (2, 5), "turned": True}),
+    "rows of another batch": (False, {"target": TARGET[:, None], "leading": (1, 5)}),
     "none": (False, {"reduction": "none"}),
     "unknown": (False, {"reduction": "median"}),
     "label outside": (False, {"target": torch.tensor([0, 1, 2, 3, 7])}),
@@ -148,7 +151,10 @@ LOSSES: dict[str, tuple[bool, dict[str, Any]]] = {
 def test_cross_entropy(name: str, compare: Callable[..., None]) -> None:
     directly, given = LOSSES[name]
     keywords = dict(given)
-    target, logits = keywords.pop("target", TARGET), random(5, 7).to(keywords.pop("dtype", torch.float32))
+    target, logits = keywords.pop("target", TARGET), random(*keywords.pop("leading", (5,)), 7)
+    logits = logits.to(keywords.pop("dtype", torch.float32))
+    if keywords.pop("turned", False):
+        logits = logits.transpose(0, 1)
     compare("cross_entropy", lambda: maskops.cross_entropy(logits, target, **keywords), directly)
     if directly:
         call = pulled(lambda x: maskops.cross_entropy(x, target, **keywords)[None], logits)

@@ -68,4 +68,11 @@ MUTATIONS = (
         "elif type(mask) is not Mask or mask.layouts:",
         OP_TESTS,
     ),
+    Mutation(
+        "direct: labels of other rows are taken",
+        "maskops/ops/cross_entropy/direct.py",
+        " or target.shape != logits.shape[:-1]",
+        "",
+        OP_TESTS,
+    ),
 )

@@ -85,4 +85,11 @@ MUTATIONS = (
         "    if count > 2:",
         ATTACH,
     ),
+    Mutation(
+        "transformers: models inside read the mask again",
+        f"{FOLDER}/arrival.py",
+        "if _holds_no_segments(call, mask) or _separated",
+        "if _separated",
+        ATTACH,
+    ),
 )

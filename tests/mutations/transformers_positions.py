@@ -72,4 +72,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "key = name",
         _TESTS,
     ),
+    Mutation(
+        "positions: one row that begins in the first column stands for all",
+        _POSITIONS,
+        "bool(kept[:, 0].all())",
+        "bool(kept[:, 0].any())",
+        _TESTS,
+    ),
 )

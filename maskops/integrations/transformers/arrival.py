@@ -113,10 +113,10 @@ def of_tokens(
         # Most batches: nothing is packed by their mask, and many hold no padding.
         if segments is not None and int(segments.amax() if segments.numel() else 0) <= 1:
             segments = None
-        if kept is not None and bool(kept.all()):
-            kept = None
         if positions is None and segments is None:
             return None
+        if kept is not None and bool(kept.all()):
+            kept = None
     batch, length = given.shape[-2:]
     device = given.device
     place = torch.arange(length, device=device)
@@ -445,6 +445,7 @@ def ask_for_cross_mask(call: Call) -> None:
 # ---- segments --------------------------------------------------------------------------------------------------------
 
 _MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+_PLAIN = "masks of ones and zeros"
 
 
 def separate_segments(call: Call) -> None:
@@ -457,16 +458,30 @@ def separate_segments(call: Call) -> None:
         mask = call.tensor(name)
         if mask is None or mask.dim() != 2 or not (mask.dtype in INTEGERS or mask.is_floating_point()):
             continue
-        if _separated(call, name, mask) is not None:
+        if _holds_no_segments(call, mask) or _separated(call, name, mask) is not None:
             continue
         if values_can_be_read([mask], mask.device):
             if not mask.numel():
                 continue
-            _check_numbers(mask, name)
-            if mask.amax() <= 1:
+            low, high = mask.aminmax()
+            # Of integers that says all, at a third of what the check of each number takes.
+            if mask.is_floating_point() or not 0 <= int(low) <= int(high) <= 1:
+                _check_numbers(mask, name)
+            if high <= 1:
+                call.notes.setdefault(_PLAIN, []).append(mask)
                 continue
         call.set(name, (mask != 0).to(mask.dtype))
         call.segments[name] = mask.to(torch.int64) if mask.is_floating_point() else mask
+
+
+def _holds_no_segments(call: Call, mask: Tensor) -> bool:
+    """Whether a step before this call, or before one around it, has read this very mask and found ones and zeros."""
+    around: Call | None = call
+    while around is not None:
+        if any(mask is read for read in around.notes.get(_PLAIN, ())):
+            return True
+        around = around.parent
+    return False
 
 
 def _check_numbers(mask: Tensor, name: str) -> None:
@@ -512,7 +527,7 @@ def segments_of_call(call: Call, name: str, columns: slice | Tensor) -> Tensor |
         columns: which of them.
     """
     mask = call.tensor(name)
-    if mask is None or mask.dim() != 2:
+    if mask is None or mask.dim() != 2 or _holds_no_segments(call, mask):
         return None
     numbers = _separated(call, name, mask)
     if numbers is None:

@@ -119,31 +119,38 @@ def places_of_call(call: Call, *, counts_padding: bool) -> Tensor | None:
     past = _length_of_cache(call)
     mask = call.tensor("attention_mask")
     kept = kept_tokens(mask) if mask is not None and mask.dim() == 2 and mask.shape[0] == batch else None
-    slots = torch.arange(length, device=_device(call))
     columns: slice | Tensor = slice(0, length)
     if kept is not None and kept.shape[1] != length:
-        columns = slice(past, past + length) if isinstance(past, int) else past + slots
+        columns = slice(past, past + length) if isinstance(past, int) else past + _slots(call, length)
         if isinstance(past, int) and kept.shape[1] < past + length:
             return None
     own = None if kept is None else kept[:, columns]
     documents = documents_of_call(call, batch, length, own, columns=columns, is_continued=is_continued(past))
-    begin = None if kept is None else kept.to(torch.int64).argmax(1, keepdim=True)
     if documents is not None:
-        start = documents.start if begin is None else torch.maximum(documents.start, begin)
-        return torch.where(documents.ids >= 0, slots - start, 0).clamp(min=0)
-    if counts_padding or begin is None:
+        start = documents.start if kept is None else torch.maximum(documents.start, _first_kept(kept))
+        return torch.where(documents.ids >= 0, _slots(call, length) - start, 0).clamp(min=0)
+    if counts_padding or kept is None:
         return None
-    if values_can_be_read([begin], begin.device) and not begin.any():
-        return None
-    offset = 0 if isinstance(columns, slice) and kept is not None and kept.shape[1] == length else past
-    return (slots + offset - begin).clamp(min=0)
+    if values_can_be_read([kept], kept.device):
+        # Most batches are padded on the right: every row begins in the first column.
+        if kept.shape[1] and bool(kept[:, 0].all()):
+            return None
+        if not _first_kept(kept).any():
+            return None
+    offset = 0 if isinstance(columns, slice) and kept.shape[1] == length else past
+    return (_slots(call, length) + offset - _first_kept(kept)).clamp(min=0)
 
 
-def _device(call: Call) -> torch.device:
+def _first_kept(kept: Tensor) -> Tensor:
+    """int64 (batch, 1): the first column of each row that is kept, 0 in a row without one."""
+    return kept.to(torch.uint8).argmax(1, keepdim=True)
+
+
+def _slots(call: Call, length: int) -> Tensor:
     for name in ("input_ids", "inputs_embeds"):
         tensor = call.tensor(name)
         if tensor is not None:
-            return tensor.device
+            return torch.arange(length, device=tensor.device)
     raise AssertionError("a call with sizes has ids or embeddings")
 
 

@@ -44,8 +44,8 @@ def cross_entropy(
     """``maskops.cross_entropy`` of labels as a mean or a sum, where that is all; else None, as where it raises.
 
     Args:
-        logits: (N, V), and so on: the arguments of ``maskops.cross_entropy``.
-        target: (N,) labels.
+        logits: (..., V), and so on: the arguments of ``maskops.cross_entropy``.
+        target: (...) labels.
         ignore_index: the label of rows to skip.
         reduction: ``"mean"`` or ``"sum"``.
         mask: None in a direct call.
@@ -96,6 +96,10 @@ def cross_entropy(
     ):
         return None
     try:
+        if logits.dim() != 2:  # rows of a batch: the reduction knows no other order of them
+            if logits.dim() < 2 or target.shape != logits.shape[:-1] or not logits.is_contiguous():
+                return None
+            logits, target = logits.flatten(0, -2), target.flatten()
         if not (_is_grad_enabled() and logits.requires_grad):
             return _loss(logits, target, ignore_index, reduction == "mean")
         if not saves_as_usual():
