@@ -1,5 +1,5 @@
 // The cache of keys and values on the CPU: what ops/decode.cpp calls, and what the schedule (decode.cpp) hands to the
-// arithmetic (decode.inc, once per instruction set).
+// arithmetic (decode*.inc, once per instruction set).
 #pragma once
 
 #include "../decode.h"

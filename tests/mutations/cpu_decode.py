@@ -6,6 +6,8 @@ DECODE = ("tests/test_decode_kernel.py", "tests/test_decode.py")
 DECODE_ERRORS = ("tests/test_decode_errors.py",)
 
 DECODE_KERNEL = "csrc/cpu/decode.inc"
+DECODE_KEYS = "csrc/cpu/decode_keys.inc"
+DECODE_PRODUCTS = "csrc/cpu/decode_products.inc"
 DECODE_SCHEDULE = "csrc/cpu/decode.cpp"
 DECODE_PARAMETERS = "csrc/decode.h"
 DECODE_BINDING = "csrc/ops/decode.cpp"
@@ -43,12 +45,12 @@ MUTATIONS = (
     ),
     Mutation(
         "decode: keys between two spans are read",
-        DECODE_KERNEL,
+        DECODE_KEYS,
         "run_end = begin < run_begin ? end : larger(run_end, end);",
         "run_end = task.key_end;",
         DECODE,
     ),
-    Mutation("decode: holes are read", DECODE_KERNEL, "n += valid[key] != 0;", "n++;", DECODE),
+    Mutation("decode: holes are read", DECODE_KEYS, "n += valid[key] != 0;", "n++;", DECODE),
     Mutation(
         "decode: keys of other rows are read",
         DECODE_KERNEL,
@@ -65,14 +67,14 @@ MUTATIONS = (
     ),
     Mutation(
         "decode: pages taken in order",
-        DECODE_KERNEL,
+        DECODE_KEYS,
         "const int64_t place = p.place_of(task.batch, page);",
         "const int64_t place = p.place_of(task.batch, 0) + page;",
         DECODE,
     ),
     Mutation(
         "decode: a page too long",
-        DECODE_KERNEL,
+        DECODE_KEYS,
         "block.positions[i] < page_end; i++)",
         "block.positions[i] <= page_end; i++)",
         DECODE,
@@ -84,7 +86,7 @@ MUTATIONS = (
         "vf sum = load(s.sum + r * W);",
         DECODE,
     ),
-    Mutation("decode: accumulator not rescaled", DECODE_KERNEL, "* splat(scale[r]);", "* splat(1.0f);", DECODE),
+    Mutation("decode: accumulator not rescaled", DECODE_PRODUCTS, "* splat(scale[r]);", "* splat(1.0f);", DECODE),
     Mutation(
         "decode: parts not rescaled",
         DECODE_KERNEL,
@@ -101,7 +103,7 @@ MUTATIONS = (
     ),
     Mutation(
         "decode: bfloat16 stays apart",
-        DECODE_KERNEL,
+        DECODE_PRODUCTS,
         "static constexpr ALWAYS_INLINE bool comes_apart(const bfloat16*) { return true; }",
         "static constexpr ALWAYS_INLINE bool comes_apart(const bfloat16*) { return false; }",
         DECODE,
@@ -175,7 +177,7 @@ MUTATIONS = (
     ),
     Mutation(
         "decode: sums of fours of two rows",
-        DECODE_KERNEL,
+        DECODE_PRODUCTS,
         "fold_pairs(fold_fours(rows[4 * i], rows[4 * i + 2]), fold_fours(rows[4 * i + 1], rows[4 * i + 3]));",
         "fold_pairs(fold_fours(rows[4 * i], rows[4 * i + 1]), fold_fours(rows[4 * i + 2], rows[4 * i + 3]));",
         DECODE,
