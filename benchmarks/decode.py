@@ -1,6 +1,6 @@
 """`python -m benchmarks.decode`: one new token a sequence over a cache, against what torch offers, interleaved.
 
-Decoding is bound by reading the cache, so the figure beside the time is the cache's bytes per second; the peak of
+Decoding is bound by reading the cache, so the figure beside the time is the cache's bytes per second; the limit of
 reading is measured in the same process. Full caches, so that torch has no padding to compute.
 """
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskops
+from maskops.cli.bench.cpu.limits import Gauge
 from maskops.cli.bench.machine import describe
 from maskops.cli.bench.others import Others
 from maskops.cli.bench.report import aligned
@@ -137,14 +138,19 @@ def main(arguments: list[str] | None = None) -> None:
                 )
     host = describe(CPU, torch.float32)
     print(f"{host.device}, {host.threads} threads, {host.instruction_set}; torch {host.torch}, maskops {host.commit}")
-    print(f"peak of reading: {host.peaks.read:.1f} GB/s")
+    limit = Gauge(host.threads).measure({"read"})["read"]
+    print(f"limit of reading: {limit:.1f} GB/s")
     taken = others.taken()
     print(f"other programs kept {taken:.1f} processors busy (trust speeds only near 0)")
     print("\n".join(aligned(rows, indent="")))
     if options.json is not None:
         options.json.write_text(
             json.dumps(
-                {"machine": host.__dict__ | {"peaks": host.peaks.__dict__, "load": taken}, "rows": results}, indent=1
+                {
+                    "machine": host.__dict__ | {"peaks": host.peaks.__dict__, "load": taken, "read": limit},
+                    "rows": results,
+                },
+                indent=1,
             )
             + "\n"
         )

@@ -14,7 +14,10 @@ EXPORTED int maskops_select_instruction_set(const char* name) { return maskops::
 // The limits of the machine, on the calling thread, with the instruction set in use; see cpu/limits.inc.
 EXPORTED double maskops_limit_multiply_add(int64_t rounds) { return maskops::kernels().limit_multiply_add(rounds); }
 EXPORTED double maskops_limit_multiply_pairs(int64_t rounds) { return maskops::kernels().limit_multiply_pairs(rounds); }
-EXPORTED float maskops_limit_read(const float* x, int64_t n) { return maskops::kernels().limit_read(x, n); }
+EXPORTED float maskops_limit_read(const float* x, int64_t n, int64_t way) {
+  return maskops::kernels().limit_read(x, n, way);
+}
+EXPORTED int64_t maskops_limit_read_ways() { return maskops::LIMIT_READ_WAYS; }
 EXPORTED void maskops_limit_copy(float* to, const float* from, int64_t n) {
   maskops::kernels().limit_copy(to, from, n);
 }

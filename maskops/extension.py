@@ -46,8 +46,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.maskops_limit_multiply_add.restype = ctypes.c_double
     library.maskops_limit_multiply_pairs.argtypes = [ctypes.c_int64]
     library.maskops_limit_multiply_pairs.restype = ctypes.c_double
-    library.maskops_limit_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.maskops_limit_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.maskops_limit_read.restype = ctypes.c_float
+    library.maskops_limit_read_ways.argtypes = []
+    library.maskops_limit_read_ways.restype = ctypes.c_int64
     library.maskops_limit_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     library.maskops_limit_copy.restype = None
     library.maskops_release_memory.argtypes = []
@@ -96,7 +98,7 @@ def instruction_set() -> str | None:
 def limit_multiply_add(rounds: int) -> float:
     """Multiplies and adds in registers on the calling thread, without the interpreter's lock; how many operations.
 
-    Like the three below, a limit of the machine to hold kernels against; RuntimeError without the extension.
+    Like those below, a limit of the machine to hold kernels against; RuntimeError without the extension.
     """
     return float(_loaded().maskops_limit_multiply_add(rounds))
 
@@ -106,9 +108,17 @@ def limit_multiply_pairs(rounds: int) -> float:
     return float(_loaded().maskops_limit_multiply_pairs(rounds))
 
 
-def limit_read(source: torch.Tensor) -> float:
-    """The sum of a contiguous float32 tensor on the processor, read once on the calling thread."""
-    return float(_loaded().maskops_limit_read(source.data_ptr(), source.numel()))
+def limit_read(source: torch.Tensor, way: int) -> float:
+    """The sum of a contiguous float32 tensor on the processor, read once on the calling thread.
+
+    `way` is one of `limit_read_ways()`: in one stream or several, with or without asking for memory beforehand.
+    """
+    return float(_loaded().maskops_limit_read(source.data_ptr(), source.numel(), way))
+
+
+def limit_read_ways() -> range:
+    """The ways in which `limit_read` reads; which is the fastest depends on the processor and on its threads."""
+    return range(_loaded().maskops_limit_read_ways())
 
 
 def limit_copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -379,7 +379,9 @@ def test_loops_that_measure_the_machine_do_their_work(instruction_set: str) -> N
         extension.select_instruction_set(instruction_set)
         source = torch.arange(1.0, 1100.0)
         target = torch.zeros(1104)
-        assert extension.limit_read(source) == source.sum()
+        ways = extension.limit_read_ways()
+        assert len(ways) > 1
+        assert all(extension.limit_read(source[:n], way) == source[:n].sum() for way in ways for n in (0, 7, 64, 1099))
         extension.limit_copy(target[: len(source)], source)
         assert torch.equal(target[: len(source)], source) and not target[len(source) :].any()
         assert extension.limit_multiply_add(10) == 10 * extension.limit_multiply_add(1) > 0

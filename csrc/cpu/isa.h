@@ -23,6 +23,9 @@ struct MatmulPanels;
 struct SoftmaxBackward;
 struct SoftmaxForward;
 
+// In how many ways limit_read reads.
+constexpr int64_t LIMIT_READ_WAYS = 4;
+
 // One task of each kernel; schedules, threads and memory are the caller's (attention.cpp, ...).
 struct KernelTable {
   const char* name;
@@ -64,7 +67,7 @@ struct KernelTable {
   // What the processor reaches at most; see limits.inc.
   double (*limit_multiply_add)(int64_t rounds);
   double (*limit_multiply_pairs)(int64_t rounds);
-  float (*limit_read)(const float* x, int64_t n);
+  float (*limit_read)(const float* x, int64_t n, int64_t way);
   void (*limit_copy)(float* to, const float* from, int64_t n);
 };
 

@@ -88,8 +88,8 @@ MUTATIONS = (
     Mutation(
         "bench: the last float of a stream is not read",
         "csrc/cpu/limits.inc",
-        "for (; i < n; i++) rest += x[i];",
-        "for (; i + 1 < n; i++) rest += x[i];",
+        "part; i < n; i++) rest += x[i];",
+        "part; i + 1 < n; i++) rest += x[i];",
         _TESTS,
     ),
 )

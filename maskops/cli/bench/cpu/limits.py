@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import threading
@@ -40,7 +41,7 @@ LIMITS = ("multiply_add", "multiply_pairs", "read", "copy", "touch", "huge_read"
     multiply_pairs: GFLOP/s of bfloat16 that adds up in float32: in registers, by instructions for vectors, or by a
         matrix product of torch, where that knows quicker ones.
     read: GB/s of reading what fits no cache, in memory as torch's allocator gives it: no kernel chooses the pages of
-        its inputs.
+        its inputs. The best of several ways to read, with and without asking for memory beforehand.
     copy: GB/s of copying it, read and written bytes together.
     touch: GB/s at which the system grants memory, in huge pages where it has some: what writing to fresh memory takes
         beyond writing there again.
@@ -130,7 +131,11 @@ class Gauge:
 
     def _own_read(self, pool: ThreadPoolExecutor, source: Tensor) -> float:
         spans = self._spans()
-        seconds = self._best(pool, lambda thread: extension.limit_read(_part(source, spans[thread])))
+
+        def work(way: int) -> Callable[[int], object]:
+            return lambda thread: extension.limit_read(_part(source, spans[thread]), way)
+
+        seconds = self._best(pool, *[work(way) for way in extension.limit_read_ways()])
         return 4 * sum(map(len, spans)) / seconds * 1e-9
 
     def _own_copy(self, pool: ThreadPoolExecutor, target: Tensor, source: Tensor) -> float:
@@ -140,12 +145,15 @@ class Gauge:
         )
         return 8 * sum(map(len, spans)) / seconds * 1e-9
 
-    def _best(self, pool: ThreadPoolExecutor | None, work: Callable[[int], object]) -> float:
-        """Seconds of the quickest repeat, on our threads or on those of torch."""
+    def _best(self, pool: ThreadPoolExecutor | None, *ways: Callable[[int], object]) -> float:
+        """Seconds of the quickest repeat of the quickest way, on our threads or on those of torch."""
         found: list[float] = []
         begun = time.perf_counter()
-        while len(found) < _REPEATS or time.perf_counter() - begun < self._least:
-            found.append(_alone(lambda: work(0)) if pool is None else _together(pool, self._threads, work))
+        while len(found) < _REPEATS * len(ways) or time.perf_counter() - begun < self._least:
+            for work in ways:
+                found.append(
+                    _alone(functools.partial(work, 0)) if pool is None else _together(pool, self._threads, work)
+                )
         return min(found)
 
     def _spans(self) -> list[range]:
