@@ -12,8 +12,6 @@
 namespace maskops {
 namespace {
 
-// Keys are cut at multiples of this: enough tasks for many threads, each long enough to cost more than its merge.
-constexpr int32_t KEYS_PER_TASK = 512;
 // A worker's share takes a few microseconds at least, else waking a thread costs more than it brings.
 constexpr double BYTES_PER_WORKER = 128 << 10;
 constexpr double FLOPS_PER_WORKER = 2e6;
@@ -99,7 +97,7 @@ void decode_forward(const DecodeForward& p, const Threads& threads) {
         const auto first = static_cast<int64_t>(tasks.size());
         for (int32_t key = low;;) {
           const auto next = static_cast<int32_t>(
-              std::min<int64_t>(high, (static_cast<int64_t>(key) / KEYS_PER_TASK + 1) * KEYS_PER_TASK));
+              std::min<int64_t>(high, (static_cast<int64_t>(key) / DECODE_TASK_KEYS + 1) * DECODE_TASK_KEYS));
           tasks.push_back({static_cast<int32_t>(batch), static_cast<int32_t>(head), static_cast<int32_t>(row),
                            static_cast<int32_t>(row_end), key, next, nullptr});
           key = next;

@@ -22,6 +22,9 @@ DecodeForward decode_of(const AttentionForward& p);
 
 // Keys that meet the rows of a task at a time.
 constexpr int DECODE_KEYS = 64;
+// Keys are cut into tasks at multiples of this: enough tasks for many threads, each long enough to cost more than its
+// merge.
+constexpr int DECODE_TASK_KEYS = 512;
 // Rows that keep their queries and accumulators in fast memory at a time.
 constexpr int DECODE_ROWS = 64;
 

@@ -50,6 +50,13 @@ MUTATIONS = (
         "run_end = task.key_end;",
         DECODE,
     ),
+    Mutation(
+        "decode: a stream begins amid the one before",
+        DECODE_KEYS,
+        "stream * (in_turns / DECODE_STREAMS);",
+        "stream * (in_turns / DECODE_STREAMS - 1);",
+        DECODE,
+    ),
     Mutation("decode: holes are read", DECODE_KEYS, "n += valid[key] != 0;", "n++;", DECODE),
     Mutation(
         "decode: keys of other rows are read",
@@ -75,8 +82,8 @@ MUTATIONS = (
     Mutation(
         "decode: a page too long",
         DECODE_KEYS,
-        "block.positions[i] < page_end; i++)",
-        "block.positions[i] <= page_end; i++)",
+        "if (position >= page_end) {",
+        "if (position > page_end) {",
         DECODE,
     ),
     Mutation(
@@ -192,8 +199,8 @@ MUTATIONS = (
     Mutation(
         "decode: splits depend on the batch",
         DECODE_SCHEDULE,
-        "(static_cast<int64_t>(key) / KEYS_PER_TASK + 1) * KEYS_PER_TASK)",
-        "key + KEYS_PER_TASK / shape.batch)",
+        "(static_cast<int64_t>(key) / DECODE_TASK_KEYS + 1) * DECODE_TASK_KEYS)",
+        "key + DECODE_TASK_KEYS / shape.batch)",
         DECODE,
     ),
     Mutation(
