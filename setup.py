@@ -137,11 +137,12 @@ def ninja_graph(output: Path, build: Path, cuda: list[str] | None) -> str:
 
 
 def sources(with_cuda: bool) -> list[tuple[Path, str]]:
-    """The sources and the rule for each. The CUDA kernels come first: they take longest."""
+    """The sources and the rule for each: first the CUDA kernels, then those of processors, which take longest."""
     root = ROOT / "csrc"
     stand_in = root / CUDA_STAND_IN
     of_cuda = [path for folder in CUDA_FOLDERS for path in (root / folder).glob("*.cpp") if path != stand_in]
     everywhere = [path for path in sorted(root.rglob("*.cpp")) if path not in of_cuda and path != stand_in]
+    everywhere.sort(key=lambda path: not path.name.startswith("isa_"))
     if not with_cuda:
         return [(path, "compile") for path in [*everywhere, stand_in] if path.exists()]
     kernels = sorted((root / "cuda").glob("*.cu"))

@@ -55,7 +55,8 @@ def compile_side_by_side(runs: list[list[str]], cache: Path) -> tuple[int, list[
     Returns:
         0 if everything is within the budget, and the figures of the runs.
     """
-    processes = max((os.cpu_count() or 1) // 2, 1)
+    # Two at least: who is left at the end has the machine for itself.
+    processes = max((os.cpu_count() or 1) // 2, 2)
     with tempfile.TemporaryDirectory() as scratch:
         started = []
         for index, arguments in enumerate(runs):

@@ -39,10 +39,10 @@ def main() -> int:
 def build(folder: Path) -> Path:
     """One wheel through `python -m build`, which builds from the source distribution that it makes first.
 
-    Compiled with -O1 unless CXXFLAGS says otherwise: what is in the wheel is looked at, not how fast it is.
+    Compiled with -O0 unless CXXFLAGS says otherwise: what is in the wheel is looked at, not how fast it is.
     """
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
-    environment = {"CXXFLAGS": "-O1", **os.environ, "MASKOPS_BUILD": "require"}
+    environment = {"CXXFLAGS": "-O0", **os.environ, "MASKOPS_BUILD": "require"}
     subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     (wheel,) = folder.glob("*.whl")
     return wheel

@@ -181,7 +181,7 @@ def _losses(seed: int) -> Iterator[Entry]:
     group, whole = "cross-entropy", "4096 x 32000"
     line = Line(whole, OURS, against(10.0, 4.4, 2.9), "read", 0.85)
     yield Entry(group, loss(4096, 32000, 0.0), (line,), quick=True)
-    lines = (
+    lines: tuple[Line, ...] = (
         Line(f"{whole}, fresh gradient", OURS, against(5.0, 2.5, 3.0), "copy", 1.0),
         Line(f"{whole}, fresh gradient, first touch", FIRST_TOUCH, against(5.0, 2.5, 3.0), "copy + touch", 1.0),
         Line(f"{whole}, in place", IN_PLACE, against(15.0, 6.0, 10.0), "copy", 0.8),
