@@ -25,8 +25,29 @@ MUTATIONS = (
     Mutation(
         "bench: a wrong contender is timed",
         f"{_FOLDER}/cpu/measure.py",
-        "if error is not None and not error <= WRONG_ABOVE:",
-        "if error is not None and not error <= 1e9 * WRONG_ABOVE:",
+        "if error is not None and not error <= (WRONG_ABOVE if contender.ours else PEER_WRONG_ABOVE):",
+        "if error is not None and not error <= (1e9 if contender.ours else 1e9):",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: maskops may be as wrong as its peers",
+        f"{_FOLDER}/cpu/measure.py",
+        "(WRONG_ABOVE if contender.ours else PEER_WRONG_ABOVE)",
+        "PEER_WRONG_ABOVE",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: a first touch finds the memory of the run before",
+        f"{_FOLDER}/cpu/measure.py",
+        "        if self._contender.releases:\n",
+        "        if False:\n",
+        _TESTS,
+    ),
+    Mutation(
+        "bench: what the machine moved under stays without a speed",
+        f"{_FOLDER}/cpu/command.py",
+        "if result.unsteady and",
+        "if not result and",
         _TESTS,
     ),
     Mutation(
@@ -53,7 +74,7 @@ MUTATIONS = (
     Mutation(
         "bench: too few rounds give a speed",
         f"{_FOLDER}/cpu/rounds.py",
-        "if stretches and count < pace.min_rounds:",
+        "if stretches and count < min(pace.min_rounds, FEWEST):",
         "if stretches and count < 0:",
         _TESTS,
     ),
