@@ -62,17 +62,21 @@ def test_figures_of_kernels_are_written_from_the_json() -> None:
         rows = [{"name": "maskops", "problem": None, "memory": 12.6e6, "floor": 10e6, **changes}]
         result = {"group": "attention", "mode": "training", "rows": rows, "outcomes": [outcome], "stretches": [stretch]}
         machine = {"device": "a CPU", "threads": 2, "instruction_set": "avx2", "torch": "2.13.0", "load": 0.1}
-        limits = {"multiply_add": 200.0, "read": 30.0, "copy": 50.0, "touch": 10.0}
+        limits = {"multiply_add": 200.0, "multiply_pairs": 300.0, "read": 30.0, "copy": 50.0, "touch": 10.0}
         return {"mode": "quick", "machine": machine, "limits": limits, "results": [result]}
 
     written = readme.kernel_figures({"avx2": run(1.25), "avx512": run(1.5)})
     line = "| attention, forward + backward: dense | SDPA | 1.3x | 2x | **1.25x** (85%) | 1.50x (85%) | 13, 10 |"
     assert line in written
     assert "|  | best of 2: b | 3x |  | 3.50x | 3.50x |  |" in written
-    assert "avx512, the part of the table that `--quick` measures: a CPU" in written
-    assert "limits 200 GFLOP/s, read 30.0 GB/s, copy 50.0 GB/s, first touch 10.0 GB/s" in written
-    assert "Ratios of 4 to 9 rounds; half the distance of their quartiles is 2% in the middle of all rows" in written
-    assert "Memory, of avx2, is what a call takes" in written
+    assert "(a CPU, 2 threads, torch 2.13.0)" in written and "not to be trusted" not in written
+    limits = "200 GFLOP/s | 300 GFLOP/s | 30 GB/s | 50 GB/s | 10 GB/s"
+    assert f"| avx2 (`--quick`) | 1 of 2 | {limits} | 4 to 9 | ±2%, at most 2% |" in written
+    assert f"| avx512 (`--quick`) | 2 of 2 | {limits} |" in written
+    assert "MB, of avx2: what a call takes" in written
+    busy = run(1.25)
+    busy["machine"]["load"] = 3.0
+    assert "avx2: **Measured while other programs" in readme.kernel_figures({"avx2": busy})
     assert "| 2x | WRONG |" in readme.kernel_figures({"avx2": run(None, problem="WRONG: by far")})
     assert "| 2x | unsteady |" in readme.kernel_figures({"avx2": run(None, problem="unsteady: read moved")})
     assert "No run is stored here" in readme.kernel_figures({})

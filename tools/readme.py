@@ -108,20 +108,26 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
     if picture is not None:
         place = picture.relative_to(ROOT).as_posix()
         lines += [f"![Times the speed of torch, kernel by kernel, and the share of the limits]({place})", ""]
-    for name, run in runs.items():
-        part = ", the part of the table that `--quick` measures" if run["mode"] == "quick" else ""
-        place = f"{_place(run['machine'])}; {_limits(run)}"
-        lines += [f"{name}{part}: {place}.{_spreads(run)}{_busy(run['machine'])}", ""]
+    machine = next(iter(runs.values()))["machine"]
     lines += [
-        "How many times the speed of the quickest peer of its kind each kernel has: medians of interleaved rounds, "
-        "**bold** below what is wanted at least. In brackets the share of what the machine does at most "
-        "(multiplications in registers, reading, copying, first touch of pages), measured right around the rounds; a "
-        "row under which that did not hold still is *unsteady* and has no speed, nor has one whose error is above "
-        f"twice torch's own. Memory, of {next(iter(runs))}, is what a call takes at its peak beside its results with "
-        "what no way can spare. `python -m maskops bench cpu` repeats it.",
+        f"On a CPU ({machine['device']}, {machine['threads']} threads, torch {machine['torch']}): "
+        "each kernel against the quickest way that plain torch has for the same work, in one process, in turn, medians "
+        "of the rounds' ratios. Both sides keep to one instruction set. `python -m maskops bench cpu` repeats it.",
         "",
+        "| | goals reached | multiply-add | of bfloat16 | read | copy | first touch | rounds | spread of a row |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_summary(name, run) for name, run in runs.items()),
+        "",
+        *(f"{name}:{warning}\n" for name, run in runs.items() if (warning := _busy(run["machine"]))),
         "<details>",
         "<summary>The whole table in figures</summary>",
+        "",
+        "**Bold** stays below what is wanted at least. In brackets the share of what the machine does at most "
+        "(multiplications in registers, reading, copying, first touch of pages), measured right around the rounds; a "
+        "row under which that moved by more than 5% is *unsteady* and has no speed, nor has one whose error is above "
+        "twice torch's own. *Huge pages*: the peer in a process whose allocator asks for them; *first touch*: maskops "
+        f"without the memory of the run before, which it keeps otherwise. MB, of {next(iter(runs))}: what a call takes "
+        "at its peak, and its results with what no way can spare.",
         "",
         f"| | against | at least | aim | {' | '.join(runs)} | MB, floor |",
         f"|---|---|---|---|{'---|' * len(runs)}---|",
@@ -162,31 +168,30 @@ def _memory(own: dict[str, Any]) -> str:
     return f"{own['memory'] / 1e6:,.0f}, {own['floor'] / 1e6:,.0f}"
 
 
-def _limits(run: dict[str, Any]) -> str:
-    """The middle of the limits that were measured."""
+def _summary(name: str, run: dict[str, Any]) -> str:
+    """A row for a run: how many goals it reached, the middle of its limits, its rounds and how far they were apart."""
     stretches = [stretch for result in run["results"] for stretch in result["stretches"]]
-    measured = [stretch[side] for stretch in stretches for side in ("before", "after")]
-    measured += [run["limits"]] if "limits" in run else []
-    names = ("multiply_add", "read", "copy", "touch")
-    middle = {name: statistics.median(limits[name] for limits in measured if name in limits) for name in names}
-    return (
-        f"limits {middle['multiply_add']:.0f} GFLOP/s, read {middle['read']:.1f} GB/s, copy {middle['copy']:.1f} GB/s, "
-        f"first touch {middle['touch']:.1f} GB/s"
-    )
+    measured = [run["limits"], *(stretch[side] for stretch in stretches for side in ("before", "after"))]
 
+    def middle(limit: str, unit: str) -> str:
+        values = [limits[limit] for limits in measured if limit in limits]
+        return f"{statistics.median(values):.0f} {unit}" if values else ""
 
-def _spreads(run: dict[str, Any]) -> str:
-    """How far the rounds of a ratio were apart, and how many there were."""
     reached = [each for result in run["results"] for outcome in result["outcomes"] for each in outcome["reached"]]
-    told = [each for each in reached if each.get("spread") is not None and each["rounds"] > 1]
-    if not told:
-        return ""
-    counts = [each["rounds"] for each in told]
-    spreads = [each["spread"] for each in told]
-    return (
-        f" Ratios of {min(counts)} to {max(counts)} rounds; half the distance of their quartiles is "
-        f"{statistics.median(spreads):.0%} in the middle of all rows and {max(spreads):.0%} at most."
-    )
+    known = [each for each in reached if each["ratio"] is not None]
+    met = sum(each["ratio"] >= each["goal"]["at_least"] for each in known)
+    counts = [each["rounds"] for each in known] or [0]
+    spreads = [each["spread"] for each in known if each["spread"] is not None and each["rounds"] > 1]
+    cells = [
+        f"{name} (`--quick`)" if run["mode"] == "quick" else name,
+        f"{met} of {len(known)}",
+        middle("multiply_add", "GFLOP/s"),
+        middle("multiply_pairs", "GFLOP/s"),
+        *(middle(limit, "GB/s") for limit in ("read", "copy", "touch")),
+        f"{min(counts)} to {max(counts)}",
+        f"±{statistics.median(spreads):.0%}, at most {max(spreads):.0%}" if spreads else "",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def padding_figures(runs: dict[str, Any], batch_size: int = 32) -> str:
