@@ -11,7 +11,9 @@
 
 namespace maskops {
 
-constexpr size_t LARGE_BYTES = size_t{32} << 20;  // from here on glibc returns memory to the system when it is freed
+// From here on. glibc keeps smaller results than 32 MiB itself, but returns what lies at the end of its heap: a training
+// step with several results of 12 MiB faulted in every page of them anew.
+constexpr size_t LARGE_BYTES = size_t{8} << 20;
 
 // Writable memory of at least so many bytes that begins at a huge page; its contents are anything. nullptr where there
 // is none to be had, or on another system than Linux. `size` is what give_back_large is to be told.
