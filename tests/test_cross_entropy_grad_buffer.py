@@ -69,7 +69,7 @@ def test_the_forward_pass_writes_it_and_the_backward_pass_only_scales() -> None:
     x, buffer = logits.requires_grad_(), torch.empty(6, 300)
     (expected,) = torch.autograd.grad(maskops.cross_entropy(x, target), x)
     loss = maskops.cross_entropy(x, target, grad_buffer=buffer)
-    torch.testing.assert_close(buffer, expected, rtol=4e-6, atol=0.0)
+    torch.testing.assert_close(buffer, expected, rtol=2e-5, atol=0.0)
     written = buffer.clone()
     (grad,) = torch.autograd.grad(loss * 2, x)
     assert grad.data_ptr() == buffer.data_ptr() and torch.equal(grad, written * 2)
@@ -154,7 +154,7 @@ def test_large_gradients_stream_past_the_caches() -> None:
         maskops.cross_entropy(x, target, reduction="sum", grad_buffer=buffer)
         y = logits.detach()[some].requires_grad_()
         (part,) = torch.autograd.grad(maskops.cross_entropy(y, target[some], reduction="sum"), y)
-        rounding = 4e-6 if dtype == torch.float32 else 8e-3
+        rounding = 2e-5 if dtype == torch.float32 else 8e-3
         torch.testing.assert_close(buffer[some], part, rtol=rounding, atol=0.0)
 
 
