@@ -19,15 +19,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "places go on over documents",
         _POSITIONS,
-        "torch.where(documents.ids >= 0, slots - start, 0)",
-        "torch.where(documents.ids >= 0, slots, 0)",
+        "torch.where(documents.ids >= 0, _slots(call, length) - start, 0)",
+        "torch.where(documents.ids >= 0, _slots(call, length), 0)",
         _TESTS,
     ),
     Mutation(
         "padding on the left counts",
         _POSITIONS,
-        "return (slots + offset - begin).clamp(min=0)",
-        "return (slots + offset + 0 * begin).clamp(min=0)",
+        "return (_slots(call, length) + offset - _first_kept(kept)).clamp(min=0)",
+        "return (_slots(call, length) + offset + 0 * _first_kept(kept)).clamp(min=0)",
         _TESTS,
     ),
     Mutation(
@@ -61,8 +61,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "models inside others take the mask for segments",
         _ARRIVAL,
-        "if _separated(call, name, mask) is not None:\n            continue",
-        "if False:\n            continue",
+        "if _holds_no_segments(call, mask) or _separated(call, name, mask) is not None:\n            continue",
+        "if _holds_no_segments(call, mask):\n            continue",
         _TESTS,
     ),
     Mutation(
