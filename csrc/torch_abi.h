@@ -205,7 +205,9 @@ class Tensor {
     int64_t running = 1;
     for (size_t d = N; d-- > 0;) {
       strides[d] = running;
-      running *= sizes[d] > 1 ? sizes[d] : 1;
+      // torch refuses sizes whose product is too large.
+      running =
+          static_cast<int64_t>(static_cast<uint64_t>(running) * static_cast<uint64_t>(sizes[d] > 1 ? sizes[d] : 1));
     }
     return empty_strided(N, sizes, strides, dtype, place);
   }

@@ -70,6 +70,16 @@ void check_product(const Value& left, const Value& right, const Value& row, cons
 }  // namespace
 
 void fuzz_matmul(Input& input) {
+  if (input.once_in(16)) {  // memory alone, for other products
+    const auto size = [&] { return input.once_in(4) ? input.hostile(300) : input.length(300); };
+    const int64_t rows = size(), columns = size();
+    Call empty;
+    empty.add(Value::dense({0}, input.floating())).add(rows).add(columns);
+    std::vector<Value> made;
+    if (empty.run("empty_matrix", 1, made) && made[0].sizes != std::vector<int64_t>{rows, columns}) {
+      fail("empty_matrix: another size than was asked for");
+    }
+  }
   const bool wild = input.once_in(8), add = input.once_in(3);
   const int64_t rows = input.length(200), columns = input.length(300);
   const int64_t depth = input.length(300) * (input.once_in(8) ? 3 : 1);

@@ -388,11 +388,19 @@ def _preferred() -> _Preference:
 
 def processor_is_free() -> bool:
     """Whether ``choose`` would give ``cpu`` to a call on the processor that names no backend and uses no feature."""
-    if _preference.get() is None and _VARIABLE not in _VARIABLES:
-        return _extension_reason() is None
+    preference = _preference.get()
+    if preference is not None:
+        return preference.name in (AUTO, "cpu") and _extension_reason() is None
+    value = _VARIABLES.get(_VARIABLE)
+    return (value is None or _leaves_processor(value)) and _extension_reason() is None
+
+
+@functools.lru_cache(maxsize=8)
+def _leaves_processor(value: str | bytes) -> bool:
+    """Whether ``MASKOPS_BACKEND``, as the system has it, leaves the processor to ``cpu``."""
     try:
-        return _preferred().name in (AUTO, "cpu") and _extension_reason() is None
-    except ValueError:  # of the environment variable: for choose to raise
+        return not value or _environment(os.fsdecode(value)).name in (AUTO, "cpu")
+    except ValueError:  # for choose to raise
         return False
 
 

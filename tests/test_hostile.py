@@ -174,6 +174,28 @@ def test_a_cache_of_keys_without_columns() -> None:
         torch.testing.assert_close(out.float(), values.mean(2, keepdim=True), atol=2e-2, rtol=0)
 
 
+def test_masks_broadcast_in_the_operator_of_softmax() -> None:
+    """Nobody expands them before it; what does not broadcast is refused, and so is anything else that would have to."""
+    x, nothing = torch.randn(2, 3, 4, 5), torch.empty(0, dtype=torch.uint8)
+    forward = torch.ops.maskops.masked_softmax_forward
+    for shape in ((5,), (1,), (4, 1), (3, 1, 5), (2, 1, 4, 5), (2, 3, 4, 5)):
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
+        weights, _ = forward(x, mask, nothing, nothing, nothing, 3, False)
+        expected, _ = forward(x, mask.expand(x.shape), nothing, nothing, nothing, 3, False)
+        assert torch.equal(weights, expected)
+    for shape in ((4,), (2, 5), (1, 2, 3, 4, 5), (2, 3, 1, 4)):
+        with pytest.raises(ValueError, match="broadcasts"):
+            forward(x, torch.ones(shape, dtype=torch.bool), nothing, nothing, nothing, 3, False)
+    with pytest.raises(ValueError, match="the sizes of x"):
+        torch.ops.maskops.masked_softmax_backward(x[0], nothing, x, nothing, nothing, nothing, 3)
+
+
+def test_a_matrix_beyond_every_memory() -> None:
+    """The product of its sizes is no int64 (the sanitizers ask whether anybody computes it)."""
+    with pytest.raises(RuntimeError):
+        torch.ops.maskops.empty_matrix(torch.empty(0), 2**62, 2**62)
+
+
 @pytest.mark.parametrize("seen", [0, 5])
 def test_packed_values_without_columns(seen: int) -> None:
     """Also of rows that see no key, whose results are cleared: there is no memory of theirs (the sanitizers ask)."""

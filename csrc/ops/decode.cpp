@@ -2,6 +2,7 @@
 #include "decode.h"
 
 #include <cmath>
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -137,13 +138,12 @@ void append_kv_cpu(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k
   append_kv(p, torch_threads());
 }
 
-std::tuple<Tensor, Tensor> decode_forward_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                              const Tensor& lengths, const Tensor& leftpad, const Tensor& block_table,
-                                              const Tensor& batch_index, const Tensor& start, const Tensor& end,
-                                              const Tensor& key_valid, const Tensor& dense, const Tensor& diagonal,
-                                              const Tensor& alibi_slopes, const Tensor& sinks, double softmax_scale,
-                                              double softcap) {
-  require(q.dim() == 4 && last_is_contiguous(q), "decode: q must have 4 dimensions, the last one contiguous");
+// The output; `lse` has room for one float a row of q, which has 4 dimensions.
+Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
+              const Tensor& leftpad, const Tensor& block_table, const Tensor& batch_index, const Tensor& start,
+              const Tensor& end, const Tensor& key_valid, const Tensor& dense, const Tensor& diagonal,
+              const Tensor& alibi_slopes, const Tensor& sinks, double softmax_scale, double softcap, float* lse) {
+  require(last_is_contiguous(q), "decode: the last dimension of q must be contiguous");
   const int64_t batch = q.size(0);
   Places places(k_cache, v_cache, block_table, batch_index, batch);
   const AttentionShape shape = decode_shape(q, k_cache, v_cache, places.sizes.capacity, softmax_scale, softcap);
@@ -175,13 +175,25 @@ std::tuple<Tensor, Tensor> decode_forward_cpu(const Tensor& q, const Tensor& k_c
   p.length = length.data();
 
   Tensor out = empty_in_order_of(q, shape.value_dim);
-  Tensor lse = Tensor::empty({batch, shape.heads, shape.q_len}, DType::float32);
   p.q = rows_of(q);
   p.k = rows_of(k_cache);
   p.v = rows_of(v_cache);
   p.out = rows_of(out);
-  p.lse = lse.data<float>();
+  p.lse = lse;
   if (has_work(shape)) cache_forward(p, torch_threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> decode_forward_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                              const Tensor& lengths, const Tensor& leftpad, const Tensor& block_table,
+                                              const Tensor& batch_index, const Tensor& start, const Tensor& end,
+                                              const Tensor& key_valid, const Tensor& dense, const Tensor& diagonal,
+                                              const Tensor& alibi_slopes, const Tensor& sinks, double softmax_scale,
+                                              double softcap) {
+  require(q.dim() == 4, "decode: q must have 4 dimensions");
+  Tensor lse = Tensor::empty({q.size(0), q.size(1), q.size(2)}, DType::float32);
+  Tensor out = decode(q, k_cache, v_cache, lengths, leftpad, block_table, batch_index, start, end, key_valid, dense,
+                      diagonal, alibi_slopes, sinks, softmax_scale, softcap, lse.data<float>());
   return {std::move(out), std::move(lse)};
 }
 
@@ -193,9 +205,15 @@ std::tuple<Tensor> decode_direct_cpu(const Tensor& q, const Tensor& k_cache, con
   require(q.dim() == 4 && q.size(3) > 0 && k_cache.dim() == 4 && k_cache.size(0) == q.size(0),
           "decode: q and the caches must have 4 dimensions and one batch");
   if (std::isnan(softmax_scale)) softmax_scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
-  return std::move(
-      std::get<0>(decode_forward_cpu(q, k_cache, v_cache, lengths, nothing, nothing, nothing, nothing, nothing, nothing,
-                                     nothing, nothing, nothing, nothing, softmax_scale, 0.0)));
+  const auto attend = [&](float* lse) {
+    return decode(q, k_cache, v_cache, lengths, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
+                  nothing, nothing, softmax_scale, 0.0, lse);
+  };
+  const int64_t rows = q.numel() / q.size(3);
+  float few[1 << 8];  // uninitialised: a tensor takes longer than they do
+  if (rows <= static_cast<int64_t>(std::size(few))) return {attend(few)};
+  std::vector<float> many(static_cast<size_t>(rows));
+  return {attend(many.data())};
 }
 
 const bool registered = [] {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "../softmax.h"
@@ -31,6 +32,7 @@ inline Tensor empty_per_softmax(const Tensor& x, int64_t dim) {
 inline bool is_absent(const Tensor& tensor) { return tensor.dim() == 1 && tensor.numel() == 0; }
 
 // The common shape of some tensors with the strides of each; `dense` is the one that will be written, which is dense.
+// Masks, which are bool, broadcast to it.
 struct Common {
   SoftmaxShape shape{};
   std::vector<SoftmaxOperand> operands;
@@ -38,31 +40,41 @@ struct Common {
   Common(const std::vector<const Tensor*>& tensors, const Tensor& dense, int64_t dim) {
     const int64_t n_dims = dense.dim();
     require(0 <= dim && dim < n_dims && n_dims <= SOFTMAX_DIMENSIONS, "masked_softmax: dim is not one of x's");
-    for (const Tensor* tensor : tensors) {
+    const int64_t* const full = dense.sizes();
+    std::vector<std::array<int64_t, SOFTMAX_DIMENSIONS>> strides(tensors.size());
+    for (size_t t = 0; t < tensors.size(); t++) {
+      const Tensor& tensor = *tensors[t];
       operands.push_back({});
-      if (is_absent(*tensor)) continue;
-      require(tensor->dim() == n_dims && std::equal(tensor->sizes(), tensor->sizes() + n_dims, dense.sizes()),
-              "masked_softmax: the tensors must have the sizes of x");
-      operands.back().data = tensor->data();
-      operands.back().along = tensor->stride(dim);
+      strides[t].fill(0);
+      if (is_absent(tensor)) continue;
+      const bool broadcasts = tensor.dtype() == DType::boolean;
+      const int64_t *const sizes = tensor.sizes(), *const own = tensor.strides(), missing = n_dims - tensor.dim();
+      bool fits = missing == 0 || (broadcasts && missing > 0);
+      for (int64_t d = std::max<int64_t>(missing, 0); d < n_dims && fits; d++) {
+        const int64_t size = sizes[d - missing];
+        fits = size == full[d] || (broadcasts && size == 1);
+        if (size == full[d]) strides[t][static_cast<size_t>(d)] = own[d - missing];
+      }
+      require(fits, "masked_softmax: the tensors must have the sizes of x, or be a mask that broadcasts to them");
+      operands.back().data = tensor.data();
+      operands.back().along = strides[t][static_cast<size_t>(dim)];
     }
     shape.element = element_of(dense);
-    shape.length = dense.size(dim);
+    shape.length = full[dim];
     // Outer dimensions in order, without those of size 1; two that every tensor walks with one stride are one.
     int& count = shape.n_outer;
     int after = 0;  // of them, those behind the softmax
     for (int64_t d = 0; d < n_dims; d++) {
       if (d == dim) after = 0;
-      if (d == dim || dense.size(d) == 1) continue;
-      const auto stride = [&](size_t t) { return is_absent(*tensors[t]) ? 0 : tensors[t]->stride(d); };
+      if (d == dim || full[d] == 1) continue;
+      const auto stride = [&](size_t t) { return strides[t][static_cast<size_t>(d)]; };
       bool joins = count > 0 && (d < dim || after > 0);
-      for (size_t t = 0; t < tensors.size() && joins; t++)
-        joins = operands[t].outer[count - 1] == stride(t) * dense.size(d);
+      for (size_t t = 0; t < tensors.size() && joins; t++) joins = operands[t].outer[count - 1] == stride(t) * full[d];
       if (!joins) {
         count++;
         after++;
       }
-      shape.outer_sizes[count - 1] = joins ? shape.outer_sizes[count - 1] * dense.size(d) : dense.size(d);
+      shape.outer_sizes[count - 1] = joins ? shape.outer_sizes[count - 1] * full[d] : full[d];
       for (size_t t = 0; t < tensors.size(); t++) operands[t].outer[count - 1] = stride(t);
     }
     // The last dimension behind the softmax gives the lanes: the results are dense in it.

@@ -142,7 +142,7 @@ MUTATIONS = (
     Mutation(
         "softmax: dimensions joined whatever their strides",
         "csrc/ops/softmax.h",
-        "joins = operands[t].outer[count - 1] == stride(t) * dense.size(d);",
+        "joins = operands[t].outer[count - 1] == stride(t) * full[d];",
         "joins = true;",
         SOFTMAX_TESTS,
     ),

@@ -57,7 +57,22 @@ def append_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, lengths: Any, *rest: o
     return True
 
 
-def decode_attention(q: Any, k_cache: Any, v_cache: Any, lengths: Any, mask: object, *rest: Any) -> Any:
+def decode_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    lengths: Any,
+    mask: object,
+    block_table: object,
+    batch_index: object,
+    leftpad: object,
+    alibi_slopes: object,
+    sinks: object,
+    softcap: object,
+    softmax_scale: Any,
+    backend: object,
+    return_lse: object,
+) -> Any:
     """``maskops.decode_attention`` of queries that see their whole sequence, else None; also None where it raises.
 
     Args:
@@ -66,10 +81,16 @@ def decode_attention(q: Any, k_cache: Any, v_cache: Any, lengths: Any, mask: obj
         v_cache: (batch, kv_heads, capacity, value_dim).
         lengths: (batch,).
         mask: None, or ``masks.causal()`` for a single query, to which it says nothing.
-        *rest: block_table, batch_index, leftpad, alibi_slopes, sinks, softcap, softmax_scale, backend, and
-            return_lse, which is False in a direct call.
+        block_table: None in a direct call.
+        batch_index: None.
+        leftpad: None.
+        alibi_slopes: None.
+        sinks: None.
+        softcap: 0.0.
+        softmax_scale: a float or None.
+        backend: None.
+        return_lse: False.
     """
-    block_table, batch_index, leftpad, alibi_slopes, sinks, softcap, softmax_scale, backend, return_lse = rest
     if not (
         block_table is None
         and batch_index is None

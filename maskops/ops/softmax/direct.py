@@ -56,9 +56,10 @@ def _arguments(x: Tensor, mask: Any, dim: int, return_lse: bool) -> tuple[Any, .
             return None
         plan = spans[:3]
     elif mask is not None:
-        if not are_plain(mask) or mask.dtype != torch.bool:
+        # The operator broadcasts it; one without elements would be none to it.
+        if not are_plain(mask) or mask.dtype != torch.bool or mask.numel() == 0:
             return None
-        allowed = mask.expand(x.shape)
+        allowed = mask
     return x, allowed, *plan, last, return_lse
 
 
