@@ -1,7 +1,6 @@
 // The schedule of the forward pass of span attention. What a task is depends on shapes and spans only, and so do the
 // bits of the result; in which order tasks start depends on the number of threads, too.
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -20,13 +19,20 @@ constexpr double FLOPS_PER_LANE = 16;  // for each of its head_dim + value_dim n
 constexpr double FLOPS_PER_TASK = 1e5;
 // Tasks become smaller until each is a small part of what is left when it starts, so that those that start last end at
 // about the same time on up to so many threads...
-constexpr double MOST_WORKERS = 128;
+constexpr double MOST_WORKERS = 256;
 // ... but not smaller than this, about 0.1 ms: whoever comes late has to wait for little, and setup stays small beside
 // it.
 constexpr double FEWEST_FLOPS = 1e7;
-// Keys are cut first, where what the merge reads is little beside them: fewer lanes read the same keys again.
-constexpr int32_t FEWEST_KEYS = 512;
+// Where so many workers have this to do, about 0.4 ms each, evenness is worth more cuts: from this part of a share on
+// one more task is made of it, and parts have fewer keys.
+constexpr double ENOUGH_FLOPS = 4e7;
+constexpr double ROUNDED_UP = 0.75;
+// Many keys are cut first, where what the merge reads is little beside them: fewer lanes read the same keys again.
+constexpr int32_t MANY_KEYS = 1024;
+constexpr int32_t FEWEST_KEYS = 512, FEWEST_KEYS_OF_ENOUGH = 256;
 constexpr int32_t FEWEST_LANES = 64;
+// Lanes that a task of the merge has, so that many threads share it.
+constexpr int64_t MERGED_LANES = 16;
 
 // What follows changes no bits: only in which company and when a task runs.
 constexpr double FLOPS_PER_UNIT = 1e6;   // short tasks start together up to so much, so that the counter stays cold,
@@ -43,7 +49,6 @@ struct Piece {
   int32_t group, plan_batch, first_row, rows, lane_begin, lane_end, key_begin, key_end;
   int32_t part, parts;  // of the keys of these lanes
   int64_t partials;     // floats before those of the first copy of its lanes
-  int64_t counter;      // of the parts of the first copy that are done
   double flops;
 };
 
@@ -61,6 +66,14 @@ struct Run {
   int64_t first_unit, first_piece, n_pieces, first_copy, n_copies, heads_per_task, tasks_per_unit;
 };
 
+// The parts of a block of lanes are added up, MERGED_LANES at a time: copy by copy, `piece` being the first part of
+// one.
+struct Merge {
+  int64_t first_task;
+  Piece piece;
+};
+int64_t merges_of(int64_t lanes) { return (lanes + MERGED_LANES - 1) / MERGED_LANES; }
+
 class Schedule {
  public:
   Schedule(const AttentionForward& p, const Threads& threads);
@@ -68,7 +81,7 @@ class Schedule {
   int64_t n_units() const { return n_units_; }
   double flops() const { return flops_; }
   int64_t partial_floats() const { return partial_floats_; }
-  int64_t n_counters() const { return n_counters_; }
+  int64_t n_merges() const { return n_merges_; }
 
   // The copies of a task are key heads of one batch element.
   struct Task {
@@ -88,6 +101,16 @@ class Schedule {
   Task first_task(int64_t unit) const {
     const Run& run = run_of(unit);
     return task_at(run, (unit - run.first_unit) * run.tasks_per_unit);
+  }
+
+  // Calls fn(piece, copy, first lane) of a task of merging.
+  template <class Fn>
+  void for_merge(int64_t task, Fn fn) const {
+    const Merge& merge = *(std::upper_bound(merges_.begin(), merges_.end(), task,
+                                            [](int64_t task, const Merge& merge) { return task < merge.first_task; }) -
+                           1);
+    const int64_t index = task - merge.first_task, of_copy = merges_of(merge.piece.lane_end - merge.piece.lane_begin);
+    fn(merge.piece, index / of_copy, index % of_copy * MERGED_LANES);
   }
 
   LaneBlock block_of(const AttentionForward& p, const Task& task) const {
@@ -123,9 +146,10 @@ class Schedule {
   std::vector<Group> groups_;
   std::vector<Piece> pieces_;  // by group, costliest first within it
   std::vector<Run> runs_;
+  std::vector<Merge> merges_;
   int64_t kv_heads_;
   double flops_ = 0;
-  int64_t n_units_ = 0, partial_floats_ = 0, n_counters_ = 0;
+  int64_t n_units_ = 0, partial_floats_ = 0, n_merges_ = 0;
 };
 
 // Pairs of query row and key in rows [begin, end).
@@ -138,12 +162,6 @@ double pairs_of_rows(const Spans& spans, int64_t plan_batch, int64_t begin, int6
     }
   }
   return pairs;
-}
-
-// Where a part of the keys begins: at a whole block of them, so that parts are walked as the whole is.
-int32_t cut_of_keys(int32_t begin, int32_t end, int32_t part, int32_t parts) {
-  const int64_t at = static_cast<int64_t>(end - begin) * part / parts;
-  return static_cast<int32_t>(begin + (at + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS);
 }
 
 Schedule::Schedule(const AttentionForward& p, const Threads& threads) : kv_heads_(p.shape.kv_heads) {
@@ -183,14 +201,15 @@ void Schedule::cut_lanes(const AttentionForward& p) {
       }
       const double flops = (2 * pairs + FLOPS_PER_LANE * (lane_end - lane)) * widths + FLOPS_PER_TASK;
       pieces_.push_back({static_cast<int32_t>(groups_.size()) - 1, item[0], item[1], item[2], lane, lane_end, key_begin,
-                         std::max(key_begin, key_end), 0, 1, 0, 0, flops});
+                         std::max(key_begin, key_end), 0, 1, 0, flops});
       owner.flops += flops;
       flops_ += flops * static_cast<double>(owner.n_copies);
     }
   }
 }
 
-// Guided self-scheduling (Polychronopoulos and Kuck 1987): no task is much larger than an even share of what is left.
+// Guided self-scheduling (Polychronopoulos and Kuck 1987): no task is much larger than an even share of what is left
+// when it starts, nor is any part of its keys.
 void Schedule::shrink(const AttentionForward& p) {
   const int64_t width = 2 + p.shape.value_dim;
   const auto k_len = static_cast<int32_t>(p.shape.k_len);
@@ -201,41 +220,49 @@ void Schedule::shrink(const AttentionForward& p) {
   std::vector<Piece> smaller;
   smaller.reserve(pieces_.size());
   double left = flops_;
+  const bool enough = flops_ >= MOST_WORKERS * ENOUGH_FLOPS;
   for (const int64_t index : costliest_first) {
     const Piece& piece = pieces_[index];
     const int64_t n_copies = groups_[piece.group].n_copies;
-    const double most = std::max(FEWEST_FLOPS, left / MOST_WORKERS);
-    left -= piece.flops * static_cast<double>(n_copies);
-    const auto wanted = static_cast<int32_t>(std::max(1.0, piece.flops / most));
-    const int32_t lanes = piece.lane_end - piece.lane_begin, keys = piece.key_end - piece.key_begin;
-    const int32_t key_parts = std::min(wanted, std::clamp(keys / FEWEST_KEYS, 1, MOST_KEY_PARTS));
-    const int32_t lane_parts =
-        std::min((wanted + key_parts - 1) / key_parts, (lanes + FEWEST_LANES - 1) / FEWEST_LANES);
-    for (int32_t i = 0; i < lane_parts; i++) {
-      Piece lane_piece = piece;
-      const auto cut = [&](int32_t at) {
-        return std::min(lanes, (lanes * at / lane_parts + FEWEST_LANES - 1) / FEWEST_LANES * FEWEST_LANES);
-      };
-      lane_piece.lane_begin = piece.lane_begin + cut(i);
-      lane_piece.lane_end = piece.lane_begin + cut(i + 1);
-      if (lane_piece.lane_begin == lane_piece.lane_end) continue;
-      const int32_t n_lanes = lane_piece.lane_end - lane_piece.lane_begin;
-      lane_piece.flops = piece.flops * n_lanes / lanes / key_parts;
-      lane_piece.parts = key_parts;
-      lane_piece.key_begin = 0;
-      if (key_parts > 1) {
-        lane_piece.partials = partial_floats_;
-        lane_piece.counter = n_counters_;
-        partial_floats_ += n_copies * key_parts * n_lanes * width;
-        n_counters_ += n_copies;
+    // Into how many parts, each about a share of what is left, so many operations go.
+    const auto parts_of = [&](double flops) {
+      const double parts = flops / std::max(FEWEST_FLOPS, left / MOST_WORKERS);
+      return static_cast<int32_t>(std::max(1.0, enough ? parts + ROUNDED_UP : parts));
+    };
+    const int32_t lanes = piece.lane_end - piece.lane_begin, all_keys = piece.key_end - piece.key_begin;
+    const int32_t fewest_keys = all_keys < MANY_KEYS ? MANY_KEYS : enough ? FEWEST_KEYS_OF_ENOUGH : FEWEST_KEYS;
+    const int32_t lane_step = parts_of(piece.flops) <= std::max(1, all_keys / fewest_keys) ? lanes : FEWEST_LANES;
+    for (int32_t lane = 0; lane < lanes; lane += lane_step) {
+      Piece part = piece;
+      part.lane_begin = piece.lane_begin + lane;
+      part.lane_end = piece.lane_begin + std::min(lanes, lane + lane_step);
+      const int32_t n_lanes = part.lane_end - part.lane_begin;
+      // All keys there are, together: the hull only says where cuts are worth it.
+      part.key_begin = 0;
+      const size_t first_part = smaller.size();
+      double rest = piece.flops * n_lanes / lanes;
+      for (int32_t key = piece.key_begin;; part.part++) {
+        const int32_t keys = piece.key_end - key;
+        int32_t parts = std::min(parts_of(rest), keys / fewest_keys);
+        if (part.part + 1 == MOST_KEY_PARTS) parts = 1;
+        key += parts <= 1 ? keys : (keys / parts + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS;
+        part.key_end = parts <= 1 ? k_len : key;
+        part.flops = parts <= 1 ? rest : rest / parts;
+        rest -= part.flops;
+        left -= part.flops * static_cast<double>(n_copies);
+        smaller.push_back(part);
+        if (parts <= 1) break;
+        part.key_begin = part.key_end;
       }
-      for (int32_t part = 0; part < key_parts; part++) {
-        lane_piece.part = part;
-        // All keys there are, together: the hull only says where cuts are worth it.
-        if (part > 0) lane_piece.key_begin = lane_piece.key_end;
-        lane_piece.key_end =
-            part + 1 < key_parts ? cut_of_keys(piece.key_begin, piece.key_end, part + 1, key_parts) : k_len;
-        smaller.push_back(lane_piece);
+      const auto parts = static_cast<int32_t>(smaller.size() - first_part);
+      for (size_t i = first_part; i < smaller.size(); i++) {
+        smaller[i].parts = parts;
+        smaller[i].partials = partial_floats_;
+      }
+      if (parts > 1) {
+        partial_floats_ += n_copies * parts * n_lanes * width;
+        merges_.push_back({n_merges_, smaller[first_part]});
+        n_merges_ += n_copies * merges_of(n_lanes);
       }
     }
   }
@@ -304,7 +331,6 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
     const KernelTable& table;
     const Schedule& schedule;
     float* partials;
-    std::vector<std::atomic<int32_t>> done;  // parts of the keys of a block of lanes
     std::vector<Memory> scratch;
     int workers = 1;
 
@@ -325,26 +351,17 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
 
     void run(const Schedule::Task& task, const std::optional<LaneBlock>& next, char* memory) {
       const Piece& piece = *task.piece;
-      const int64_t copy = task.copy;
       LaneBlock block = schedule.block_of(p, task);
       const LaneBlock* ahead = next.has_value() ? &*next : nullptr;
-      if (piece.parts == 1) return table.attention_forward(p, block, ahead, memory);
-      const int64_t floats = (piece.lane_end - piece.lane_begin) * (2 + p.shape.value_dim);
-      const float* first = partials + piece.partials + copy * piece.parts * floats;
-      block.partial = partials + piece.partials + (copy * piece.parts + piece.part) * floats;
+      if (piece.parts > 1) block.partial = partial_of(piece, task.copy);
       table.attention_forward(p, block, ahead, memory);
-      // Whoever ends last merges them, always in the order of the keys.
-      if (done[piece.counter + copy].fetch_add(1, std::memory_order_acq_rel) + 1 == piece.parts) {
-        table.attention_forward_merge(p, block, first, piece.parts);
-      }
     }
-  } context{p,
-            table,
-            schedule,
-            reinterpret_cast<float*>(partials.get()),
-            std::vector<std::atomic<int32_t>>(schedule.n_counters()),
-            {},
-            1};
+
+    float* partial_of(const Piece& piece, int64_t copy) const {
+      const int64_t floats = (piece.lane_end - piece.lane_begin) * (2 + p.shape.value_dim);
+      return partials + piece.partials + (copy * piece.parts + piece.part) * floats;
+    }
+  } context{p, table, schedule, reinterpret_cast<float*>(partials.get()), {}, 1};
   const int workers = useful_workers(threads, schedule.flops(), schedule.n_units());
   context.workers = workers;
   context.scratch = scratch_for(workers, table.attention_forward_scratch(p.shape, p.spans.n_spans));
@@ -353,6 +370,20 @@ void attention_forward(const AttentionForward& p, const Threads& threads) {
       [](int64_t unit, int worker, void* pointer) {
         auto& context = *static_cast<Context*>(pointer);
         context.run_unit(unit, context.scratch[worker].get());
+      },
+      &context);
+  if (schedule.n_merges() == 0) return;
+  // Always in the order of the keys.
+  threads.run(
+      schedule.n_merges(), workers,
+      [](int64_t task, int, void* pointer) {
+        auto& context = *static_cast<Context*>(pointer);
+        context.schedule.for_merge(task, [&](const Piece& piece, int64_t copy, int64_t lane) {
+          const auto end = std::min<int64_t>(lane + MERGED_LANES, piece.lane_end - piece.lane_begin);
+          context.table.attention_forward_merge(context.p, context.schedule.block_of(context.p, {&piece, copy, 1}),
+                                                context.partial_of(piece, copy), piece.parts, static_cast<int>(lane),
+                                                static_cast<int>(end));
+        });
       },
       &context);
 }

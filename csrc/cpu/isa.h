@@ -32,7 +32,8 @@ struct KernelTable {
   size_t (*attention_forward_scratch)(const AttentionShape&, int n_spans);  // bytes, aligned to 64
   // The task that is probably next, of which the first rows are fetched, or nullptr.
   void (*attention_forward)(const AttentionForward&, const LaneBlock&, const LaneBlock* next, char* scratch);
-  void (*attention_forward_merge)(const AttentionForward&, const LaneBlock&, const float* partials, int n_parts);
+  void (*attention_forward_merge)(const AttentionForward&, const LaneBlock&, const float* partials, int n_parts,
+                                  int lane_begin, int lane_end);
   size_t (*attention_backward_scratch)(const AttentionShape&, int n_spans, int64_t owned_keys);
   int64_t (*attention_backward_width)(const AttentionShape&);  // floats of a key's sums, dK and dV
   void (*attention_backward)(const AttentionBackward&, const BackwardTask&, const BackwardTask* next, char* scratch);

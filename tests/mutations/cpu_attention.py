@@ -21,18 +21,24 @@ MUTATIONS = (
     Mutation(
         "a part of the keys begins late",
         FORWARD_SCHEDULE,
-        "lane_piece.key_begin = lane_piece.key_end;",
-        "lane_piece.key_begin = lane_piece.key_end + 1;",
+        "part.key_begin = part.key_end;",
+        "part.key_begin = part.key_end + 1;",
         SCHEDULE_TESTS,
     ),
     Mutation(
-        "parts are merged before the last is there",
+        "the last lanes of a block are not merged",
         FORWARD_SCHEDULE,
-        "+ 1 == piece.parts",
-        "+ 2 == piece.parts",
+        "return (lanes + MERGED_LANES - 1) / MERGED_LANES;",
+        "return lanes / MERGED_LANES;",
         SCHEDULE_TESTS,
     ),
-    Mutation("long sequences are not cut", FORWARD_SCHEDULE, "1, MOST_KEY_PARTS)", "1, 1)", SCHEDULE_TESTS),
+    Mutation(
+        "long sequences are not cut",
+        FORWARD_SCHEDULE,
+        "std::min(parts_of(rest), keys / fewest_keys)",
+        "1",
+        SCHEDULE_TESTS,
+    ),
     Mutation(
         "short tasks start alone", FORWARD_SCHEDULE, "share / piece.flops), 1, kv_heads_", "1), 1, 1", SCHEDULE_TESTS
     ),
