@@ -72,6 +72,21 @@ def test_rows_without_keys_in_some_parts() -> None:
     torch.testing.assert_close(out[:, :, 3:], maskops.attention(q[:, :, 3:], k, v, backend="cpu"))
 
 
+@pytest.mark.parametrize("width", [64, 72])
+def test_a_large_result_is_that_of_its_heads(instruction_set: str, width: int) -> None:
+    """Large results go past the caches, where their rows are whole lines; of short documents, with rows between."""
+    heads, lengths = 96, (16, 3, 7, 40, 1, 60, 200)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths) + 30, heads, width, generator=generator) for _ in range(3))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    out = maskops.varlen_attention(q, k, v, cu_seqlens, backend="cpu")
+    assert out.numel() * 4 > 8 << 20
+    for first in range(0, heads, 32):
+        some = slice(first, first + 32)
+        part = maskops.varlen_attention(q[:, some], k[:, some], v[:, some], cu_seqlens, backend="cpu")
+        assert torch.equal(out[:, some], part), instruction_set
+
+
 def test_few_long_sequences_have_tasks_for_all_threads() -> None:
     torch.set_num_threads(64)
     for heads, q_len, k_len in ((1, 2048, 4096), (2, 100, 32768), (1, 8, 65536)):

@@ -323,6 +323,17 @@ static ALWAYS_INLINE void stream_lanes(T* p, vf v) {
   store_lanes(p, v);
 #endif
 }
+static ALWAYS_INLINE void stream(float* p, vf v) {
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__x86_64__) && VECTOR_BYTES == 32
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
 static ALWAYS_INLINE void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -73,6 +73,13 @@ MUTATIONS = (
     Mutation("scale forgotten on the fast path", FEATURES, ": shape.softmax_scale * LOG2E", ": 0.5f * LOG2E"),
     Mutation("running sum not rescaled", FORWARD_PRODUCTS, "panel.running_sum[v] * rescale[v]", "panel.running_sum[v]"),
     Mutation("accumulator not rescaled", FORWARD_PRODUCTS, " * splat(rows.rescale[lane + i])", ""),
+    Mutation(
+        "large results not scaled",
+        FORWARD_PRODUCTS,
+        "stream(result + v * W, acc[i][v] * factor);",
+        "stream(result + v * W, acc[i][v]);",
+        SCHEDULE_TESTS,
+    ),
     Mutation("accumulator never started", FORWARD, "panel.fresh = false;", ""),
     Mutation(
         "key head of a GQA group taken modulo",
