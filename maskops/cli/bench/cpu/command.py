@@ -36,7 +36,7 @@ PACES = {
         budget=6.0, min_rounds=5, max_rounds=60, stretch=1.5, discards=8, patience=20.0, compiled=True, late=600.0
     ),
     "quick": Pace(
-        budget=0.8, min_rounds=3, max_rounds=20, stretch=0.5, discards=4, patience=9.0, compiled=False, late=80.0
+        budget=0.8, min_rounds=3, max_rounds=20, stretch=0.5, discards=4, patience=6.0, compiled=False, late=70.0
     ),
 }
 """A full run stays below a quarter of an hour on two cores, a quick one below two minutes: late entries are short."""
