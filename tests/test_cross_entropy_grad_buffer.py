@@ -273,3 +273,18 @@ def test_several_gradients_at_once_share_no_memory() -> None:
     (batched,) = torch.autograd.grad(loss, logits, torch.tensor([1.0, 2.0, -3.0]), is_grads_batched=True)
     (single,) = torch.autograd.grad(maskops.cross_entropy(logits, labels), logits)
     torch.testing.assert_close(batched, torch.stack([single, 2 * single, -3 * single]), rtol=1e-5, atol=1e-7)
+
+
+def test_losses_do_not_depend_on_the_row_whose_gradient_is_written_meanwhile() -> None:
+    """That row's label cuts the loops of the next one; what they add up to is added as without it."""
+    logits, target = problem((64,), 9000)
+    nothing, ones = torch.empty(0), torch.ones(64)
+    for name in extension.instruction_sets():
+        with instruction_set(name):
+            arguments = (logits, target, nothing, nothing)
+            numbers = (False, IGNORE, 0.0, 0.0, 0.0, 1.0)
+            plain = torch.ops.maskops.cross_entropy_forward(*arguments, *numbers, False, False)[0]
+            both = torch.ops.maskops.cross_entropy_both_into(
+                ones, nothing, nothing, nothing, *arguments, torch.empty_like(logits), *numbers, False, False
+            )[0]
+        assert torch.equal(both, plain)
