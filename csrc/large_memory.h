@@ -11,8 +11,8 @@
 
 namespace maskops {
 
-// From here on. glibc keeps smaller results than 32 MiB itself, but returns what lies at the end of its heap: a training
-// step with several results of 12 MiB faulted in every page of them anew.
+// From here on. glibc keeps smaller results than 32 MiB itself, but returns what lies at the end of its heap: a
+// training step with several results of 12 MiB faulted in every page of them anew.
 constexpr size_t LARGE_BYTES = size_t{8} << 20;
 
 // Writable memory of at least so many bytes that begins at a huge page; its contents are anything. nullptr where there

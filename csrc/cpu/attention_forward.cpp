@@ -243,7 +243,9 @@ void Schedule::shrink(const AttentionForward& p) {
       double rest = piece.flops * n_lanes / lanes;
       for (int32_t key = piece.key_begin;; part.part++) {
         const int32_t keys = piece.key_end - key;
-        int32_t parts = std::min(parts_of(rest), keys / fewest_keys);
+        // Where there is not enough for all, keys are cut as if these were all the lanes: more tasks, and shorter sums.
+        const double weighed = enough ? rest : rest * lanes / n_lanes;
+        int32_t parts = std::min(parts_of(weighed), keys / fewest_keys);
         if (part.part + 1 == MOST_KEY_PARTS) parts = 1;
         key += parts <= 1 ? keys : (keys / parts + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS;
         part.key_end = parts <= 1 ? k_len : key;

@@ -35,7 +35,7 @@ MUTATIONS = (
     Mutation(
         "long sequences are not cut",
         FORWARD_SCHEDULE,
-        "std::min(parts_of(rest), keys / fewest_keys)",
+        "std::min(parts_of(weighed), keys / fewest_keys)",
         "1",
         SCHEDULE_TESTS,
     ),
