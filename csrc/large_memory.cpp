@@ -18,7 +18,7 @@ namespace maskops {
 namespace {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
-constexpr int MOST_BLOCKS = 4;
+constexpr int MOST_BLOCKS = 16;
 constexpr size_t SHARE_OF_MEMORY = 16;  // what is kept is at most one part in so many of the machine's memory
 
 struct Block {
@@ -106,7 +106,9 @@ void give_back_large(void* begin, size_t size) noexcept {
       size_t total = 0;
       for (int i = 0; i < MOST_BLOCKS; i++) {
         total += kept[i].size;
-        if (total > most) std::swap(kept[i], left_over[1 + i]);
+        if (total <= most) continue;
+        total -= kept[i].size;
+        std::swap(kept[i], left_over[1 + i]);
       }
     }
   }

@@ -129,7 +129,7 @@ def limit_copy(target: torch.Tensor, source: torch.Tensor) -> None:
 def release_memory() -> int:
     """Returns memory that is kept for the next large result to the system; how many bytes that were.
 
-    On Linux the memory of results of 8 MiB and more is kept when they are freed, at most four blocks and a sixteenth
+    On Linux the memory of results of 8 MiB and more is kept when they are freed, at most 16 blocks and a sixteenth
     of the machine's memory: new memory takes longer to get than most results to compute. It counts as resident, but the
     system takes it back by itself when it runs short.
     """

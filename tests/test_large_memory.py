@@ -2,11 +2,8 @@
 
 import math
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,13 +77,15 @@ def test_memory_that_is_much_larger_is_not_taken(logits: Tensor) -> None:
 
 
 @keeps
-def test_at_most_four_blocks_are_kept(logits: Tensor) -> None:
-    held = [gradient(logits) for _ in range(6)]
-    assert len({x.data_ptr() for x in held}) == 6
+def test_at_most_sixteen_blocks_are_kept() -> None:
+    rounded = 8 << 20  # the least that is large
+    x = torch.zeros(rounded // 4 // 1024, 1024)
+    with maskops.use_backend("cpu", fallback="error"):
+        held = [maskops.masked_softmax(x, None) for _ in range(18)]
+    assert len({x.data_ptr() for x in held}) == 18
     held.clear()
-    rounded = -(-BYTES // HUGE_PAGE) * HUGE_PAGE
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert extension.release_memory() == min(4, physical // 16 // rounded) * rounded
+    assert extension.release_memory() == min(16, physical // 16 // rounded) * rounded
 
 
 @keeps
@@ -130,20 +129,3 @@ def test_every_op_has_its_large_results_there() -> None:
     torch.testing.assert_close(full[1], short[1], rtol=0, atol=0)
     for result in (*short, *full, torch.autograd.grad(full[1].sum(), x)[0]):
         assert result.data_ptr() % HUGE_PAGE == 0
-
-
-@keeps
-def test_whoever_gives_memory_back_to_the_system_keeps_nobody_waiting(tmp_path: Path) -> None:
-    """Blocks come and go while others are unmapped; and where torch has no tensors over others' memory, as before 2.11,
-    large results in its own are to lie in huge pages all the same.
-    """
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    root, target = Path(__file__).parent.parent, tmp_path / "large_memory"
-    sources = [root / "tests/large_memory/main.cpp", root / "csrc/large_memory.cpp"]
-    flags = ["-std=c++17", "-Wall", "-Wextra", f"-I{root / 'csrc'}", "-Wl,--wrap=munmap,--wrap=madvise", "-pthread"]
-    built = subprocess.run([compiler, *flags, "-o", target, *sources], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    result = subprocess.run([target], capture_output=True, text=True, timeout=60)
-    assert result.stdout == "kept while another block was unmapped\nhuge pages for torch's own memory: 1\n"

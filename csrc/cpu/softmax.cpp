@@ -15,7 +15,8 @@ constexpr int64_t TASK_BYTES = 1 << 17;     // elements of a task
 constexpr int64_t STRIP_OVERHEAD = 1 << 7;  // what a strip costs beyond its elements, in bytes
 constexpr int64_t WORKER_BYTES = 1 << 18;   // waking a thread pays off for this much
 // Results of this size may lie in memory that nobody touched before (../large_memory.h). Where two threads touch a page
-// of that memory at once, both clear it, so that each takes whole pages.
+// of that memory at once, both clear it, so that each takes whole pages. Smaller results are a few such pages, too few
+// to share out evenly.
 constexpr int64_t FRESH_BYTES = 32 << 20;
 constexpr int64_t HUGE_PAGE = 2 << 20;
 

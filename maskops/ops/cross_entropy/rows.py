@@ -117,7 +117,7 @@ def wide_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over the last dimension in double precision, the same bits for any number of threads.
+    """Sum over the last dimension in `wide_dtype`, the same bits for any number of threads.
 
     The operator of direct calls adds in double precision, too, where the order of the values hardly ever shows.
     """
