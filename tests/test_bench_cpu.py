@@ -131,7 +131,7 @@ class StandIn:
         self.asked.append(f"prepare {contender}")
         return measure.Row(contender, False, memory=4, floor=2)
 
-    def run(self, contender: str) -> float:
+    def run(self, contender: str, warms: bool) -> float:
         self.asked.append(f"run {contender}")
         return 1.0
 
@@ -348,7 +348,7 @@ def test_the_helper_answers_line_by_line() -> None:
     entry = doubled(Goal(("peer",), 1.0), contenders=(OURS, PEER))
     questions = [
         {"prepare": ["group", "forward", "twice"], "contender": "peer"},
-        {"run": "peer"},
+        {"run": "peer", "warms": True},
         {"prepare": ["group", "forward", "twice"], "contender": "ours"},
     ]
     answers = io.StringIO()
@@ -366,9 +366,9 @@ def test_the_helper_answers_line_by_line() -> None:
     )
     with helper.Helper(0, 1) as other:
         other._line = [sys.executable, "-c", code]
-        assert other.prepare(entry, "peer") == measure.Row("1", False) and other.run("peer") == 2.5
+        assert other.prepare(entry, "peer") == measure.Row("1", False) and other.run("peer", False) == 2.5
         with pytest.raises((RuntimeError, BrokenPipeError)):
-            other.run("peer")
+            other.run("peer", False)
 
 
 @pytest.mark.parametrize("instruction_set", extension.instruction_sets())

@@ -69,7 +69,10 @@ def test_figures_of_kernels_are_written_from_the_json() -> None:
     line = "| attention, forward + backward: dense | SDPA | 1.3x | 2x | **1.25x** (85%) | 1.50x (85%) | 13, 10 |"
     assert line in written
     assert "|  | best of 2: b | 3x |  | 3.50x | 3.50x |  |" in written
-    assert "(a CPU, 2 threads, torch 2.13.0)" in written and "not to be trusted" not in written
+    assert (
+        "(a CPU, 2 threads, torch 2.13.0: in avx2 avx2, in avx512 avx2)" in written
+        and "not to be trusted" not in written
+    )
     limits = "200 GFLOP/s | 300 GFLOP/s | 30 GB/s | 50 GB/s | 10 GB/s"
     assert f"| avx2 (`--quick`) | 1 of 2 | {limits} | 4 to 9 | ±2%, at most 2% |" in written
     assert f"| avx512 (`--quick`) | 2 of 2 | {limits} |" in written
@@ -77,8 +80,15 @@ def test_figures_of_kernels_are_written_from_the_json() -> None:
     busy = run(1.25)
     busy["machine"]["load"] = 3.0
     assert "avx2: **Measured while other programs" in readme.kernel_figures({"avx2": busy})
-    assert "| 2x | WRONG |" in readme.kernel_figures({"avx2": run(None, problem="WRONG: by far")})
-    assert "| 2x | unsteady |" in readme.kernel_figures({"avx2": run(None, problem="unsteady: read moved")})
+    # What has no speed does not raise the share of what was reached.
+    for problem, summary in (("WRONG: by far", "1 of 2"), ("unsteady: read moved", "1 of 1, 1 unsteady")):
+        text = readme.kernel_figures({"avx2": run(None, problem=problem)})
+        assert f"| 2x | {problem.split(':')[0]} |" in text and f"| avx2 (`--quick`) | {summary} |" in text
+    other = run(None)
+    assert "| avx2 (`--quick`) | 1 of 1, 1 without their peer |" in readme.kernel_figures({"avx2": other})
+    other["machine"]["device"] = "another"
+    text = readme.kernel_figures({"avx2": other, "avx512": run(2.0)})
+    assert "(another, 2 threads, torch 2.13.0: in avx2 avx2; a CPU, 2 threads, torch 2.13.0: in avx512 avx2)" in text
     assert "No run is stored here" in readme.kernel_figures({})
 
 

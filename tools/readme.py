@@ -33,7 +33,10 @@ from benchmarks.audit import COLUMNS, OURS, cell
 from benchmarks.padding import EARLIER
 from maskops.backend import BACKENDS, FEATURES
 from maskops.cli.bench.cpu.contest import MODES
+from maskops.cli.bench.cpu.limits import STEADY
+from maskops.cli.bench.cpu.measure import PEER_WRONG_ABOVE
 from maskops.cli.bench.gpu.report import summary, tables_of
+from maskops.cli.bench.measure import WRONG_ABOVE
 from maskops.cli.bench.report import BUSY_ABOVE
 from tools.environment import ROOT
 
@@ -108,11 +111,16 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
     if picture is not None:
         place = picture.relative_to(ROOT).as_posix()
         lines += [f"![Times the speed of torch, kernel by kernel, and the share of the limits]({place})", ""]
-    machine = next(iter(runs.values()))["machine"]
+    places: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        machine = run["machine"]
+        place = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
+        places.setdefault(place, []).append(f"in {name} {machine['instruction_set']}")
+    where = "; ".join(f"{place}: {', '.join(sets)}" for place, sets in places.items())
     lines += [
-        f"On a CPU ({machine['device']}, {machine['threads']} threads, torch {machine['torch']}): "
-        "each kernel against the quickest way that plain torch has for the same work, in one process, in turn, medians "
-        "of the rounds' ratios. Both sides keep to one instruction set. `python -m maskops bench cpu` repeats it.",
+        f"On a CPU ({where}): each kernel against plain torch's named ways to do the same work, in one process, in "
+        "turn, medians of the rounds' ratios. torch.compile takes part in whole runs alone, not in those of `--quick`. "
+        "`python -m maskops bench cpu` repeats it.",
         "",
         "| | goals reached | multiply-add | of bfloat16 | read | copy | first touch | rounds | spread of a row |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -123,11 +131,12 @@ def kernel_figures(runs: dict[str, dict[str, Any]]) -> str:
         "<summary>The whole table in figures</summary>",
         "",
         "**Bold** stays below what is wanted at least. In brackets the share of what the machine does at most "
-        "(multiplications in registers, reading, copying, first touch of pages), measured right around the rounds; a "
-        "row under which that moved by more than 5% is *unsteady* and has no speed, nor has one whose error is above "
-        "twice torch's own. *Huge pages*: the peer in a process whose allocator asks for them; *first touch*: maskops "
-        f"without the memory of the run before, which it keeps otherwise. MB, of {next(iter(runs))}: what a call takes "
-        "at its peak, and its results with what no way can spare.",
+        "(multiplications in registers, those of bfloat16 in torch's products where these are quicker, reading, "
+        "copying, first touch of pages), measured right around the rounds; a row under which that moved by more than "
+        f"{STEADY:.0%} is *unsteady* and has no speed, nor has one whose error is above {WRONG_ABOVE:.0f} times "
+        f"torch's own (a peer's: {PEER_WRONG_ABOVE:.0f} times). *Huge pages*: the peer in a process whose allocator "
+        "asks for them; *first touch*: maskops without the memory of the run before, which it keeps otherwise. MB, of "
+        f"{next(iter(runs))}: what a call takes at its peak, and its results with what no way can spare.",
         "",
         f"| | against | at least | aim | {' | '.join(runs)} | MB, floor |",
         f"|---|---|---|---|{'---|' * len(runs)}---|",
@@ -161,6 +170,12 @@ def _reached(outcome: dict[str, Any], reached: dict[str, Any], own: dict[str, An
     return text if number or outcome["share"] is None else f"{text} ({outcome['share']:.0%})"
 
 
+def _problem(result: dict[str, Any], outcome: dict[str, Any]) -> str | None:
+    """Why our row of a line has no speed, in a word; None where it has one."""
+    problem = next((row["problem"] for row in result["rows"] if row["name"] == outcome["line"]["ours"]), None)
+    return None if problem is None else str(problem).split(":")[0]
+
+
 def _memory(own: dict[str, Any]) -> str:
     """Megabytes at the peak of a call and the floor; nothing where a call is too small to be measured."""
     if own.get("memory") is None or not own.get("floor"):
@@ -177,14 +192,29 @@ def _summary(name: str, run: dict[str, Any]) -> str:
         values = [limits[limit] for limits in measured if limit in limits]
         return f"{statistics.median(values):.0f} {unit}" if values else ""
 
-    reached = [each for result in run["results"] for outcome in result["outcomes"] for each in outcome["reached"]]
-    known = [each for each in reached if each["ratio"] is not None]
+    known: list[dict[str, Any]] = []
+    failed = unsteady = left = 0
+    for result in run["results"]:
+        for outcome in result["outcomes"]:
+            problem = _problem(result, outcome)
+            for each in outcome["reached"]:
+                if each["ratio"] is not None:
+                    known.append(each)
+                elif problem == "unsteady":
+                    unsteady += 1
+                elif problem is not None:
+                    failed += 1  # wrong or refused: not reached
+                else:
+                    left += 1
     met = sum(each["ratio"] >= each["goal"]["at_least"] for each in known)
+    goals = f"{met} of {len(known) + failed}"
+    goals += f", {unsteady} unsteady" if unsteady else ""
+    goals += f", {left} without their peer" if left else ""
     counts = [each["rounds"] for each in known] or [0]
     spreads = [each["spread"] for each in known if each["spread"] is not None and each["rounds"] > 1]
     cells = [
         f"{name} (`--quick`)" if run["mode"] == "quick" else name,
-        f"{met} of {len(known)}",
+        goals,
         middle("multiply_add", "GFLOP/s"),
         middle("multiply_pairs", "GFLOP/s"),
         *(middle(limit, "GB/s") for limit in ("read", "copy", "touch")),

@@ -178,7 +178,11 @@ def execute(
         for place, result in sorted(found.items()):
             if result.unsteady and time.perf_counter() - started < pace.late:
                 progress.stage(f"once more: {result.group}, {MODES[result.mode]}: {chosen[place].lines[0].name}")
-                found[place] = measure(chosen[place], pace, gauge, helper)
+                again = measure(chosen[place], pace, gauge, helper)
+                # What was thrown away stays in the report.
+                found[place] = dataclasses.replace(again, stretches=(*result.stretches, *again.stretches))
+                if path is not None:
+                    report().write_json(path)
     return report()
 
 

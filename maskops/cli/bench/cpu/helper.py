@@ -55,9 +55,9 @@ class Helper:
         """Runs a contender there for its memory, and keeps it."""
         return Row(**self._ask({"prepare": _keys(entry)[0], "contender": contender}))
 
-    def run(self, contender: str) -> float:
-        """Seconds of a run there."""
-        seconds: float = self._ask({"run": contender})["seconds"]
+    def run(self, contender: str, warms: bool) -> float:
+        """Seconds of a run there, after an untimed one if it warms."""
+        seconds: float = self._ask({"run": contender, "warms": warms})["seconds"]
         time.sleep(_SETTLES)
         return seconds
 
@@ -96,6 +96,7 @@ def serve(table: Sequence[Entry], questions: IO[str], answers: IO[str]) -> None:
     for line in questions:
         question = json.loads(line)
         if "run" in question:
+            runners[question["run"]].warms = question["warms"]
             answer: dict[str, Any] = {"seconds": runners[question["run"]].seconds()}
         else:
             key = tuple(question["prepare"])

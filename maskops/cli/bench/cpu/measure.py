@@ -133,8 +133,8 @@ class Helper(Protocol):
     def prepare(self, entry: Entry, contender: str) -> Row:
         """Runs a contender there for its memory, and keeps it; it was compared here, where it is a contender too."""
 
-    def run(self, contender: str) -> float:
-        """Seconds of a run there."""
+    def run(self, contender: str, warms: bool) -> float:
+        """Seconds of a run there, after an untimed one if it warms."""
 
 
 class Runner:
@@ -148,8 +148,8 @@ class Runner:
         self._function = contender.make(leaves)
         self._kept = leaves
         self._leaves = leaves
-        self.first = 0.0
-        """Seconds of the first run."""
+        self.first = self.later = 0.0
+        """Seconds of the first run, and of the last one before the rounds."""
         self.warms = False
         """Whether an untimed run goes before each that is timed: in a loop the memory of the step before is at hand,
         while others run for seconds the host of a virtual machine may take it back."""
@@ -232,16 +232,14 @@ def checked(
         if calls > 1:
             return replace(row, error=error), runner
         runner.renew()
-        seconds = runner.first
+        runner.later = runner.first
         if runner.first < SLOW or contender.compiles:
             # Once more without what a first call loads, compiles and keeps.
             del results
             tidy()
             begun = time.perf_counter()
             results, memory = Peak(CPU).over(runner.run)
-            seconds = time.perf_counter() - begun
-        # Where a run takes seconds, memory is the least of it.
-        runner.warms = (memory or 0) >= _LARGE and seconds < 4.0 * SLOW
+            runner.later = time.perf_counter() - begun
         return replace(row, error=error, memory=memory, floor=runner.floor(results)), runner
     except Exception as problem:  # a row that says why it is empty; the others are still worth their time
         message = " ".join(str(problem).split())[:100]
@@ -267,6 +265,13 @@ def measure(entry: Entry, pace: Pace, gauge: GaugeLike, helper: Helper | None) -
     rows: dict[str, Row] = {}
     runs: dict[str, Callable[[], float]] = {}
     cold: set[str] = set()
+    runners: list[Runner] = []
+    warms = False
+
+    def there(contender: str) -> Callable[[], float]:
+        assert helper is not None
+        return lambda: helper.run(contender, warms)
+
     for name in entry.names():
         base = name.removesuffix(HUGE_PAGES)
         if known[base].compiles and not pace.compiled:
@@ -277,6 +282,7 @@ def measure(entry: Entry, pace: Pace, gauge: GaugeLike, helper: Helper | None) -
             row, runner = checked(contest, known[name], entry.mode, compared, entry.calls)
             if runner is not None:
                 runs[name] = runner.seconds
+                runners.append(runner)
                 if runner.first < SLOW:
                     cold.add(name)
         elif helper is None:
@@ -285,8 +291,13 @@ def measure(entry: Entry, pace: Pace, gauge: GaugeLike, helper: Helper | None) -
             row = replace(helper.prepare(entry, base), name=name, error=rows[base].error)
             row = replace(row, problem=row.problem or rows[base].problem)
             if row.problem is None:
-                runs[name] = _run_of(helper, base)
+                runs[name] = there(base)
         rows[name] = row
+    # All of an entry or nobody. Where a run takes seconds, memory is the least of it.
+    most = max((row.memory or 0 for row in rows.values()), default=0)
+    warms = most >= _LARGE and min((runner.later for runner in runners), default=0.0) < 4.0 * SLOW
+    for each in runners:
+        each.warms = warms
     tidy()
     for name in cold:
         runs[name]()
@@ -303,10 +314,6 @@ def measure(entry: Entry, pace: Pace, gauge: GaugeLike, helper: Helper | None) -
     ended = time.perf_counter()
     seconds = {"rounds": ended - checked_at, "rest": checked_at - begun}
     return Result(entry.group, entry.mode, tuple(rows.values()), outcomes, found.stretches, seconds)
-
-
-def _run_of(helper: Helper, contender: str) -> Callable[[], float]:
-    return lambda: helper.run(contender)
 
 
 _JUDGED: dict[str | None, str] = {
